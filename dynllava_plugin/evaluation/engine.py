@@ -1,0 +1,347 @@
+"""The one engine behind both harness adapters: batched generation and exact scoring with token counts."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.model.prompts import IMAGE_TOKEN
+
+MAX_NEW_TOKENS = 1024
+# What `generate` may be told by a task. Harness-only keys (image_aspect_ratio, image_sizes, ...) are left out.
+GENERATION_KEYS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+SAMPLING_KEYS = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole prompt (vicuna_v1, one ``<image>`` for each image) and what follows.
+
+    Attributes
+    ----------
+    prompt : str
+    images : tuple of paths or PIL images
+    name : str
+        Task and sample, for error messages.
+    continuation : str
+        Text to score after the prompt; unused in generation.
+    """
+
+    prompt: str
+    images: tuple[str | Image.Image, ...] = ()
+    name: str = "request"
+    continuation: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and its token counts.
+
+    Attributes
+    ----------
+    text : str
+    prompt_tokens : int
+        Tokens of the prompt with image tokens, without padding.
+    image_tokens, kept_image_tokens : int
+        Before and after the gate.
+    generated_tokens : int
+        With the end token, where it was reached.
+    cached_tokens, kept_tokens : int or None
+        Of the generated tokens: those that were fed back, and those of them that layers >= l hold. None with beams
+        (they share no one history) or without a cache.
+    """
+
+    text: str
+    prompt_tokens: int
+    image_tokens: int
+    kept_image_tokens: int | None
+    generated_tokens: int
+    cached_tokens: int | None
+    kept_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced score of a continuation under the sparsified decode.
+
+    Attributes
+    ----------
+    logprob : float
+        Sum over its tokens, nats.
+    tokens : int
+    is_greedy : bool
+        Whether greedy decoding would produce exactly these tokens.
+    """
+
+    logprob: float
+    tokens: int
+    is_greedy: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token, nats."""
+        return -self.logprob / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean negative log-likelihood)."""
+        return math.exp(self.loss)
+
+
+@dataclass
+class Generation:
+    """Arguments of one `generate` call.
+
+    Attributes
+    ----------
+    kwargs : dict
+        For `model.generate`.
+    until : tuple of str
+        The answer ends before the first of these.
+    """
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    until: tuple[str, ...] = ()
+
+    @classmethod
+    def from_task(cls, values: dict[str, Any] | None) -> Generation:
+        """From a task's generation kwargs: greedy and 1,024 new tokens unless the task says otherwise."""
+        values = dict(values or {})
+        until = values.pop("until", None) or ()
+        until = (until,) if isinstance(until, str) else tuple(text for text in until if text)
+        if "max_gen_toks" in values:
+            values.setdefault("max_new_tokens", values["max_gen_toks"])
+        kwargs = {key: values[key] for key in GENERATION_KEYS if values.get(key) is not None}
+        kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+        # Sampling happens only where it is asked for, not because a temperature is set; temperature 0 is greedy.
+        sample = bool(kwargs.pop("do_sample", False)) and kwargs.get("temperature", 1.0) > 0
+        if not sample:
+            kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_KEYS}
+        return cls({"do_sample": sample, **kwargs}, until)
+
+
+class Engine:
+    """A loaded model with its processor.
+
+    Parameters
+    ----------
+    model : DynamicLlavaForConditionalGeneration
+    processor : LlavaProcessor
+    batch_size : int
+        Samples in one forward pass. It never changes an answer.
+    """
+
+    def __init__(self, model: Any, processor: Any, batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not a positive integer")
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        eos = model.generation_config.eos_token_id
+        eos = processor.tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
+
+    @classmethod
+    def load(cls, settings: ModelSettings, batch_size: int = 1) -> Engine:
+        """Load what `settings` names."""
+        from dynllava_plugin import load_model
+
+        model, processor = load_model(
+            settings.pretrained,
+            device=settings.device,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            **settings.sparsity(),
+        )
+        return cls(model, processor, batch_size)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        generation: Generation | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in request order.
+
+        Parameters
+        ----------
+        requests : sequence of Request
+        generation : Generation, optional
+            Greedy, at most 1,024 new tokens, where None.
+        on_batch : callable, optional
+            Told the number of samples after each batch, for a progress bar.
+
+        Raises
+        ------
+        UserError
+            For a request without a question, with a bad image, or with other than one image for each ``<image>``.
+        """
+        generation = generation or Generation.from_task(None)
+        answers: list[Answer | None] = [None] * len(requests)
+        for indices in self._batches(requests):
+            batch = [requests[index] for index in indices]
+            for index, answer in zip(indices, self._generate_batch(batch, generation), strict=True):
+                answers[index] = answer
+            if on_batch:
+                on_batch(len(indices))
+        return [answer for answer in answers if answer is not None]
+
+    @torch.inference_mode()
+    def score(
+        self, requests: Sequence[Request], on_batch: Callable[[int], None] | None = None
+    ) -> list[Score]:
+        """Scores of each request's continuation, in request order, each in one parallel pass.
+
+        Raises
+        ------
+        UserError
+            As `generate`, and for an empty continuation.
+        """
+        scores: list[Score | None] = [None] * len(requests)
+        for indices in self._batches(requests):
+            batch = [requests[index] for index in indices]
+            for index, score in zip(indices, self._score_batch(batch), strict=True):
+                scores[index] = score
+            if on_batch:
+                on_batch(len(indices))
+        return [score for score in scores if score is not None]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        # Longest first: padding is small, and the batch that needs the most memory comes first.
+        order = sorted(
+            range(len(requests)), key=lambda i: -len(requests[i].prompt) - len(requests[i].continuation)
+        )
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _inputs(self, batch: Sequence[Request], texts: list[str]) -> dict[str, torch.Tensor]:
+        images = []
+        for request in batch:
+            markers = request.prompt.count(IMAGE_TOKEN)
+            if markers != len(request.images):
+                raise UserError(
+                    f"{request.name}: the prompt has {markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
+                )
+            images += [load_image(image, request.name) for image in request.images]
+        inputs = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
+
+    def _generate_batch(self, batch: Sequence[Request], generation: Generation) -> list[Answer]:
+        inputs = self._inputs(batch, [request.prompt for request in batch])
+        width = inputs["input_ids"].shape[1]
+        pad = self.processor.tokenizer.pad_token_id
+        output = self.model.generate(
+            **inputs, **generation.kwargs, pad_token_id=pad, return_dict_in_generate=True
+        )
+        tokens = output.sequences[:, width:].cpu()  # [B, T]
+        ended = torch.isin(tokens, self.eos_ids)
+        # Tokens up to and with the first end token; all of them where none came.
+        counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])  # [B]
+        prompt_tokens = inputs["attention_mask"].sum(1).cpu()
+        image_tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).cpu()
+        texts = self.processor.tokenizer.batch_decode(
+            [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)],
+            skip_special_tokens=True,
+        )
+        one_history = generation.kwargs.get("num_beams", 1) == 1
+        context = _context_counts(output.past_key_values) if one_history else None
+        answers = []
+        for row, text in enumerate(texts):
+            count = int(counts[row])
+            kept_image = cached = kept = None
+            if context is not None:
+                dropped_image, output_keep = context
+                kept_image = int(image_tokens[row] - dropped_image[row])
+                # The last token is never fed back; what follows a sample's end token is padding of the batch.
+                cached = count - 1
+                kept = cached if output_keep is None else int(output_keep[row, :cached].sum())
+            answers.append(
+                Answer(
+                    text=_truncate(text, generation.until),
+                    prompt_tokens=int(prompt_tokens[row]),
+                    image_tokens=int(image_tokens[row]),
+                    kept_image_tokens=kept_image,
+                    generated_tokens=count,
+                    cached_tokens=cached,
+                    kept_tokens=kept,
+                )
+            )
+        return answers
+
+    def _score_batch(self, batch: Sequence[Request]) -> list[Score]:
+        texts, sizes = [], []
+        tokenizer = self.processor.tokenizer
+        for request in batch:
+            texts.append(request.prompt + request.continuation)
+            size = len(tokenizer(texts[-1])["input_ids"]) - len(tokenizer(request.prompt)["input_ids"])
+            if size < 1:
+                raise UserError(f"{request.name}: the text to score is empty")
+            sizes.append(size)
+        inputs = self._inputs(batch, texts)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row, size in enumerate(sizes):  # left padding: the continuation ends the row
+            labels[row, -size:] = inputs["input_ids"][row, -size:]
+        logprobs, greedy = self.model.score(**inputs, labels=labels, return_greedy=True)  # [B, L] each
+        wanted = labels != -100
+        totals = logprobs.double().sum(1).tolist()
+        all_greedy = (greedy | ~wanted).all(1).tolist()
+        return [
+            Score(total, size, bool(hit)) for total, size, hit in zip(totals, sizes, all_greedy, strict=True)
+        ]
+
+
+def _truncate(text: str, until: tuple[str, ...]) -> str:
+    text = text.strip()
+    ends = [position for position in (text.find(stop) for stop in until) if position >= 0]
+    return text[: min(ends)].strip() if ends else text
+
+
+def _context_counts(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """From the cache after generation: image tokens dropped [B], and which output tokens were kept [B, T] (None: all)."""
+    if cache is None or not hasattr(cache, "kept_lengths"):
+        return None
+    lengths = cache.kept_lengths().cpu()
+    output_keep = cache.output_keep()
+    dropped = lengths[0] - lengths[-1]
+    if output_keep is None:
+        return dropped, None
+    output_keep = output_keep.cpu()
+    return dropped - (~output_keep).sum(1), output_keep
+
+
+def mean_counts(answers: Sequence[Answer]) -> dict[str, float | int]:
+    """Means over samples of the answers' token counts, and the shares kept; counts that weren't measured are left out."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        for name in ("prompt_tokens", "image_tokens", "kept_image_tokens", "generated_tokens", "kept_tokens"):
+            value = getattr(answer, name)
+            if value is not None:
+                columns[name].append(value)
+    means: dict[str, float | int] = {"n": len(answers)}
+    means |= {name: sum(values) / len(values) for name, values in columns.items()}
+    cached = sum(answer.cached_tokens or 0 for answer in answers)
+    if cached and "kept_tokens" in columns:
+        means["kept_output_share"] = sum(columns["kept_tokens"]) / cached
+    return means

@@ -1,0 +1,45 @@
+"""Reading images so that a bad one is named in one line instead of ending hours of work with a traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from dynllava_plugin.errors import UserError
+
+
+def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -> Image.Image:
+    """An RGB image, fully decoded.
+
+    Parameters
+    ----------
+    source : path or PIL image
+    sample : str
+        What the image belongs to, for the error message.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, truncated or no image.
+    """
+    where = f"{sample}: " if sample else ""
+    if isinstance(source, Image.Image):
+        image, name = source, getattr(source, "filename", "") or "image given by the dataset"
+    else:
+        name = os.fspath(source)
+        if not Path(name).is_file():
+            raise UserError(f"{where}image {name} doesn't exist")
+        try:
+            image = Image.open(name)
+        except UnidentifiedImageError:
+            raise UserError(
+                f"{where}image {name} isn't an image that PIL can read; replace the file"
+            ) from None
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{where}image {name} can't be opened: {error}") from None
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{where}image {name} is truncated or corrupt ({error}); replace the file") from None

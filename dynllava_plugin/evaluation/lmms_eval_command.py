@@ -1,0 +1,159 @@
+"""The console command `lmms_eval`: lmms-eval's own command line, with our tasks and an honest exit code.
+
+lmms-eval ends with 0 even where the evaluation raised. Its command line is run unchanged; around the function that
+evaluates one configuration stand a default output folder, a check of what it returned and wrote, and the run manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+
+DEFAULT_OUTPUT = "results/lmms-eval"
+HARNESS = "lmms-eval"
+_LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
+
+
+def main() -> None:
+    """Run lmms-eval as typed; exit with 1 where a task failed, 2 where the user can mend the cause."""
+    arguments = sys.argv[1:]
+    evaluates = bool(arguments) and (arguments[0].startswith("-") or arguments[0] == "eval")
+    runs = _Runs()
+    if arguments and not {"-h", "--help"} & set(arguments):
+        _add_tasks()
+        if evaluates:
+            runs.watch()
+    from lmms_eval.cli.dispatch import main as dispatch
+
+    try:
+        dispatch()
+    except UserError as error:
+        runs.fail(error)
+    except ValueError as error:  # a bad --config: lmms-eval checks it outside its own try
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(runs.exit_code())
+
+
+def _add_tasks() -> None:
+    """Let every task manager look into our folder too, after those that the user names."""
+    from lmms_eval.tasks import TaskManager
+
+    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
+
+    initialize = TaskManager.initialize_tasks
+
+    def with_our_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
+        given = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        return initialize(self, include_path=[*given, str(TASKS_FOLDER)], include_defaults=include_defaults)
+
+    TaskManager.initialize_tasks = with_our_tasks  # type: ignore[method-assign]
+
+
+class _Runs:
+    """What became of each configuration that the command evaluated."""
+
+    def __init__(self) -> None:
+        self._failed = False
+        self._user_error = False
+
+    def exit_code(self) -> int:
+        """0, or 1 for a failed run, or 2 for one that failed for what the user gave."""
+        return 2 if self._user_error else int(self._failed)
+
+    def fail(self, error: Exception | str) -> None:
+        """Note a failure and say why, in one line."""
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        self._failed = True
+        self._user_error |= isinstance(error, UserError)
+
+    def watch(self) -> None:
+        """Stand around lmms-eval's evaluation of one configuration."""
+        import lmms_eval.__main__ as harness
+
+        evaluate: Callable[[Namespace], tuple[Any, Any]] = harness.cli_evaluate_single
+
+        def watched(args: Namespace) -> tuple[Any, Any]:
+            if args.tasks is None:
+                self.fail(UserError("--tasks: name at least one task (`lmms_eval tasks list` lists them)"))
+                return None, None
+            if args.tasks in _LISTINGS:
+                return evaluate(args)
+            args.output_path = args.output_path or DEFAULT_OUTPUT
+            started = time.time()
+            try:
+                results, samples = evaluate(args)
+                self._check(args, results, started)
+                return results, samples
+            except Exception as error:
+                cause = _user_error(error)
+                if cause is None:
+                    traceback.print_exc()
+                self.fail(cause or f"--tasks {args.tasks}: {type(error).__name__}: {error}")
+                return None, None
+
+        harness.cli_evaluate_single = watched
+
+    def _check(self, args: Namespace, results: dict[str, Any] | None, started: float) -> None:
+        if int(os.environ.get("RANK", 0)) != 0:
+            return  # rank 0 gathers the results
+        if results is None:
+            return self.fail(f"--tasks {args.tasks}: lmms-eval returned no results")
+        scored = results.get("results", {})
+        for task in results.get("configs", {}):
+            values = [
+                value for key, value in scored.get(task, {}).items() if "," in key and "_stderr" not in key
+            ]
+            if not values and not args.predict_only:
+                self.fail(f"task {task}: no result")
+        written = _new_results(Path(args.output_path), started)
+        if written is None:
+            return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
+        _write_manifest(written, args)
+        print(f"results: {written}")
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` behind an error, also inside what a retry or another exception wraps."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        attempt = getattr(error, "last_attempt", None)  # tenacity.RetryError
+        error = (attempt.exception() if attempt is not None else None) or error.__cause__
+    return None
+
+
+def _new_results(folder: Path, started: float) -> Path | None:
+    """The results file written since `started`; judged tasks write others whose names don't begin with a date."""
+    folder = folder.parent if folder.suffix in (".json", ".jsonl") and not folder.is_dir() else folder
+    files = [path for path in folder.glob("**/[0-9]*_results.json") if path.stat().st_mtime >= started - 1]
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _write_manifest(results_file: Path, args: Namespace) -> None:
+    """Beside the results, under the same date: `<date>_dynllava_run.json`."""
+    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD, write_json
+
+    if RECORD.settings is None:
+        return  # another model than ours was evaluated
+    manifest = RECORD.to_dict(
+        HARNESS,
+        results=results_file.name,
+        tasks=args.tasks.split(","),
+        limit=args.limit,
+        arguments=sys.argv[1:],
+    )
+    date = results_file.name.removesuffix("_results.json")
+    write_json(results_file.with_name(f"{date}_{MANIFEST_NAME}"), manifest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""easy-VQA as lmms-eval tasks: where the YAML files in `tasks/easy_vqa` find their data, images and metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from lmms_eval.api.task import ConfigurableTask
+from PIL import Image
+
+from dynllava_plugin.evaluation import easy_vqa
+from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.text_metrics import meteor, meteor_name
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+
+
+class EasyVQATask(ConfigurableTask):
+    """A task whose documents come from `easy_vqa.load_rows` instead of the hub."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
+        """Fill the test split; images stay paths until a question is asked."""
+        name = self.DATASET_NAME
+        assert isinstance(name, str)
+        rows = easy_vqa.load_rows(name)
+        rows = [{**row, "question": easy_vqa.question_text(name, row["question"])} for row in rows]
+        self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
+        self.dataset_no_image = self.dataset
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The row's image."""
+    return [load_image(doc["image"], doc["id"])]
+
+
+def process_short_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Exact match of the answer, 0 or 1."""
+    return {"exact_match": easy_vqa.exact_match(results[0], doc["answer"])}
+
+
+def process_long_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """METEOR of the answer in [0, 1], under the name of what could be computed here."""
+    return {meteor_name(): meteor(doc["answer"], results[0])}
+
+
+def process_perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Perplexity of the reference from its mean loss."""
+    return {"ppl": math.exp(results[0][0])}

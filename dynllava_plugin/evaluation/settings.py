@@ -1,0 +1,79 @@
+"""What to evaluate: a checkpoint, where it runs, and the sparsity settings laid over the checkpoint's own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
+SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A checkpoint and how it is run. ``None`` means: as the checkpoint (or `load_model`) says.
+
+    Attributes
+    ----------
+    pretrained : str
+        Folder, hub id or ``tiny``.
+    device, dtype, attn_implementation : str or None
+        Passed to `load_model`.
+    mode, vision_keep_rate, text_keep_rate, image_policy, random_seed
+        Overrides of the checkpoint's `SparsityConfig`.
+    """
+
+    pretrained: str = DEFAULT_CHECKPOINT
+    device: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    mode: str | None = None
+    vision_keep_rate: float | None = None
+    text_keep_rate: float | None = None
+    image_policy: str | None = None
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # A wrong value is named here, before a checkpoint of many gigabytes is read.
+        SparsityConfig(**self.sparsity())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelSettings:
+        """Settings from ``key=value`` pairs; a key that doesn't exist is a `UserError` naming it."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UserError(f"{unknown[0]}: no such model argument; known are {', '.join(known)}, batch_size")
+        given = {key: value for key, value in values.items() if value is not None}
+        for key in ("vision_keep_rate", "text_keep_rate"):
+            # lmms-eval turns "1" into 1 and, with some versions, into True: a rate of 1 keeps everything.
+            if key in given and isinstance(given[key], (bool, int)):
+                given[key] = float(given[key])
+        if "pretrained" in given:
+            given["pretrained"] = str(given["pretrained"])
+        return cls(**given)
+
+    def sparsity(self) -> dict[str, Any]:
+        """The given overrides only, as keyword arguments of `load_model`."""
+        return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """Short name for tables and folders: the last part of a path, all of a hub id."""
+        path = Path(self.pretrained)
+        return path.resolve().name if path.exists() else self.pretrained.rstrip("/")
+
+    def slug(self) -> str:
+        """A folder name that differs wherever checkpoint or settings differ, e.g. ``tiny_image_text_keep0.1``."""
+        parts = [self.checkpoint_name, *(f"{key}-{value}" for key, value in sorted(self.sparsity().items()))]
+        parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
+        return re.sub(r"[^\w.=-]+", "-", "_".join(parts))

@@ -1,0 +1,187 @@
+"""The four checkpoint layouts: telling them apart, and their config.json as a `DynamicLlavaConfig`.
+
+=============  ==============================================  =========================================================
+layout         `model_type` in config.json                     examples
+=============  ==============================================  =========================================================
+own            dynamic_llava                                   `save_pretrained` of this package
+llava-hf       llava (with a `text_config`)                    llava-hf/llava-1.5-7b-hf, the bundled tiny model
+original       llava_llama, llava                              liuhaotian/llava-v1.5-7b
+published      llava_llama, dynamic_llava_llama + sparse_config  Osilly/Dynamic-LLaVA-7B
+=============  ==============================================  =========================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.model.configuration import DynamicLlamaConfig, DynamicLlavaConfig
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+logger = logging.getLogger(__name__)
+
+OWN, LLAVA_HF, ORIGINAL, PUBLISHED = "own", "llava-hf", "original", "published"
+
+# Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*, similar_postive_num,
+# instruct_*, ...) belongs to experiments that the method does not use.
+PUBLISHED_SETTINGS = {
+    "predictor_dim": "d_model",
+    "predictor_heads": "nhead",
+    "predictor_ffn_dim": "dim_feedforward",
+    "predictor_layers": "num_layers",
+    "sparse_layer": "sparse_layer",
+    "vision_keep_rate": "vision_keep_rate",
+    "text_keep_rate": "output_text_keep_rate",
+    "min_text_length": "output_text_len_for_training",
+    "keep_loss_weight": "mask_loss_weight",
+}
+LLAMA_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act"
+    " max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_theta rope_scaling attention_bias"
+    " attention_dropout mlp_bias pretraining_tp bos_token_id eos_token_id"
+).split()
+# The vision tower of every published LLaVA-1.5; known by name, so that its config need not be fetched.
+CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+CLIP_L_336_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def layout_of(directory: Path, values: dict[str, Any]) -> str:
+    """Which layout a checkpoint's config.json is; `UserError` where it is none of them."""
+    kind = values.get("model_type")
+    if kind == "dynamic_llava":
+        return OWN
+    if kind == "llava" and "text_config" in values:
+        return LLAVA_HF
+    if kind in ("llava", "llava_llama", "dynamic_llava_llama") and "mm_vision_tower" in values:
+        return PUBLISHED if "sparse_config" in values else ORIGINAL
+    raise UserError(
+        f"{directory / 'config.json'}: model_type {kind!r} is not a layout this package reads"
+        " (llava-hf, original LLaVA-1.5, published Dynamic-LLaVA, or its own)"
+    )
+
+
+def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
+    """config.json of any layout as a `DynamicLlavaConfig`, its vocabulary as published."""
+    layout = layout_of(directory, values)
+    if layout == OWN:
+        return DynamicLlavaConfig.from_dict(values)
+    return _from_llava_hf(directory, values) if layout == LLAVA_HF else _from_original(directory, values)
+
+
+def fresh_sparsity(hidden_size: int) -> SparsityConfig:
+    """Settings for a checkpoint without predictors: the paper's, with predictors no wider than a small LLM bears.
+
+    The paper's width 512 (8 heads, MLP 2048) from `hidden_size` 1024 on; below, the largest power of two up to half of
+    `hidden_size` (at least 16), 4 heads and an MLP of four times the width: 192 -> 64.
+    """
+    if hidden_size >= 1024:
+        return SparsityConfig()
+    width = max(16, 2 ** ((hidden_size // 2).bit_length() - 1))
+    return SparsityConfig(predictor_dim=width, predictor_heads=4, predictor_ffn_dim=4 * width)
+
+
+def _from_llava_hf(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
+    text = {"model_type": "llama", **values["text_config"]}
+    if text["model_type"] != "llama":
+        raise UserError(f"{directory / 'config.json'}: the LLM is a {text['model_type']}, only llama is supported")
+    text.pop("model_type")
+    text_config = DynamicLlamaConfig.from_dict(text)
+    text_config.sparsity = fresh_sparsity(text_config.hidden_size)
+    rest = {
+        key: value
+        for key, value in values.items()
+        if key not in ("model_type", "architectures", "text_config", "transformers_version")
+    }
+    rest.setdefault("image_aspect_ratio", "square")
+    return DynamicLlavaConfig.from_dict({**rest, "text_config": text_config})
+
+
+def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
+    file = directory / "config.json"
+    _require(file, values, "mm_projector_type", "mlp2x_gelu", default="linear")
+    _require(file, values, "mm_use_im_start_end", False, default=False)
+    aspect = values.get("image_aspect_ratio", "square")
+    if aspect not in ("pad", "square"):
+        raise UserError(f"{file}: image_aspect_ratio {aspect!r} is not supported (pad or square)")
+    strategy = {"patch": "default", "cls_patch": "full"}.get(values.get("mm_vision_select_feature", "patch"))
+    if strategy is None:
+        raise UserError(f"{file}: mm_vision_select_feature must be patch or cls_patch")
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in values]
+    if missing:
+        raise UserError(f"{file}: {missing[0]} is missing")
+    text = {key: values[key] for key in LLAMA_FIELDS if values.get(key) is not None}
+    vision = vision_config(directory, values)
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + (strategy == "full")
+    if "sparse_config" in values:
+        sparsity = _published_sparsity(file, values["sparse_config"])
+    else:
+        sparsity = fresh_sparsity(values["hidden_size"])
+    return DynamicLlavaConfig(
+        text_config=DynamicLlamaConfig(**text, sparsity=sparsity),
+        vision_config=vision,
+        image_seq_length=tokens,
+        vision_feature_layer=values.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=strategy,
+        image_aspect_ratio=aspect,
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        bos_token_id=values.get("bos_token_id", 1),
+        eos_token_id=values.get("eos_token_id", 2),
+        dtype=values.get("torch_dtype") or values.get("dtype"),
+    )
+
+
+def _require(file: Path, values: dict[str, Any], key: str, wanted: Any, default: Any) -> None:
+    found = values.get(key, default)
+    if found != wanted:
+        raise UserError(f"{file}: {key} is {found!r}, only {wanted!r} is supported")
+
+
+def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig:
+    settings = {ours: published[theirs] for ours, theirs in PUBLISHED_SETTINGS.items() if theirs in published}
+    if not published.get("use_vision_predictor", True):
+        raise UserError(f"{file}: sparse_config has no vision predictor, which this package needs")
+    if published.get("use_instruct_predictor", False):
+        logger.warning("%s: its predictor for prompt text is left out: prompt text is never dropped", file)
+    text = bool(published.get("use_text_predictor", True) and published.get("use_output_text_predictor", True))
+    try:
+        return SparsityConfig(**settings, text_predictor=text, mode="image_text" if text else "image")
+    except UserError as error:
+        raise UserError(f"{file}: sparse_config: {error}") from None
+
+
+def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Path | None:
+    """Folder of the vision tower that an original-layout checkpoint names, or None where it cannot be reached.
+
+    A name is looked for relative to the checkpoint first, then on the hub (`weights`: including its weights).
+    """
+    name = str(values.get("mm_vision_tower"))
+    local = directory / name
+    if (local / "config.json").is_file():
+        return local
+    return find_checkpoint(name, weights)
+
+
+def vision_config(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The vision tower's config as a dict of `CLIPVisionConfig` fields."""
+    if values.get("mm_vision_tower") == CLIP_L_336 and not (directory / CLIP_L_336).is_dir():
+        return dict(CLIP_L_336_CONFIG)
+    folder = vision_folder(directory, values, weights=False)
+    config = read_json(folder / "config.json")
+    if "vision_config" in config:
+        config = {"model_type": "clip_vision_model", **config["vision_config"]}
+    if config.get("model_type") != "clip_vision_model":
+        raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a CLIP vision tower")
+    keep = (*CLIP_L_336_CONFIG, "hidden_act", "layer_norm_eps", "num_channels", "attention_dropout")
+    return {key: config[key] for key in keep if key in config}

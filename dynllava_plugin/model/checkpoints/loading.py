@@ -1,0 +1,253 @@
+"""`load_model`: one call for every layout."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.layouts import (
+    LLAVA_HF,
+    ORIGINAL,
+    OWN,
+    PUBLISHED,
+    layout_of,
+    read_config,
+    vision_folder,
+)
+from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.model.checkpoints.weights import (
+    PREDICTORS,
+    VISION,
+    check_weights,
+    read_vision_weights,
+    read_weights,
+)
+from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.model.prompts import IMAGE_TOKEN
+
+logger = logging.getLogger(__name__)
+
+EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **sparsity_overrides: Any,
+) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
+    """A checkpoint of any layout as a Dynamic-LLaVA and its processor.
+
+    Parameters
+    ----------
+    path_or_hub_id : str or Path
+        A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5, llava-hf and
+        this package's own layout are told apart by their config.json.
+    device : str or torch.device, optional
+        Default: the GPU where there is one, else the CPU.
+    dtype : str or torch.dtype, optional
+        Default: the checkpoint's.
+    attn_implementation : str, optional
+        ``"eager"``, ``"sdpa"`` or ``"flash_attention_2"``; default: transformers' choice.
+    **sparsity_overrides
+        Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``.
+
+    Returns
+    -------
+    model : DynamicLlavaForConditionalGeneration
+        In eval mode. A layout without predictors gets fresh ones, said in one line of the log.
+    processor : DynamicLlavaProcessor
+
+    Raises
+    ------
+    UserError
+        One line that names the file or setting: no such checkpoint, an unknown layout, missing, extra or damaged
+        weights, a setting out of range.
+    """
+    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
+    processor = read_processor(
+        checkpoint.directory, checkpoint.layout, checkpoint.values, checkpoint.config, checkpoint.tokenizer
+    )
+    return checkpoint.model(device, dtype, attn_implementation), processor
+
+
+def load_without_processor(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **sparsity_overrides: Any,
+) -> DynamicLlavaForConditionalGeneration:
+    """`load_model` without the processor: also reads a checkpoint that has no tokenizer."""
+    return _Checkpoint(path_or_hub_id, sparsity_overrides).model(device, dtype, attn_implementation)
+
+
+class _Checkpoint:
+    """A located checkpoint and its config, before its weights are touched."""
+
+    def __init__(self, path_or_hub_id: str | Path, sparsity_overrides: dict[str, Any]) -> None:
+        self.directory = find_checkpoint(path_or_hub_id)
+        self.values = read_json(self.directory / "config.json")
+        self.layout = layout_of(self.directory, self.values)
+        self.config = read_config(self.directory, self.values)
+        text = self.config.text_config
+        text.sparsity = text.sparsity.replace(**sparsity_overrides)
+        text.sparsity.validate(num_layers=text.num_hidden_layers)
+        self.tokenizer = read_tokenizer(self.directory, self.layout)
+        if self.layout in (ORIGINAL, PUBLISHED):
+            _add_placeholders(self.directory, self.config, self.tokenizer)
+
+    def model(
+        self, device: str | torch.device | None, dtype: str | torch.dtype | None, attn_implementation: str | None
+    ) -> DynamicLlavaForConditionalGeneration:
+        """The model with the checkpoint's weights."""
+        tensors = self._weights()
+        with torch.device("meta"):
+            expected = DynamicLlavaForConditionalGeneration(self.config).state_dict()
+        tensors = _with_rows(_in_this_version(tensors, expected), expected)
+        fresh = self.layout in (ORIGINAL, LLAVA_HF)
+        optional = [name for name in expected if self._may_be_absent(name, fresh)]
+        check_weights(self.directory, tensors, expected, optional)
+        sparsity = self.config.sparsity
+        if fresh and sparsity.mode != "full":
+            logger.warning(
+                "%s has no predictors: %s mode starts from untrained ones (train them, or use mode='full')",
+                self.directory,
+                sparsity.mode,
+            )
+        return self._build(tensors, _device(device), _dtype(dtype, self.config, tensors), attn_implementation)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        tensors = read_weights(self.directory)
+        if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
+            tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))
+        return tensors
+
+    def _may_be_absent(self, name: str, fresh_predictors: bool) -> bool:
+        if name == "lm_head.weight":
+            return bool(self.config.tie_word_embeddings)
+        return bool(fresh_predictors and PREDICTORS.match(name)) or _unused_in_vision_tower(name, self.config)
+
+    def _build(
+        self, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, attention: str | None
+    ) -> DynamicLlavaForConditionalGeneration:
+        options = {} if attention is None else {"attn_implementation": attention}
+        try:
+            with _quiet_transformers():
+                model = DynamicLlavaForConditionalGeneration.from_pretrained(
+                    None, config=self.config, state_dict=tensors, dtype=dtype, **options
+                )
+        except (ImportError, ValueError) as error:
+            raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
+        model.config.name_or_path = str(self.directory)
+        model.generation_config = self._generation_config()
+        return model.to(device).eval()
+
+    def _generation_config(self) -> GenerationConfig:
+        """Ours as saved; of the others the token ids only, since their sampling settings contradict greedy decoding."""
+        if self.layout == OWN and (self.directory / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.directory)
+        text = self.config.text_config
+        return GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        )
+
+
+def _add_placeholders(directory: Path, config: DynamicLlavaConfig, tokenizer: Any) -> None:
+    """Give a published vocabulary an image and a padding token, as llava-hf did.
+
+    The tokenizer's new ids follow its own vocabulary; where the model has no rows for them, it gets some.
+    """
+    rows = config.text_config.vocab_size
+    if tokenizer is None:
+        image, pad = rows, rows + 1
+    else:
+        image, pad = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id
+        if len(tokenizer) - 2 > rows:
+            raise UserError(f"{directory}: its tokenizer has {len(tokenizer) - 2} tokens, its model only {rows}")
+    config.image_token_index = image
+    config.text_config.pad_token_id = pad
+    config.pad_token_id = pad
+    config.text_config.vocab_size = max(rows, image + 1, pad + 1)
+    config.placeholder_tokens = config.text_config.vocab_size - rows
+
+
+def _with_rows(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` with the vocabulary's new rows (zeros): image features replace the image token's, padding is masked."""
+    for name in EMBEDDINGS:
+        if name in tensors and tensors[name].shape != expected[name].shape:
+            old, wanted = tensors[name], expected[name]
+            extra = wanted.shape[0] - old.shape[0]
+            if old.shape[1:] == wanted.shape[1:] and 0 < extra <= 2:
+                tensors[name] = torch.cat([old, old.new_zeros(extra, old.shape[1])])
+    return tensors
+
+
+def _in_this_version(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vision names of older transformers 5 releases, which keep `vision_model.` inside the tower."""
+    inner = VISION + "vision_model."
+    if not any(name.startswith(inner) for name in expected):
+        return tensors
+    return {name.replace(VISION, inner, 1): tensor for name, tensor in tensors.items()}
+
+
+def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
+    """Layers behind the one whose output is used."""
+    if not name.startswith(VISION):
+        return False
+    layers, used = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    if not isinstance(used, int):
+        return False
+    last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
+    layer = re.search(r"encoder\.layers\.(\d+)\.", name)
+    return int(layer.group(1)) >= last if layer else ".post_layernorm." in name
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is not a device (cpu, cuda, cuda:0, ...)") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {device!r} asked for, but PyTorch sees no GPU here")
+    return found
+
+
+def _dtype(
+    dtype: str | torch.dtype | None, config: DynamicLlavaConfig, tensors: dict[str, torch.Tensor]
+) -> torch.dtype:
+    if dtype in (None, "auto"):
+        dtype = config.dtype or config.text_config.dtype or tensors[EMBEDDINGS[0]].dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError("dtype: choose one of float32, bfloat16, float16")
+    return dtype
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' table of newly initialised weights: what may be fresh has been said in one line."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

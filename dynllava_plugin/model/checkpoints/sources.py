@@ -1,0 +1,73 @@
+"""Where a checkpoint's files are: a local folder, the bundled model, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+
+TINY = "tiny"
+# Never fetched: training_args.bin and other pickles; PyTorch weights only where a repository has no safetensors.
+TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint.
+
+    Parameters
+    ----------
+    path_or_hub_id : str or Path
+        A folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``), which is downloaded or taken from the
+        hub's cache.
+    weights : bool
+        Whether a download includes the weights.
+
+    Raises
+    ------
+    UserError
+        No such folder, no ``config.json`` in it, or a hub id that cannot be fetched.
+    """
+    name = str(path_or_hub_id)
+    folder = Path(path_or_hub_id).expanduser()
+    if name == TINY and not folder.is_dir():
+        folder = Path(str(files("dynllava_plugin") / "assets" / "tiny_llava"))
+    elif not folder.is_dir():
+        if folder.exists() or not HUB_ID.match(name) or name.startswith("."):
+            raise UserError(f"{name}: no such checkpoint folder, nor a hub id (owner/name), nor '{TINY}'")
+        folder = _download(name, weights)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json here, so it is not a checkpoint")
+    return folder
+
+
+def _download(hub_id: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=TEXT_FILES))
+        if weights:
+            snapshot_download(hub_id, allow_patterns=["model*.safetensors"])
+            if not list(folder.glob("*.safetensors")):
+                snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); give a local folder instead") from None
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `UserError` with the file's name where it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values

@@ -1,0 +1,165 @@
+"""A checkpoint's weight files as one dictionary of tensors under this package's parameter names."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dynllava_plugin.errors import UserError
+
+# Published names -> ours, applied top to bottom; the layouts do not collide, so that one table serves all of them.
+RENAMES = (
+    # llava-hf as published on the hub
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.(model\.)?", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    # original LLaVA-1.5 and published Dynamic-LLaVA
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
+    (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
+    (r"^model\.image_score_predictor\.", "model.language_model.image_predictor."),
+    (r"^model\.output_text_score_predictor\.output_mlp\.", "model.language_model.text_predictor."),
+    # inside the published predictors: Sequential positions -> names
+    (r"(?<=\.image_predictor\.)down_mlp\.0\.", "norm."),
+    (r"(?<=\.image_predictor\.)down_mlp\.1\.", "in_proj."),
+    (r"(?<=\.image_predictor\.)output_mlp\.", "head."),
+    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.norm1\.", r"blocks.\1.attention_norm."),
+    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.attn\.qkv\.", r"blocks.\1.qkv_proj."),
+    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.attn\.proj\.", r"blocks.\1.out_proj."),
+    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.norm2\.", r"blocks.\1.ffn_norm."),
+    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.mlp\.", r"blocks.\1."),
+    (r"(?<=\.text_predictor\.)0\.", "norm."),
+    (r"(?<=\.text_predictor\.)1\.", "in_proj."),
+    (r"(?<=\.text_predictor\.)3\.", "head.0."),
+    (r"(?<=\.text_predictor\.)5\.", "head.2."),
+    (r"(?<=\.text_predictor\.)7\.", "head.4."),
+    # older transformers keep a vision tower's weights one level deeper
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+)
+# Buffers that are computed, and the published code's predictor for prompt text, which its method leaves off.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.instruct_score_predictor\.")
+PREDICTORS = re.compile(r"^model\.language_model\.(image|text)_predictor\.")
+VISION = "model.vision_tower."
+# Of a full CLIP repository only the vision half is wanted.
+NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
+
+SAFETENSORS, PICKLES = ("model.safetensors", "model.safetensors.index.json"), (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def our_name(published: str) -> str:
+    """This package's name of a published parameter."""
+    for pattern, replacement in RENAMES:
+        published = re.sub(pattern, replacement, published)
+    return published
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint under our names; memory-mapped, so that reading costs nothing until it is used.
+
+    Raises
+    ------
+    UserError
+        No weight file, one that is missing from the index, truncated, or a ``.bin`` holding more than tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in _read_file(path).items():
+            if not IGNORED.search(name):
+                tensors[our_name(name)] = tensor
+    return tensors
+
+
+def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """A vision tower's own checkpoint (or the vision half of a CLIP) under our names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in _read_file(path).items():
+            if not NOT_VISION.match(name) and not IGNORED.search("." + name):
+                tensors[VISION + name.removeprefix("vision_model.")] = tensor
+    return tensors
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: safetensors where there are any, else PyTorch files."""
+    for single, index in (SAFETENSORS, PICKLES):
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / index).is_file():
+            return _indexed_files(directory / index)
+    raise UserError(f"{directory}: no weights here (model.safetensors, its index, or pytorch_model.bin)")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not a weight index (JSON with a weight_map)") from None
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: names a file outside its folder ({name})")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: missing, though {index.name} lists it; download it again")
+    return [index.parent / name for name in names]
+
+
+def _read_file(path: Path) -> Mapping[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or not a safetensors file ({_first_line(error)})") from None
+    return _read_pickle(path)
+
+
+def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
+    """Tensors of a PyTorch file, without running anything that its pickle asks for."""
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a plain file of tensors, refused ({_first_line(error)})") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: not a plain file of tensors, refused")
+    return tensors
+
+
+def check_weights(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    optional: Iterable[str],
+) -> None:
+    """`UserError` unless `tensors` are what the model needs; `optional` names may be absent."""
+    missing = [name for name in expected if name not in tensors]
+    missing = sorted(set(missing) - set(optional))
+    extra = sorted(set(tensors) - set(expected))
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("not part of the model", extra))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{directory}: weights do not fit the model: {'; '.join(problems)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{directory}: {name} has shape {list(tensor.shape)}, but its config.json means"
+                f" {list(expected[name].shape)}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,326 @@
+"""A Llama decoder with one gate at layer l."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.configuration import DynamicLlamaConfig
+from dynllava_plugin.model.gate import Decision, TokenLayout, TrainingMasks, decide, decide_training
+from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
+from dynllava_plugin.sparsity.masked_softmax import context_matrix, masked_softmax_attention
+from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
+
+
+@dataclass
+class DynamicLlamaOutput(BaseModelOutputWithPast):
+    """Hidden states and what the gate decided.
+
+    `token_index` int64 [B, L'] is the column of the input each hidden state belongs to, -1 on padding: samples that lose
+    tokens are packed to the right. `decision` is set at inference, `masks` in training.
+    """
+
+    token_index: torch.Tensor | None = None
+    decision: Decision | None = None
+    masks: TrainingMasks | None = None
+
+
+class DynamicLlamaAttention(LlamaAttention):
+    """Llama attention that takes a learned context matrix in training and ragged KV-cache masks in decoding."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SparseContextCache | None = None,
+        context: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`context` float [B, 1, L, L] (Eq. 7) selects the masked softmax; `attention_mask` is then bool [B, 1, L, L]."""
+        batch, length, _ = hidden_states.shape
+        per_head = (batch, length, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if context is not None:
+            mixed = masked_softmax_attention(query, key, value, context, attention_mask, self.scaling)
+            return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), None
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
+            implementation = "sdpa"  # flash attention takes no [q, K] mask
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed.reshape(batch, length, -1)), weights
+
+
+class DynamicLlamaDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer around `DynamicLlamaAttention`."""
+
+    def __init__(self, config: DynamicLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = DynamicLlamaAttention(config, layer_idx)
+
+
+class DynamicLlamaModel(LlamaPreTrainedModel):
+    """Layers 0..l-1 over every token, the gate, layers l..L-1 over the reduced context."""
+
+    config: DynamicLlamaConfig
+    config_class = DynamicLlamaConfig
+    _no_split_modules = ["DynamicLlamaDecoderLayer"]
+    _supports_flex_attn = False
+
+    def __init__(self, config: DynamicLlamaConfig) -> None:
+        super().__init__(config)
+        config.sparsity.validate(config.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DynamicLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
+        self.text_predictor = (
+            TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SparseContextCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        layout: TokenLayout | None = None,
+        last_only: bool = False,
+        **kwargs: Any,
+    ) -> DynamicLlamaOutput:
+        """Inference.
+
+        Parameters
+        ----------
+        inputs_embeds : [B, L, d]
+            Or `input_ids` int64 [B, L].
+        attention_mask : int or bool [B, seen + L], optional
+            0 on padding, at either end; covers the cached columns too.
+        layout : TokenLayout, optional
+            Where images and output text are; without it everything is prompt text.
+        last_only : bool
+            Only the last token's hidden state is wanted, so that dropped output tokens need not be computed at all.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        layout = layout or TokenLayout()
+        cache = self._cache_for(past_key_values, use_cache)
+        seen = cache.seen if cache is not None else 0
+        batch, length, _ = inputs_embeds.shape
+        valid = self._valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
+        if position_ids is None:
+            position_ids = self._position_ids(attention_mask, valid, cache)
+
+        hidden = inputs_embeds
+        mask = self._context_mask(cache.dense.begin(valid) if cache is not None else None, hidden, valid, seen)
+        hidden = self._run(self.layers[: self.sparse_layer], hidden, mask, position_ids, cache, **kwargs)
+
+        decision = decide(
+            hidden, valid, layout, self.config.sparsity, self.image_predictor, self.text_predictor
+        )
+        keep, present = decision.keep, self._present(decision, valid, layout, last_only)
+        token_index, gathered = self._token_index(present, valid, seen)
+        if gathered:
+            columns = token_index.clamp(min=0)
+            hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+            position_ids = position_ids.expand(batch, -1).gather(1, columns)
+            valid = token_index >= 0
+            keep = keep.gather(1, columns) & valid
+        step_mask = cache.sparse.begin(keep) if cache is not None else None
+        mask = self._context_mask(step_mask, hidden, valid, seen, keep if layout.output_mask is not None else None)
+        hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, **kwargs)
+
+        if cache is not None:
+            cache.commit(length, decision.text_keep)
+        return DynamicLlamaOutput(
+            last_hidden_state=self.norm(hidden), past_key_values=cache, token_index=token_index, decision=decision
+        )
+
+    def forward_training(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        layout: TokenLayout,
+        tau: float,
+        gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None],
+        **kwargs: Any,
+    ) -> DynamicLlamaOutput:
+        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3)."""
+        batch, length, _ = inputs_embeds.shape
+        valid = self._valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
+        if position_ids is None:
+            position_ids = self._position_ids(attention_mask, valid, None)
+        causal = self._context_mask(None, inputs_embeds, valid, 0)
+        if self.config.sparsity.mode == "full":
+            hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
+            return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
+        hidden = self._run(self.layers[: self.sparse_layer], inputs_embeds, causal, position_ids, None, **kwargs)
+        masks = decide_training(
+            hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
+        )
+        visible = _causal(length, hidden.device) & valid[:, None, None, :]
+        context = context_matrix(masks.keep)
+        hidden = self._run(
+            self.layers[self.sparse_layer :], hidden, visible, position_ids, None, context=context, **kwargs
+        )
+        return DynamicLlamaOutput(last_hidden_state=self.norm(hidden), masks=masks)
+
+    @property
+    def sparse_layer(self) -> int:
+        """l, the first layer with a reduced context."""
+        return self.config.sparsity.sparse_layer
+
+    def new_cache(self) -> SparseContextCache:
+        """An empty KV cache for this model."""
+        return SparseContextCache(self.config.num_hidden_layers, self.sparse_layer)
+
+    def _run(
+        self,
+        layers: nn.ModuleList,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: SparseContextCache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        position_embeddings = self.rotary_emb(hidden, position_ids=position_ids)
+        for layer in layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=cache,
+                **kwargs,
+            )
+        return hidden
+
+    def _cache_for(self, cache: Any, use_cache: bool | None) -> SparseContextCache | None:
+        if cache is None:
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            return self.new_cache() if wanted and not self.training else None
+        if not isinstance(cache, SparseContextCache):
+            raise UserError(
+                f"past_key_values: {type(cache).__name__} can't hold a different context per layer; pass none, or model.new_cache()"
+            )
+        if cache.sparse_layer != self.sparse_layer:
+            raise UserError(
+                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {self.sparse_layer}; start a new one"
+            )
+        return cache
+
+    @staticmethod
+    def _valid_columns(
+        attention_mask: torch.Tensor | None, batch: int, length: int, seen: int, device: torch.device
+    ) -> torch.Tensor:
+        if attention_mask is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        if attention_mask.shape != (batch, seen + length):
+            raise UserError(
+                f"attention_mask: shape {tuple(attention_mask.shape)}, expected {(batch, seen + length)} "
+                f"({seen} cached columns and {length} new ones)"
+            )
+        return attention_mask[:, -length:].bool()
+
+    @staticmethod
+    def _position_ids(
+        attention_mask: torch.Tensor | None, valid: torch.Tensor, cache: SparseContextCache | None
+    ) -> torch.Tensor:
+        if attention_mask is not None:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
+        new = torch.arange(valid.shape[1], device=valid.device)[None]
+        # Layers before l hold every real token, so their length is the next position.
+        return new if cache is None or cache.dense.lengths is None else new + cache.dense.lengths[:, None]
+
+    @staticmethod
+    def _present(decision: Decision, valid: torch.Tensor, layout: TokenLayout, last_only: bool) -> torch.Tensor:
+        """bool [B, L]: tokens that layers from l on compute; a dropped output token still predicts its successor."""
+        if layout.output_mask is None:
+            return decision.keep
+        if not last_only:
+            return decision.keep | (layout.output_mask & valid)
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(valid, columns, -1).amax(1, keepdim=True)
+        return decision.keep | (columns == last)
+
+    @staticmethod
+    def _token_index(present: torch.Tensor, valid: torch.Tensor, seen: int) -> tuple[torch.Tensor, bool]:
+        """(int64 [B, L'] input columns of the present tokens packed to the right, -1 before; whether that differs from the input)."""
+        batch, length = present.shape
+        columns = torch.arange(length, device=present.device).expand(batch, -1)
+        if (seen and length == 1) or bool((present == valid).all()):
+            return torch.where(valid, columns, -1), False
+        order, counts = packing_order(present)
+        width = order.shape[1]
+        slot = torch.arange(width, device=present.device) - (width - counts[:, None])  # [B, L'] < 0 on padding
+        return torch.where(slot >= 0, order.gather(1, slot.clamp(min=0)), -1), True
+
+    def _context_mask(
+        self,
+        cached: torch.Tensor | None,
+        hidden: torch.Tensor,
+        valid: torch.Tensor,
+        seen: int,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """The mask the attention implementation wants: `cached` behind a context, else causal, padding and `keep` (diagonal free)."""
+        if seen:
+            mask = cached
+        elif keep is None or torch.equal(keep, valid):
+            padding = None if bool(valid.all()) else valid
+            return create_causal_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None
+            )
+        else:
+            length = hidden.shape[1]
+            itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
+            mask = _causal(length, hidden.device) & (keep[:, None, None, :] | itself)
+        if mask is None or self.config._attn_implementation != "eager":
+            return mask
+        return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+            ~mask, torch.finfo(hidden.dtype).min
+        )
+
+
+def _causal(length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+
+
+AutoModel.register(DynamicLlamaConfig, DynamicLlamaModel)

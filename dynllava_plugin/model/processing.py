@@ -1,0 +1,213 @@
+"""Images and prompts to tensors, as the original LLaVA-1.5 code treats them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature, LlavaProcessor
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN
+
+
+class DynamicLlavaProcessor(LlavaProcessor):
+    """`LlavaProcessor` with the original LLaVA-1.5's image padding and token ids, padding on the left.
+
+    Parameters
+    ----------
+    image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+    num_additional_image_tokens
+        As in `transformers.LlavaProcessor`; the chat template defaults to ``vicuna_v1``.
+    image_aspect_ratio : "pad" | "square"
+        "pad" extends an image to a square with the mean colour first (LLaVA-1.5); "square" does as `image_processor` says.
+    spacing : "tokenizer" | "image" | "special"
+        Where text starts with a "▁" piece. "image": at the start and after every image, because the original code
+        tokenizes the text between images on its own; "special": after every other special token as well, the rule of
+        its tokenizers that say "legacy"; "tokenizer": whatever the tokenizer does by itself (transformers 5's Llama
+        tokenizer: at the very start only, and not where the text starts with a space).
+
+    Notes
+    -----
+    Resizing is PIL's, so that pixels do not depend on the image backend which transformers chose.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        num_additional_image_tokens: int = 0,
+        image_aspect_ratio: str = "square",
+        spacing: str = "tokenizer",
+        **kwargs: Any,
+    ) -> None:
+        if image_aspect_ratio not in ("pad", "square"):
+            raise UserError(f"image_aspect_ratio: unknown value {image_aspect_ratio!r}; choose pad or square")
+        if spacing not in ("tokenizer", "image", "special"):
+            raise UserError(f"spacing: unknown value {spacing!r}; choose tokenizer, image or special")
+        self.image_aspect_ratio = image_aspect_ratio
+        self.spacing = spacing
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template or CHAT_TEMPLATE,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        tokenizer.padding_side = "left"
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Tensors for the model.
+
+        Parameters
+        ----------
+        images : image, list of images, or list of one such list per sample
+            PIL images, paths, URLs or [H, W, 3] / [3, H, W] arrays; in the order of their markers in `text`.
+        text : str or list of str
+            Prompts with one ``<image>`` marker per image.
+        **kwargs
+            As in `LlavaProcessor`, e.g. ``padding=True, return_tensors="pt"``.
+
+        Returns
+        -------
+        BatchFeature
+            ``input_ids`` and ``attention_mask`` [B, L] with a marker repeated once per image token, ``pixel_values``
+            [number of images, 3, H, W] in the order of the markers.
+
+        Raises
+        ------
+        UserError
+            A sample whose markers and images do not match; an image that cannot be read.
+        """
+        samples = [text] if isinstance(text, str) else text
+        groups = _grouped(images, samples, self.image_token)
+        if samples is not None:
+            check_markers(samples, groups, self.image_token)
+            prepared = [self.prepare_text(sample) for sample in samples]
+            text = prepared[0] if isinstance(text, str) else prepared
+        flat = [image for group in groups for image in group]
+        pixels = [self.prepare_image(image, f"image {index}") for index, image in enumerate(flat)]
+        return super().__call__(images=pixels or None, text=text, **kwargs)
+
+    def prepare_image(self, image: Any, name: str = "image") -> Image.Image:
+        """`image` as RGB, made square where the checkpoint says so and resized for the vision tower.
+
+        `name` stands in the error message. What is left to `image_processor` is cropping and normalising.
+        """
+        picture = _rgb(image, name)
+        if self.image_aspect_ratio == "pad":
+            picture = pad_to_square(picture, self.image_processor.image_mean)
+        if not self.image_processor.do_resize:
+            return picture
+        size = dict(self.image_processor.size)
+        if "shortest_edge" in size:
+            width, height = picture.size
+            edge, shortest = size["shortest_edge"], min(width, height)
+            target = (int(edge * width / shortest), int(edge * height / shortest))
+        else:
+            target = (size["width"], size["height"])
+        if target == picture.size:
+            return picture
+        return picture.resize(target, resample=Image.Resampling(int(self.image_processor.resample)))
+
+    def prepare_text(self, text: str) -> str:
+        """`text` with the spaces that make the tokenizer produce the original code's ids (see `spacing`).
+
+        For callers that tokenize a prompt themselves (training labels); the processor's own call does this already.
+        """
+        if self.spacing == "tokenizer":
+            return text
+        specials = sorted({*self.tokenizer.all_special_tokens, self.image_token}, key=len, reverse=True)
+        result, previous = "", self.image_token
+        for piece in re.split("(" + "|".join(map(re.escape, specials)) + ")", text):
+            if not piece:
+                continue
+            if piece not in specials and (self.spacing == "special" or previous == self.image_token):
+                piece = " " + piece
+            result += piece
+            previous = piece
+        return result
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """`image` centred on a square of the mean colour (`mean`: RGB in 0..1), as LLaVA-1.5 prepares images."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def check_markers(samples: Sequence[str], groups: Sequence[Sequence[Any]], marker: str = IMAGE_TOKEN) -> None:
+    """`UserError` naming the first sample whose image markers and images differ in number."""
+    for index, (sample, images) in enumerate(zip(samples, groups, strict=True)):
+        if sample.count(marker) != len(images):
+            raise UserError(
+                f"sample {index}: {sample.count(marker)} {marker} marker(s) in the prompt but {len(images)} image(s)"
+            )
+
+
+def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[list[Any]]:
+    """One list of images per sample; a flat list is dealt out by the samples' markers, in order."""
+    if images is None:
+        flat: list[Any] = []
+    elif isinstance(images, (list, tuple)):
+        flat = list(images)
+    else:
+        flat = [images]
+    if samples is None:
+        return [flat]
+    if flat and all(isinstance(group, (list, tuple)) for group in flat):
+        if len(flat) != len(samples):
+            raise UserError(f"{len(flat)} lists of images for {len(samples)} prompts; give one list per prompt")
+        return [list(group) for group in flat]
+    groups: list[list[Any]] = []
+    for sample in samples:
+        count = sample.count(marker)
+        groups.append(flat[:count])
+        flat = flat[count:]
+    if flat and groups:
+        groups[-1] += flat  # too many: reported for the last sample
+    return groups
+
+
+def _rgb(image: Any, name: str) -> Image.Image:
+    """Anything image-like as an RGB PIL image; `UserError` with the file's name where it cannot be read."""
+    if isinstance(image, str):
+        name = image if len(image) < 200 else name
+    try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if hasattr(image, "__fspath__") or (isinstance(image, str) and not image.startswith(("http", "data:"))):
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        if isinstance(image, str):
+            from transformers.image_utils import load_image
+
+            return load_image(image).convert("RGB")
+        array = np.asarray(image)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such image file") from None
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read as an image ({str(error).splitlines()[0]})") from None
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UserError(f"{name}: an array must be uint8 [H, W, 3] or [3, H, W], not {array.dtype} {array.shape}")
+    return Image.fromarray(array)
+
+
+AutoProcessor.register(DynamicLlavaConfig, DynamicLlavaProcessor)

@@ -1,0 +1,286 @@
+"""The KV cache of Eq. 6: per sample, layers before l hold every token and layers from l on the kept ones only.
+
+A cache has two `ContextTrack`s, one for each kind of layer. A track knows how many tokens each sample holds and plans, once a
+forward call, where new keys and values go; its layers carry the plan out. Samples are ragged: sample b owns the slots
+0..lengths[b]-1. A new token is written at slot lengths[b], sees slots 0..lengths[b], and stays only if lengths[b] then
+advances; a skipped token is overwritten by the next one. No step loops over samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+GROWTH_STEP = 64  # slots; appending copies the cache once every so many tokens
+
+
+def packing_order(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L] bool -> (int64 [B, n] columns of the kept tokens in order, first ones first; int64 [B] counts).
+
+    n is the largest count. Rows with fewer kept tokens end in columns that are not kept.
+    """
+    counts = keep.sum(1)
+    order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : int(counts.max())], counts
+
+
+@dataclass
+class _Prefill:
+    """First tokens: attend to each other, then the kept ones are packed into fresh buffers."""
+
+    order: torch.Tensor | None  # [B, n] columns to store, None for all of them
+
+
+@dataclass
+class _Step:
+    """One token a sample: written in place at `slots` [B], which attends the first `bound` slots."""
+
+    slots: torch.Tensor
+    bound: int
+
+
+@dataclass
+class _Chunk:
+    """Several tokens a sample behind a context of `bound` slots; token `columns[i]` of sample `rows[i]` stays, at `slots[i]`."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    slots: torch.Tensor
+    bound: int
+
+
+class ContextTrack:
+    """How many tokens each sample holds in one kind of layer, and where the tokens of this call go."""
+
+    def __init__(self) -> None:
+        self.lengths: torch.Tensor | None = None  # int64 [B]
+        self.bound = 0  # host-side upper bound of lengths, so that a step needs no device synchronisation
+        self.capacity = 0  # slots of the layers' buffers
+        self.plan: _Prefill | _Step | _Chunk | None = None
+        self._pending: torch.Tensor | None = None
+        self._pending_bound = 0
+
+    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """Plan the call for new tokens.
+
+        Parameters
+        ----------
+        keep : bool [B, q]
+            Tokens that stay as context; padding, at either end, is False.
+
+        Returns
+        -------
+        bool [B, 1, q, K] of what each new token may see, or None at prefill, where the caller has its own causal mask, and
+        where everything may be seen.
+        """
+        if self.lengths is None:
+            everything = bool(keep.all())
+            order, counts = packing_order(keep)
+            self.plan = _Prefill(order=None if everything else order)
+            self._pending, self._pending_bound = counts, order.shape[1]
+            self.capacity = order.shape[1] + GROWTH_STEP
+            return None
+        if keep.shape[1] == 1:
+            return self._begin_step(self.lengths, keep[:, 0])
+        return self._begin_chunk(self.lengths, keep)
+
+    def _begin_step(self, lengths: torch.Tensor, keep: torch.Tensor) -> torch.Tensor | None:
+        # Reading a length is free on the CPU; elsewhere the bound is refreshed only when the buffers would grow.
+        exact = lengths.device.type == "cpu"
+        if exact or self.bound >= self.capacity:
+            self.bound = int(lengths.max())
+        bound = self.bound + 1
+        self._reserve(bound)
+        self.plan = _Step(slots=lengths, bound=bound)
+        self._pending, self._pending_bound = lengths + keep, bound
+        if exact and int(lengths.min()) == self.bound:
+            return None
+        return (torch.arange(bound, device=lengths.device) <= lengths[:, None])[:, None, None]
+
+    def _begin_chunk(self, lengths: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        self.bound = int(lengths.max())
+        length = keep.shape[1]
+        rows, columns = keep.nonzero(as_tuple=True)
+        slots = (lengths[:, None] + keep.cumsum(1) - 1)[rows, columns]
+        self.plan = _Chunk(rows=rows, columns=columns, slots=slots, bound=self.bound)
+        self._pending = lengths + keep.sum(1)
+        self._pending_bound = int(self._pending.max())
+        self._reserve(self._pending_bound)
+        past = torch.arange(self.bound, device=lengths.device) < lengths[:, None]  # [B, bound]
+        causal = torch.ones(length, length, dtype=torch.bool, device=lengths.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=lengths.device)
+        new = (causal & keep[:, None]) | itself  # [B, q, q]
+        return torch.cat([past[:, None].expand(-1, length, -1), new], dim=-1)[:, None]
+
+    def _reserve(self, slots: int) -> None:
+        if slots > self.capacity:
+            self.capacity = slots + GROWTH_STEP
+
+    def commit(self) -> None:
+        """Advance the lengths after every layer has carried out the plan."""
+        self.lengths, self.bound = self._pending, self._pending_bound
+        self.plan = self._pending = None
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Replace the samples by `rows` int64 [B'] of the present ones."""
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, rows.to(self.lengths.device))
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer: two [B, H_kv, capacity, D] buffers that grow in steps."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, track: ContextTrack) -> None:
+        super().__init__()
+        self.track = track
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty buffers of the track's capacity, in the states' dtype and on their device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, width = key_states.shape
+        # Zeros, because an unused slot's weight of 0 times a stray NaN would still be NaN.
+        self.keys = key_states.new_zeros(batch, heads, self.track.capacity, width)
+        self.values = value_states.new_zeros(batch, heads, self.track.capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [B, H_kv, q, D] as the track has planned; returns the [B, H_kv, K, D] pair to attend to."""
+        plan = self.track.plan
+        if plan is None:
+            raise RuntimeError("RaggedLayer.update without a plan: this cache is filled by DynamicLlamaModel.forward")
+        if isinstance(plan, _Prefill):
+            self.lazy_initialization(key_states, value_states)
+            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+                packed = states if plan.order is None else _gather_tokens(states, plan.order)
+                buffer[:, :, : packed.shape[2]] = packed
+            return key_states, value_states
+        self._grow()
+        if isinstance(plan, _Step):
+            rows = torch.arange(key_states.shape[0], device=key_states.device)
+            self.keys[rows, :, plan.slots] = key_states[:, :, 0]
+            self.values[rows, :, plan.slots] = value_states[:, :, 0]
+            return self.keys[:, :, : plan.bound], self.values[:, :, : plan.bound]
+        attended = (
+            torch.cat([self.keys[:, :, : plan.bound], key_states], dim=2),
+            torch.cat([self.values[:, :, : plan.bound], value_states], dim=2),
+        )
+        self.keys[plan.rows, :, plan.slots] = key_states[plan.rows, :, plan.columns]
+        self.values[plan.rows, :, plan.slots] = value_states[plan.rows, :, plan.columns]
+        return attended
+
+    def _grow(self) -> None:
+        missing = self.track.capacity - self.keys.shape[2]
+        if missing > 0:
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Replace the samples by `rows` int64 [B'] of the present ones."""
+        if self.is_initialized:
+            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+            self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.track.bound + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots in use by the longest sample (an upper bound on devices other than the CPU)."""
+        return self.track.bound
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+
+class SparseContextCache(Cache):
+    """KV cache of a Dynamic-LLaVA model; `generate()` makes one by itself.
+
+    Parameters
+    ----------
+    num_layers : int
+        L, decoder layers.
+    sparse_layer : int
+        l: layers 0..l-1 hold every token, layers l..L-1 the kept ones.
+    """
+
+    def __init__(self, num_layers: int, sparse_layer: int) -> None:
+        self.dense, self.sparse = ContextTrack(), ContextTrack()
+        self.sparse_layer = sparse_layer
+        self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
+        self._output_keep: list[torch.Tensor] = []
+        super().__init__(layers=[RaggedLayer(self.dense if i < sparse_layer else self.sparse) for i in range(num_layers)])
+
+    def commit(self, columns: int, output_keep: torch.Tensor | None) -> None:
+        """End a forward call over `columns` new columns whose output tokens (bool [B, q]) were kept or skipped."""
+        self.dense.commit()
+        self.sparse.commit()
+        self.seen += columns
+        if output_keep is not None:
+            self._output_keep.append(output_keep)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns processed so far, padding included; `kept_lengths` tells what is held."""
+        return self.seen
+
+    def kept_lengths(self) -> torch.Tensor:
+        """int64 [L, B]: tokens held per layer and sample."""
+        if self.dense.lengths is None or self.sparse.lengths is None:
+            return torch.zeros(len(self.layers), 0, dtype=torch.int64)
+        return torch.stack([layer.track.lengths for layer in self.layers])
+
+    def output_keep(self) -> torch.Tensor | None:
+        """bool [B, T]: the decision on each output token fed so far, in order; None before the first."""
+        return torch.cat(self._output_keep, dim=1) if self._output_keep else None
+
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search: sample b continues from sample `beam_idx[b]`."""
+        for part in (self.dense, self.sparse, *self.layers):
+            part.index(beam_idx)
+        self._output_keep = [keep.index_select(0, beam_idx.to(keep.device)) for keep in self._output_keep]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the samples `indices` (int64) only."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sample becomes `repeats` samples in a row."""
+        if self.dense.lengths is not None:
+            rows = torch.arange(self.dense.lengths.shape[0], device=self.dense.lengths.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything, to serve another prompt."""
+        for layer in self.layers:
+            layer.reset()
+        for track in (self.dense, self.sparse):
+            track.__init__()
+        self.seen, self._output_keep = 0, []
+
+    def crop(self, *args: int, **kwargs: int) -> None:
+        """Impossible: a skipped token is gone, so an earlier state can't be restored."""
+        raise NotImplementedError(
+            "SparseContextCache can't be cropped (skipped tokens are gone); don't use assisted decoding with it"
+        )
+
+
+def _gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[B, H, L, D] states -> [B, H, n, D] at the columns `order` [B, n]."""
+    index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, index)

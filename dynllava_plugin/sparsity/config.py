@@ -1,0 +1,104 @@
+"""Settings of the sparsification (Dynamic-LLaVA, arXiv 2412.00876, sections 3.2-3.3 and appendix A.4)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+
+MODES = ("full", "image", "image_text")
+IMAGE_POLICIES = ("learned", "random")
+
+
+@dataclass
+class SparsityConfig:
+    """What is dropped, where, and how large the predictors are. Defaults are the paper's.
+
+    Parameters
+    ----------
+    mode : "full" | "image" | "image_text"
+        Nothing is dropped; image tokens (Dynamic-LLaVA_I); image and output-text tokens (Dynamic-LLaVA_I|T).
+    image_policy : "learned" | "random"
+        Who ranks the image tokens: the image predictor, or chance (a control; seeded by image and `random_seed`).
+    sparse_layer : int
+        l: layers 0..l-1 see every token, layers l.. the reduced context. 1 <= l < number of layers.
+    vision_keep_rate, text_keep_rate : float in (0, 1]
+        r_I and r_OT of Eq. 10. At inference floor(r_I * N) tokens of each image stay (at least one); the text rate is a
+        training target only.
+    min_text_length : int
+        LEN_OT, tokens: shorter answers are kept whole in training.
+    keep_loss_weight : float
+        lambda, the weight of the two keep losses.
+    predictor_dim, predictor_heads, predictor_ffn_dim, predictor_layers : int
+        Width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c.
+    text_predictor : bool
+        Whether the checkpoint has an output-text predictor; without one `mode` is "full" or "image".
+
+    Raises
+    ------
+    UserError
+        A value outside its range.
+    """
+
+    mode: str = "image_text"
+    image_policy: str = "learned"
+    random_seed: int = 0
+    sparse_layer: int = 2
+    vision_keep_rate: float = 0.2
+    text_keep_rate: float = 0.5
+    min_text_length: int = 50
+    keep_loss_weight: float = 100.0
+    predictor_dim: int = 512
+    predictor_heads: int = 8
+    predictor_ffn_dim: int = 2048
+    predictor_layers: int = 2
+    text_predictor: bool = True
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self, num_layers: int | None = None) -> None:
+        """Check every field; `num_layers` of the LLM bounds `sparse_layer` where it is known."""
+        if self.mode not in MODES:
+            raise UserError(f"mode: unknown value {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.image_policy not in IMAGE_POLICIES:
+            raise UserError(
+                f"image_policy: unknown value {self.image_policy!r}; choose one of {', '.join(IMAGE_POLICIES)}"
+            )
+        if self.mode == "image_text" and not self.text_predictor:
+            raise UserError("mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'")
+        for name in ("vision_keep_rate", "text_keep_rate"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate <= 1.0:
+                raise UserError(f"{name}: {rate!r} is outside (0, 1]")
+        for name in ("sparse_layer", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: {value!r} is not a positive integer")
+        if self.predictor_dim % 4 or self.predictor_dim % self.predictor_heads:
+            raise UserError(
+                f"predictor_dim: {self.predictor_dim} must be divisible by 4 and by predictor_heads={self.predictor_heads}"
+            )
+        if self.min_text_length < 0 or self.keep_loss_weight < 0:
+            raise UserError("min_text_length and keep_loss_weight must not be negative")
+        if num_layers is not None and self.sparse_layer >= num_layers:
+            raise UserError(
+                f"sparse_layer: {self.sparse_layer} is outside the model, which has layers 0..{num_layers - 1}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparsityConfig:
+        """Inverse of `to_dict`; an unknown key is a `UserError` that names it."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"{unknown[0]}: no such sparsity setting; known are {', '.join(f.name for f in fields(cls))}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> SparsityConfig:
+        """A validated copy with `changes` applied."""
+        return type(self).from_dict({**self.to_dict(), **changes})

@@ -1,0 +1,1 @@
+"""The training recipe: arguments, data and a small Trainer subclass (`train/finetune.py` is the command)."""
