@@ -7,12 +7,12 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import is_tensorboard_available
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -125,8 +125,8 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the data is ours."}
     )
-    report_to: str | list[str] | None = field(
-        default="tensorboard" if is_tensorboard_available() else "none",
+    report_to: None | str | list[str] = field(
+        default="tensorboard" if find_spec("tensorboard") else "none",
         metadata={"help": "'tensorboard' (default where installed), 'wandb', 'none', ..."},
     )
 
@@ -156,7 +156,8 @@ class RecipeArguments(TrainingArguments):
         if steps < 1 or rest:
             raise UserError(
                 f"--global_batch_size {self.global_batch_size} is not a multiple of "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size} x {world} process(es); change one of them"
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} x {world} process(es); "
+                "change one of them"
             )
         if self.gradient_accumulation_steps not in (None, steps):
             raise UserError(

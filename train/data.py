@@ -125,7 +125,7 @@ def count_skipped(skipped_file: str | Path) -> int:
 class Collator:
     """Pads samples on the right and stacks them.
 
-    Returns a dict of `input_ids`, `attention_mask`, `labels` [B, L] int64, `pixel_values` [all images, 3, H, W]
+    Returns a dict of `input_ids`, `attention_mask`, `labels` [B, L] int64, `pixel_values` [images, 3, H, W]
     float32 and `sample` [B] int64, the samples' places in the dataset.
     """
 

@@ -72,7 +72,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if trainer.is_world_process_zero():
         print(
             f"{len(samples)} samples ({text_only} text-only left out), global batch "
-            f"{args.global_batch_size} = {args.per_device_train_batch_size} x {args.world_size} process(es) x "
+            f"{args.global_batch_size} = {args.per_device_train_batch_size} x {args.world_size} processes x "
             f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
             flush=True,
         )

@@ -19,8 +19,8 @@ class DynamicLlavaTrainer(Trainer):
     """Minimises `lm_loss + keep_loss_weight * (image_keep_loss + text_keep_loss)` over a global batch.
 
     The cross entropy is the mean over all labelled tokens of the global batch, the keep losses are means over
-    its samples, whatever the number of processes and of accumulated micro-batches: each micro-batch is weighted by
-    its share of tokens and samples. (Trainer alone would weight all of the loss by tokens.)
+    its samples, whatever the number of processes and of accumulated micro-batches: each micro-batch is weighted
+    by its share of tokens and samples. (Trainer alone would weight all of the loss by tokens.)
     """
 
     args: RecipeArguments
@@ -77,8 +77,10 @@ class DynamicLlavaTrainer(Trainer):
         # The model divides by the labels of the whole global batch, so that micro-batches add up.
         outputs = model(**inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch)
         share = len(samples) / self._batch_samples
-        keep_loss = outputs.image_keep_loss + outputs.text_keep_loss
-        loss = outputs.lm_loss + self.model.config.sparsity.keep_loss_weight * share * keep_loss
+        loss = outputs.lm_loss
+        for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
+            if keep_loss is not None:  # mode "image" has none for text
+                loss = loss + self.model.config.sparsity.keep_loss_weight * share * keep_loss
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._record(outputs, samples, image_tokens, labels, num_items_in_batch)
         # Gradients are averaged over processes; the parts must be added.
@@ -95,25 +97,27 @@ class DynamicLlavaTrainer(Trainer):
         items: Any,
     ) -> None:
         """Add this micro-batch to the sums behind the next line of the log; nothing waits for the device."""
-        answer_length = last_answer(labels).sum(1)
-        counted = answer_length >= self.model.config.sparsity.min_text_length
-        image_rate = outputs.image_keep.sum(1) / image_tokens.sum(1).clamp(min=1)
-        text_rate = outputs.text_keep.sum(1) / answer_length.clamp(min=1)
         number = torch.tensor(float(len(samples)), device=labels.device)
-        for name, total in {
+        image_rate = outputs.image_keep.sum(1) / image_tokens.sum(1).clamp(min=1)
+        parts = {
             "labels": count_labels(labels),
             "lm_loss": outputs.lm_loss * items,
             "samples": number,
             "image_keep_loss": outputs.image_keep_loss * number,
-            "text_keep_loss": outputs.text_keep_loss * number,
             "image_keep_rate": image_rate.sum(),
-            "long_answers": counted.sum(),
-            "text_keep_rate": (text_rate * counted).sum(),
-        }.items():
-            self._sums[name] = self._sums.get(name, 0.0) + total.float()
+        }
+        if outputs.text_keep is not None:
+            answer_length = last_answer(labels).sum(1)
+            counted = answer_length >= self.model.config.sparsity.min_text_length
+            text_rate = outputs.text_keep.sum(1) / answer_length.clamp(min=1)
+            parts["text_keep_loss"] = outputs.text_keep_loss * number
+            parts["long_answers"] = counted.sum()
+            parts["text_keep_rate"] = (text_rate * counted).sum()
+        for name, part in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + part.float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to Trainer's log: loss terms and keep rates since the last line, temperature, learning rates."""
+        """Add to Trainer's log: loss terms and keep rates since the last, temperature, learning rates."""
         if "loss" in logs and self._sums:
             names = list(self._sums)
             values = self.accelerator.reduce(
@@ -123,8 +127,9 @@ class DynamicLlavaTrainer(Trainer):
             self._sums = {}
             logs["lm_loss"] = sums["lm_loss"] / max(sums["labels"], 1)
             for name in ("image_keep_loss", "text_keep_loss", "image_keep_rate"):
-                logs[name] = sums[name] / sums["samples"]
-            if sums["long_answers"]:
+                if name in sums:
+                    logs[name] = sums[name] / sums["samples"]
+            if sums.get("long_answers"):
                 logs["text_keep_rate"] = sums["text_keep_rate"] / sums["long_answers"]
             logs["tau"] = self.model.gumbel_tau
             logs.pop("learning_rate", None)

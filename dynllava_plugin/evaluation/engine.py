@@ -290,12 +290,14 @@ class Engine:
             )
         return answers
 
+    def _text_length(self, text: str) -> int:
+        return len(self.processor.tokenizer(self.processor.prepare_text(text))["input_ids"])
+
     def _score_batch(self, batch: Sequence[Request]) -> list[Score]:
         texts, sizes = [], []
-        tokenizer = self.processor.tokenizer
         for request in batch:
             texts.append(request.prompt + request.continuation)
-            size = len(tokenizer(texts[-1])["input_ids"]) - len(tokenizer(request.prompt)["input_ids"])
+            size = self._text_length(texts[-1]) - self._text_length(request.prompt)
             if size < 1:
                 raise UserError(f"{request.name}: the text to score is empty")
             sizes.append(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -186,15 +187,17 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
 
 def _rgb(image: Any, name: str) -> Image.Image:
     """Anything image-like as an RGB PIL image; `UserError` with the file's name where it cannot be read."""
-    if isinstance(image, str):
-        name = image if len(image) < 200 else name
+    if isinstance(image, (str, PathLike)):
+        name = str(image)[:200]
+    name = getattr(image, "filename", "") or name  # a PIL image that is read only now
     try:
         if isinstance(image, Image.Image):
             return image.convert("RGB")
-        if hasattr(image, "__fspath__") or (isinstance(image, str) and not image.startswith(("http", "data:"))):
+        remote = isinstance(image, str) and image.startswith(("http://", "https://", "data:"))
+        if isinstance(image, (str, PathLike)) and not remote:
             with Image.open(image) as opened:
                 return opened.convert("RGB")
-        if isinstance(image, str):
+        if remote:
             from transformers.image_utils import load_image
 
             return load_image(image).convert("RGB")

@@ -1,0 +1,66 @@
+"""The command `dynllava`: `dynllava table RESULTS_DIR` and `dynllava version`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dynllava_plugin.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="dynllava", description="Dynamic-LLaVA: tables and versions.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
+    table.add_argument(
+        "results", type=Path, metavar="RESULTS_DIR", help="folder that holds both harnesses' output"
+    )
+    table.add_argument(
+        "--format",
+        choices=("markdown", "csv", "latex"),
+        default="markdown",
+        help="csv: one figure a row; the others: one mode a row (default: %(default)s)",
+    )
+    table.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures, one a record, to FILE"
+    )
+    table.set_defaults(run=_table)
+    version = commands.add_parser("version", help="installed versions of what decides the numbers")
+    version.set_defaults(run=_version)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `dynllava table ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from dynllava_plugin.evaluation.records import write_text
+    from dynllava_plugin.evaluation.tables import read_results, render
+
+    table = read_results(args.results)
+    if args.json:
+        try:
+            write_text(args.json, table.to_json(orient="records", indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
+    print(render(table, args.format), end="")
+    return 0
+
+
+def _version(args: argparse.Namespace) -> int:
+    from dynllava_plugin.evaluation.records import versions
+
+    for name, number in versions().items():
+        print(f"{name} {number}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

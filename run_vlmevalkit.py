@@ -1,0 +1,8 @@
+"""Evaluate Dynamic-LLaVA in VLMEvalKit: `python run_vlmevalkit.py --model dynllava --data RealWorldQA`; see `--help`."""
+
+import sys
+
+from dynllava_plugin.evaluation.vlmevalkit_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

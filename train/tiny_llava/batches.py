@@ -1,0 +1,119 @@
+"""Stage 2's batches: one image each, many questions, every question seeing the image but not the other questions.
+
+Questions that can read each other's answers learn to copy them instead of looking. So most sequences hold the prefix
+(system prompt, image) once and then one block a question, laid out exactly as a prompt of its own: a block attends to
+the prefix and itself, and its positions continue the prefix. A part are ordinary multi-turn conversations.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
+from train.easy_vqa import SHORT_ANSWER
+from train.easy_vqa_facts import COLORS, SHAPES
+from train.easy_vqa_scenes import DESCRIPTIONS, Fact, describe, scene_questions
+from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize
+
+IMAGE_TOKENS = 64
+Turn = tuple[str, str]
+
+
+@dataclass
+class Batch:
+    """`ids`, `positions`, `labels` (-100 outside answers), `block` (0 prefix, k the k-th question): int64 [B, T];
+    `pixels` float [B, 3, 128, 128]; the image tokens are columns `image_start` to `image_start + 64` of every row."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    block: Tensor
+    pixels: Tensor
+    image_start: int
+
+    def mask(self) -> Tensor:
+        """bool [B, 1, T, T]: who attends to whom."""
+        row, column = self.block[:, :, None], self.block[:, None, :]
+        length = self.ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        return (((column == 0) | (row == column)) & causal)[:, None]
+
+
+class Encoder:
+    """Turns (questions, answers) about one image into ids, labels, positions and blocks."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        whole = vicuna_v1([(f"{IMAGE_TOKEN}\n", None)])
+        self.head, rest = whole.split(IMAGE_TOKEN)
+        self.tail = rest.removeprefix("\n")
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.prefix = [tokenizer.bos_token_id, *self.pieces(self.head)]
+        self.image_start = len(self.prefix)
+        self.prefix += [self.image_id] * IMAGE_TOKENS + self.pieces("\n")
+
+    def pieces(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def __call__(self, turns: list[Turn], separate: bool) -> tuple[list[int], list[int], list[int], list[int]]:
+        """ids, labels, positions, blocks of one sequence; `separate`: a block per question."""
+        ids, labels = list(self.prefix), [-100] * len(self.prefix)
+        positions, blocks = list(range(len(ids))), [0] * len(ids)
+        for number, (question, answer) in enumerate(turns):
+            first = separate or number == 0
+            short = SHORT_ANSWER if first and question not in DESCRIPTIONS else ""
+            asked = self.pieces(("" if first else "USER: ") + question + short + self.tail)
+            said = self.pieces(f" {answer}</s>")
+            start = len(self.prefix) if separate else len(ids)
+            ids += asked + said
+            labels += [-100] * len(asked) + said
+            positions += range(start, start + len(asked) + len(said))
+            blocks += [number + 1 if separate else 0] * (len(asked) + len(said))
+        return ids, labels, positions, blocks
+
+
+def collate(encoder: Encoder, samples: list[tuple[list[Turn], bool]], pixels: Tensor) -> Batch:
+    """Pad encoded samples to one length on the right (padding is a block of its own, without labels)."""
+    rows = [encoder(turns, separate) for turns, separate in samples]
+    longest = max(len(row[0]) for row in rows)
+    padded = []
+    for column, filler in enumerate((encoder.tokenizer.pad_token_id, -100, 0, -1)):
+        padded.append(torch.tensor([row[column] + [filler] * (longest - len(row[column])) for row in rows]))
+    ids, labels, positions, block = padded
+    return Batch(ids, positions, labels, block, pixels, encoder.image_start)
+
+
+def draw_pixels(tiles: TileSet, index: Tensor, scenes: int, generator: torch.Generator) -> Tensor:
+    """Pixel values of the first `4 * scenes` tiles as scenes and the others alone, objects shifted."""
+    pixels, _ = tiles.shifted(index, generator)
+    images = torch.cat([join_tiles(pixels[: 4 * scenes]).float(), enlarge(pixels[4 * scenes :])])
+    return normalize(images)
+
+
+def training_batches(
+    tiles: TileSet, encoder: Encoder, scenes: int, singles: int, questions: int, seed: int
+) -> Iterator[Batch]:
+    """Endless batches: of the scenes one in six is only described and one in six an ordinary conversation."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    while True:
+        index = torch.randint(len(tiles), (4 * scenes + singles,), generator=generator)
+        facts: list[Fact] = [(COLORS[tiles.color[i]], SHAPES[tiles.shape[i]]) for i in index.tolist()]
+        samples: list[tuple[list[Turn], bool]] = []
+        for k in range(scenes):
+            four, kind = facts[4 * k : 4 * k + 4], rng.random()
+            prompts = rng.sample(list(DESCRIPTIONS), 3)
+            if kind < 1 / 6:
+                samples.append(([(p, describe(four, p)) for p in prompts], True))
+            elif kind < 1 / 3:
+                turns = scene_questions(four, questions - 4, rng)
+                samples.append(([*turns, (prompts[0], describe(four, prompts[0]))], False))
+            else:
+                samples.append((scene_questions(four, questions, rng), True))
+        for i in index[4 * scenes :].tolist():
+            own = tiles.tiles[i].questions
+            samples.append((rng.sample(own, min(questions, len(own))), rng.random() < 0.8))
+        yield collate(encoder, samples, draw_pixels(tiles, index, scenes, generator))

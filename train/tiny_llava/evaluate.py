@@ -1,0 +1,55 @@
+"""Accuracy of a tiny LLaVA on test questions, each answered alone, greedily."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from train.easy_vqa_facts import COLORS, SHAPES
+from train.tiny_llava.batches import Encoder, collate
+from train.tiny_llava.language import answer_logits
+
+
+def question_type(question: str) -> str:
+    """The question's template: colours, shapes and places replaced by their kinds."""
+    for values, kind in ((COLORS, "COLOR"), (SHAPES, "SHAPE"), (("top", "bottom"), ""), (("left", "right"), "PLACE")):
+        question = re.sub(rf"\b({'|'.join(values)})\b", kind, question)
+    return question
+
+
+@torch.no_grad()
+def accuracy(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, str]],
+    folder: Path | str,
+    per_batch: int = 24,
+) -> dict[str, float]:
+    """Share of rows whose whole answer is the greedy choice, token by token; "all" and per question type.
+
+    An answer is what greedy decoding gives exactly if each of its tokens (and `</s>`) is the most likely one after
+    those before it, so one forward pass judges all questions about an image (each in a block of its own).
+    """
+    encoder, images = Encoder(tokenizer), CLIPImageProcessor(size={"height": 128, "width": 128}, do_center_crop=False)
+    grouped: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in rows:
+        grouped[row["image"]].append((row["question"], row["answer"]))
+    names = sorted(grouped)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, len(names), per_batch):
+        chosen = names[start : start + per_batch]
+        pictures = [Image.open(Path(folder) / name).convert("RGB") for name in chosen]
+        pixels = images(pictures, return_tensors="pt")["pixel_values"]
+        batch = collate(encoder, [(grouped[name], True) for name in chosen], pixels)
+        logits, labels = answer_logits(model, batch)
+        wrong = torch.zeros_like(batch.labels[:, 1:], dtype=torch.bool)
+        wrong[batch.labels[:, 1:] != -100] = logits.argmax(-1) != labels
+        for k, name in enumerate(chosen):
+            for number, (question, _) in enumerate(grouped[name]):
+                correct = not wrong[k][batch.block[k, 1:] == number + 1].any().item()
+                right["all"].append(correct)
+                right[question_type(question)].append(correct)
+    return {kind: sum(flags) / len(flags) for kind, flags in right.items()}
