@@ -1,4 +1,4 @@
-"""Evaluate Dynamic-LLaVA in VLMEvalKit: `python run_vlmevalkit.py --model dynllava --data RealWorldQA`; see `--help`."""
+"""Evaluate in VLMEvalKit: `python run_vlmevalkit.py --model dynllava --data RealWorldQA`; see `--help`."""
 
 import sys
 

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.records import write_text
+    from dynllava_plugin.evaluation.files import write_text
     from dynllava_plugin.evaluation.tables import read_results, render
 
     table = read_results(args.results)

@@ -1,4 +1,4 @@
-"""Small checkpoints of every layout, made from the golden cases' weights and a sentencepiece model trained on the spot."""
+"""Small checkpoints of every layout: the golden weights and a sentencepiece model trained on the spot."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def edit_weights(folder: Path, remove: str = "\0", **added: torch.Tensor) -> Non
 
 
 def published(root: Path, tokenizer: Path, case: str = "mha") -> Path:
-    """The published Dynamic-LLaVA layout: `tokenizer.model` only, no preprocessor, unknown sparse settings."""
+    """The published Dynamic-LLaVA layout: `tokenizer.model`, no preprocessor, unknown sparse settings."""
     folder = root / "published"
     shutil.copytree(GOLDEN / case / "checkpoint", folder)
     shutil.copytree(GOLDEN / case / "clip", root / "clip", dirs_exist_ok=True)
@@ -88,7 +88,9 @@ def original(root: Path, tokenizer: Path) -> Path:
     folder = published(root, tokenizer).rename(root / "original")
     edit_config(folder, sparse_config=None)
     weights = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if "predictor" not in name and "vision" not in name}
+    kept = {
+        name: tensor for name, tensor in weights.items() if "predictor" not in name and "vision" not in name
+    }
     save_file(kept, folder / "model.safetensors")
     return folder
 
@@ -112,7 +114,7 @@ TRANSFORMERS_5_NAMES = {
 
 
 def llava_hf(root: Path, tokenizer: Path, names: dict[str, str] | None = None) -> Path:
-    """The llava-hf layout under the hub's names (or others), with the image and padding tokens in its vocabulary."""
+    """The llava-hf layout under the hub's names (or others), its vocabulary with image and padding tokens."""
     source, folder = published(root / "source", tokenizer), root / "llava-hf"
     folder.mkdir()
     weights = {}
@@ -125,7 +127,9 @@ def llava_hf(root: Path, tokenizer: Path, names: dict[str, str] | None = None) -
     save_file(weights, folder / "model.safetensors")
     values = read_json(source / "config.json")
     text_keys = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    text = {key: values[key] for key in (text_keys + " max_position_embeddings rms_norm_eps torch_dtype").split()}
+    text = {
+        key: values[key] for key in (text_keys + " max_position_embeddings rms_norm_eps torch_dtype").split()
+    }
     vision = read_json(root / "source" / "clip" / "config.json")
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -133,7 +137,12 @@ def llava_hf(root: Path, tokenizer: Path, names: dict[str, str] | None = None) -
         "image_token_index": VOCABULARY,
         "pad_token_id": VOCABULARY + 1,
         "projector_hidden_act": "gelu",
-        "text_config": {**text, "model_type": "llama", "vocab_size": VOCABULARY + 2, "pad_token_id": VOCABULARY + 1},
+        "text_config": {
+            **text,
+            "model_type": "llama",
+            "vocab_size": VOCABULARY + 2,
+            "pad_token_id": VOCABULARY + 1,
+        },
         "vision_config": {key: vision[key] for key in vision if key not in ("architectures", "torch_dtype")},
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
@@ -157,7 +166,7 @@ def llava_hf(root: Path, tokenizer: Path, names: dict[str, str] | None = None) -
 
 
 def _save_like_transformers_4(tokenizer: Path, folder: Path) -> None:
-    """tokenizer.json as transformers 4 converted the sentencepiece model: a "▁" before every stretch of text."""
+    """tokenizer.json as transformers 4 converted it: a "▁" before every stretch of text."""
     converted = from_sentencepiece(tokenizer)
     for token in ("<image>", "<pad>"):
         converted.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
@@ -169,7 +178,9 @@ def _save_like_transformers_4(tokenizer: Path, folder: Path) -> None:
     values["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]}
     write_json(folder / "tokenizer.json", values)
     settings = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**settings, "legacy": False, "processor_class": "LlavaProcessor"})
+    write_json(
+        folder / "tokenizer_config.json", {**settings, "legacy": False, "processor_class": "LlavaProcessor"}
+    )
 
 
 def as_pytorch(folder: Path) -> Path:

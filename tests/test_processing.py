@@ -51,7 +51,7 @@ def make_processor(tokenizer_model: Path, **options: str) -> DynamicLlavaProcess
 
 
 def original_ids(file: Path, prompt: str, legacy: bool) -> list[int]:
-    """The original code's ids: chunks between images on their own, each by transformers 4's slow Llama tokenizer."""
+    """The original code's ids: each chunk between images by transformers 4's slow Llama tokenizer."""
     # appended to a protobuf: normalizer_spec { add_dummy_prefix: false }
     proto = file.read_bytes() + (b"" if legacy else b"\x1a\x02\x18\x00")
     model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -71,19 +71,31 @@ def original_ids(file: Path, prompt: str, legacy: bool) -> list[int]:
                 tokens += model.encode(text)
             else:
                 tokens += model.encode("<unk>" + text)[unknown:]
-        if not legacy and len(tokens) > 1 and tokens[0] == model.piece_to_id("▁") and tokens[1] in specials.values():
+        if (
+            not legacy
+            and len(tokens) > 1
+            and tokens[0] == model.piece_to_id("▁")
+            and tokens[1] in specials.values()
+        ):
             tokens = tokens[1:]
         ids += tokens
     return ids
 
 
-words = st.sampled_from(["<image>", "</s>", "<s>", "\n", " ", "  ", "USER:", " ASSISTANT:", "red", "é☃", "▁", "1234", "?"])
-prompts = st.lists(st.one_of(words, st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), max_size=12)
+words = st.sampled_from(
+    ["<image>", "</s>", "<s>", "\n", " ", "  ", "USER:", " ASSISTANT:", "red", "é☃", "▁", "1234", "?"]
+)
+prompts = st.lists(
+    st.one_of(words, st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), max_size=12
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(parts=prompts, legacy=st.booleans())
-@example(parts=[SYSTEM, " USER: ", "<image>", "\nWhat is it? ASSISTANT: red", "</s>", "USER: and ASSISTANT:"], legacy=False)
+@example(
+    parts=[SYSTEM, " USER: ", "<image>", "\nWhat is it? ASSISTANT: red", "</s>", "USER: and ASSISTANT:"],
+    legacy=False,
+)
 @example(parts=["<image>", "</s>", " x"], legacy=True)
 @example(parts=[" two leading ", "<image>", " x", "<image>", "<image>"], legacy=False)
 def test_ids_are_the_originals(
@@ -106,9 +118,10 @@ def test_ids_are_the_originals(
 def test_vicuna_v1() -> None:
     text = vicuna_v1([(with_images("What is it?"), "A dog"), ("And this?", None)])
     assert text == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A dog</s>USER: And this? "
-        "ASSISTANT:"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? "
+        "ASSISTANT: A dog</s>"
+        "USER: And this? ASSISTANT:"
     )
     with pytest.raises(ValueError, match="turn 0"):
         vicuna_v1([("a", None), ("b", None)])
@@ -162,7 +175,9 @@ def test_pixels_are_the_originals(
     np.testing.assert_allclose(pixels, original_pixels(image, 28, aspect == "pad"), atol=1e-5)
 
 
-def test_padding_is_on_the_left_and_a_batch_changes_nothing(processors: dict[str, DynamicLlavaProcessor]) -> None:
+def test_padding_is_on_the_left_and_a_batch_changes_nothing(
+    processors: dict[str, DynamicLlavaProcessor],
+) -> None:
     processor = processors["image"]
     images = [Image.new("RGB", (30, 20), color) for color in ("red", "blue", "green")]
     texts = ["<image>\nWhat?", "No image", "<image><image> What color is the shape?"]
@@ -172,7 +187,9 @@ def test_padding_is_on_the_left_and_a_batch_changes_nothing(processors: dict[str
     groups = [images[:1], None, images[1:]]
     for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
         alone = processor(images=group, text=text, return_tensors="pt")["input_ids"][0]
-        assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - len(alone)) + [1] * len(alone)
+        assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - len(alone)) + [
+            1
+        ] * len(alone)
         assert torch.equal(batch["input_ids"][row][-len(alone) :], alone)
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
 
@@ -215,7 +232,10 @@ def test_round_trip(tmp_path: Path, tokenizer_model: Path) -> None:
         saved.save_pretrained(tmp_path)
         loaded = AutoProcessor.from_pretrained(tmp_path)
         assert isinstance(loaded, DynamicLlavaProcessor)
-        inputs = {"images": [Image.effect_noise((50, 30), 90)], "text": [vicuna_v1([(with_images("a"), "b"), ("c", None)])]}
+        inputs = {
+            "images": [Image.effect_noise((50, 30), 90)],
+            "text": [vicuna_v1([(with_images("a"), "b"), ("c", None)])],
+        }
         before, after = saved(**inputs, return_tensors="pt"), loaded(**inputs, return_tensors="pt")
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert loaded.tokenizer.padding_side == "left"

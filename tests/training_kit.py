@@ -24,7 +24,7 @@ LONG_ANSWER = " ".join(["there is a red circle left, a blue square and no green 
 
 
 def tokenizer(kind: str = "llama") -> PreTrainedTokenizerFast:
-    """ "llama": "▁" in front and for blanks, bytes for what is unknown; "bytes": as GPT-2, blanks not in offsets."""
+    """ "llama": "▁" in front and for blanks, bytes for what is unknown; "bytes": as GPT-2."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json(kind)),
         bos_token="<s>",
@@ -125,7 +125,10 @@ def save_checkpoint(folder: Path, seed: int = 0) -> Path:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    DynamicLlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = DynamicLlavaForConditionalGeneration(config)
+    # Built rather than loaded, a LLaVA is saved under the names of an old transformers: so load it first.
+    model = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+    model.save_pretrained(folder)
     ready.save_pretrained(folder)
     return folder
 

@@ -125,7 +125,7 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the data is ours."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | None = field(  # type: ignore[assignment]
         default="tensorboard" if find_spec("tensorboard") else "none",
         metadata={"help": "'tensorboard' (default where installed), 'wandb', 'none', ..."},
     )

@@ -1,8 +1,9 @@
 """Turn the PyPI package `easy-vqa` into LLaVA's training format and three test sets; see `--help`.
 
 Writes, under `--output_dir`: `images/{train,test}/*.png`; `train.json`, multi-turn conversations; and
-`easy_vqa_test.jsonl` (the package's own test questions), `easy_vqa_scenes_test.jsonl` (questions about 2x2 scenes),
-`easy_vqa_describe_test.jsonl` (long answers). Test rows: id, image (relative to the folder), question, answer.
+`easy_vqa_test.jsonl` (the package's own test questions), `easy_vqa_scenes_test.jsonl` (questions about 2x2
+scenes), `easy_vqa_describe_test.jsonl` (long answers). Test rows: id, image (relative to the
+folder), question, answer.
 Train scenes are tiled from train images only, test scenes from test images only.
 """
 
@@ -15,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a file: find `train` and, under the name `easy_vqa`, nothing but the package
+if (
+    __name__ == "__main__"
+):  # run as a file: find `train` and, under the name `easy_vqa`, nothing but the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
@@ -28,7 +31,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's
 
 
 def conversation(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One sample in LLaVA's format: `<image>` opens the first turn, the prompt for short answers closes it."""
+    """One sample in LLaVA's format: `<image>` opens the first turn, the short-answer prompt ends it."""
     rounds: list[dict[str, str]] = []
     for number, (question, answer) in enumerate(turns):
         short = SHORT_ANSWER if number == 0 and question not in DESCRIPTIONS else ""
@@ -66,7 +69,9 @@ def write_train(folder: Path, singles: int, scenes: int, questions: int, describ
     images = folder / "images" / "train"
     images.mkdir(parents=True, exist_ok=True)
     samples = []
-    for number in tqdm(rng.sample(range(len(tiles)), min(singles, len(tiles))), desc="train images", unit="image"):
+    for number in tqdm(
+        rng.sample(range(len(tiles)), min(singles, len(tiles))), desc="train images", unit="image"
+    ):
         tile, name = tiles[number], f"single_{number:05d}.png"
         shutil.copyfile(tile.path, images / name)
         turns = rng.sample(tile.questions, len(tile.questions))
@@ -127,10 +132,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="which scenes and questions are drawn")
-    parser.add_argument("--singles", type=int, default=1000, help="train conversations about one image (4,000 at most)")
+    parser.add_argument(
+        "--singles", type=int, default=1000, help="train conversations about one image (4,000 at most)"
+    )
     parser.add_argument("--scenes", type=int, default=2000, help="train conversations about a scene")
     parser.add_argument("--questions_per_scene", type=int, default=12, help="of a train scene (1 to 40)")
-    parser.add_argument("--described", type=float, default=1 / 3, help="share of train scenes with a long last answer")
+    parser.add_argument(
+        "--described", type=float, default=1 / 3, help="share of train scenes with a long last answer"
+    )
     parser.add_argument("--test_scenes", type=int, default=1000, help="each with four questions")
     parser.add_argument("--test_descriptions", type=int, default=200, help="long test answers, one a scene")
     args = parser.parse_args(arguments)

@@ -57,8 +57,8 @@ def stated_facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | No
     """Colour and shape that question-answer pairs about one single-object image state.
 
     A pair states them positively if it is a wh-question, or a yes/no question whose answer agrees with its
-    polarity ("is there a red shape?" yes; "is no red shape present?" no). The rest only rules a value out; with
-    all others ruled out the last one stands.
+    polarity ("is there a red shape?" yes; "is no red shape present?" no). The rest only rules a value out;
+    with all others ruled out the last one stands.
 
     Returns
     -------
@@ -78,7 +78,9 @@ def stated_facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | No
             if answer in values:
                 possible &= {answer}
             for value in words & set(values):
-                affirmed = answer not in ("yes", "no") or (answer == "yes") != bool(_NEGATION.search(question))
+                affirmed = answer not in ("yes", "no") or (answer == "yes") != bool(
+                    _NEGATION.search(question)
+                )
                 possible = possible & {value} if affirmed else possible - {value}
         if not possible:
             raise ValueError(f"contradictory questions about one image: {questions[0][0]!r} and others")

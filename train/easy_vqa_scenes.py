@@ -30,7 +30,7 @@ def _where(facts: list[Fact], rng: random.Random) -> tuple[str, str]:
 
 
 def _unique(facts: list[Fact], rng: random.Random) -> tuple[str, str] | None:
-    """A wh-question about the only shape of its colour, or the only one of its kind; None where there is none."""
+    """A wh-question about the only shape of its colour, or the only one of its kind; None without one."""
     which = rng.randrange(2)
     values = [fact[which] for fact in facts]
     single = [k for k in range(4) if values.count(values[k]) == 1]
@@ -43,7 +43,7 @@ def _unique(facts: list[Fact], rng: random.Random) -> tuple[str, str] | None:
 
 
 def _yes_no(facts: list[Fact], rng: random.Random) -> tuple[str, str] | None:
-    """A yes/no question about the image or a place, both answers equally likely; None where only one would be true.
+    """A yes/no question about the image or a place, both answers as likely; None where one can't be true.
 
     False statements are hard where possible: colour and shape both occur, but not together or not there.
     """
@@ -88,7 +88,9 @@ def scene_questions(facts: list[Fact], count: int, rng: random.Random) -> list[t
     found: dict[str, str] = {}
     while len(found) < count:
         kind = rng.random()
-        pair = _where(facts, rng) if kind < 0.4 else _unique(facts, rng) if kind < 0.55 else _yes_no(facts, rng)
+        pair = (
+            _where(facts, rng) if kind < 0.4 else _unique(facts, rng) if kind < 0.55 else _yes_no(facts, rng)
+        )
         if pair is not None:
             found.setdefault(*pair)
     return list(found.items())
@@ -104,7 +106,8 @@ def _in_detail(f: list[str], c: list[str]) -> str:
 
 def _by_rows(f: list[str], c: list[str]) -> str:
     return (
-        f"There are four shapes in the image. The first row shows {f[0]} on the left and {f[1]} on the right. "
+        "There are four shapes in the image. "
+        f"The first row shows {f[0]} on the left and {f[1]} on the right. "
         f"The second row shows {f[2]} on the left and {f[3]} on the right. On the left side the colors are "
         f"{c[0]} and {c[2]}, and on the right side the colors are {c[1]} and {c[3]}."
     )
@@ -126,5 +129,7 @@ DESCRIPTIONS = {
 
 
 def describe(facts: list[Fact], prompt: str = DESCRIBE) -> str:
-    """The description of a scene that a prompt of `DESCRIPTIONS` asks for: all four facts joined, 57 to 75 tokens."""
-    return DESCRIPTIONS[prompt]([f"a {color} {shape}" for color, shape in facts], [color for color, _ in facts])
+    """The description that a prompt of `DESCRIPTIONS` asks for: all four facts joined, 65 to 75 tokens."""
+    return DESCRIPTIONS[prompt](
+        [f"a {color} {shape}" for color, shape in facts], [color for color, _ in facts]
+    )

@@ -40,9 +40,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     UserError
         Something a user can fix.
     """
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     samples, text_only = read_samples(data_args.data_path)
     check_images(samples, data_args.image_folder)
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     set_seed(args.seed)  # fresh predictors
     model, processor = load_model(
         model_args.model_name_or_path, device="cpu", dtype=torch.float32, **model_args.sparsity()
@@ -76,12 +76,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
             f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
             flush=True,
         )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except UserError:
+        print(file=sys.stderr)  # the error gets a line of its own behind the progress bar
+        raise
     save_model(trainer, output_dir, args.bf16)
     trainer.save_state()
     if trainer.is_world_process_zero():
         skipped = count_skipped(skipped_file)
-        note = f"; {skipped} samples were skipped, see {skipped_file}" if skipped else ""
+        note = f"; skipped samples: {skipped}, see {skipped_file}" if skipped else ""
         print(f"saved {output_dir}{note}", flush=True)
 
 

@@ -68,7 +68,7 @@ def read_samples(data_path: str | Path) -> tuple[list[Sample], int]:
             raise UserError(f"{name} has no list 'conversations'; LLaVA's samples do")
         if row.get("image"):
             samples.append(_sample(name, row))
-        elif any(IMAGE_TOKEN in str(message) for message in row["conversations"]):
+        elif _opens_with_image(row["conversations"]):
             raise UserError(f"{name} has an {IMAGE_TOKEN} marker but no 'image'")
     if not samples:
         raise UserError(
@@ -104,6 +104,12 @@ def _sample(name: str, row: dict[str, Any]) -> Sample:
             f"{name} has {markers} {IMAGE_TOKEN} markers in its questions but {len(images)} images"
         )
     return Sample(name, tuple(images), tuple(turns))
+
+
+def _opens_with_image(messages: list[Any]) -> bool:
+    """Whether a conversation's first line means an image; elsewhere in a text it may be anybody's markup."""
+    value = messages[0].get("value") if messages and isinstance(messages[0], dict) else None
+    return isinstance(value, str) and (value.startswith(IMAGE_TOKEN) or value.endswith("\n" + IMAGE_TOKEN))
 
 
 def _message(name: str, place: int, message: Any) -> tuple[str, str]:

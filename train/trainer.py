@@ -19,8 +19,8 @@ class DynamicLlavaTrainer(Trainer):
     """Minimises `lm_loss + keep_loss_weight * (image_keep_loss + text_keep_loss)` over a global batch.
 
     The cross entropy is the mean over all labelled tokens of the global batch, the keep losses are means over
-    its samples, whatever the number of processes and of accumulated micro-batches: each micro-batch is weighted
-    by its share of tokens and samples. (Trainer alone would weight all of the loss by tokens.)
+    its samples, whatever the number of processes and of accumulated micro-batches: each of these is weighted by
+    its share of tokens and samples. (Trainer alone would weight all of the loss by tokens.)
     """
 
     args: RecipeArguments

@@ -91,7 +91,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _accuracy("POPE", ("pope", "pope_f1_score", 100), ("POPE", "Overall", 1), metric="f1"),
     _accuracy("MMBench", ("mmbench_en_dev_static", "gpt_eval_score", 1), ("MMBench_DEV_EN", "Overall", 100)),
     _accuracy("SEED", ("seedbench", "seed_image", 100), ("SEEDBench_IMG", "Overall", 100)),
-    _accuracy("MM-Vet", ("mmvet", "gpt_eval_score", 1), ("MMVet", "Overall", 1), metric="score", judge=True),
+    _accuracy("MM-Vet", ("mmvet", "gpt_eval_score", 1), ("MMVet", "Overall", 1), "score", judge=True),
     _accuracy("MMVP", ("mmvp", "mmvp_pair_accuracy", 100), ("MMVP", "Overall", 100), metric="pair_accuracy"),
     _accuracy("RealWorldQA", ("realworldqa", "exact_match", 100), ("RealWorldQA", "Overall", 100)),
     _accuracy("CVBench-2D", ("cv_bench_2d", "cv_bench_acc", 100), ("CV-Bench-2D", "Overall", 100)),
@@ -99,7 +99,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 def find_metrics(harness: str, task: str) -> list[tuple[Benchmark, Metric, str, float]]:
-    """What a harness's task or dataset reports: (benchmark, metric, the harness's key, factor to our unit)."""
+    """What a harness's task or dataset reports: (benchmark, metric, its key, factor to our unit)."""
     found = []
     for benchmark in BENCHMARKS:
         for metric in benchmark.metrics:

@@ -2,142 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
-MAX_NEW_TOKENS = 1024
-# What `generate` may be told by a task. Harness-only keys (image_aspect_ratio, image_sizes, ...) are left out.
-GENERATION_KEYS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
-SAMPLING_KEYS = ("temperature", "top_p", "top_k")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A whole prompt (vicuna_v1, one ``<image>`` for each image) and what follows.
-
-    Attributes
-    ----------
-    prompt : str
-    images : tuple of paths or PIL images
-    name : str
-        Task and sample, for error messages.
-    continuation : str
-        Text to score after the prompt; unused in generation.
-    """
-
-    prompt: str
-    images: tuple[str | Image.Image, ...] = ()
-    name: str = "request"
-    continuation: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and its token counts.
-
-    Attributes
-    ----------
-    text : str
-    prompt_tokens : int
-        Tokens of the prompt with image tokens, without padding.
-    image_tokens, kept_image_tokens : int
-        Before and after the gate.
-    generated_tokens : int
-        With the end token, where it was reached.
-    cached_tokens, kept_tokens : int or None
-        Of the generated tokens: those that were fed back, and those of them that layers >= l hold. None with beams
-        (they share no one history) or without a cache.
-    """
-
-    text: str
-    prompt_tokens: int
-    image_tokens: int
-    kept_image_tokens: int | None
-    generated_tokens: int
-    cached_tokens: int | None
-    kept_tokens: int | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced score of a continuation under the sparsified decode.
-
-    Attributes
-    ----------
-    logprob : float
-        Sum over its tokens, nats.
-    tokens : int
-    is_greedy : bool
-        Whether greedy decoding would produce exactly these tokens.
-    """
-
-    logprob: float
-    tokens: int
-    is_greedy: bool
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood of a token, nats."""
-        return -self.logprob / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean negative log-likelihood)."""
-        return math.exp(self.loss)
-
-
-@dataclass
-class Generation:
-    """Arguments of one `generate` call.
-
-    Attributes
-    ----------
-    kwargs : dict
-        For `model.generate`.
-    until : tuple of str
-        The answer ends before the first of these.
-    """
-
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    until: tuple[str, ...] = ()
-
-    @classmethod
-    def from_task(cls, values: dict[str, Any] | None) -> Generation:
-        """From a task's generation kwargs: greedy and 1,024 new tokens unless the task says otherwise."""
-        values = dict(values or {})
-        until = values.pop("until", None) or ()
-        until = (until,) if isinstance(until, str) else tuple(text for text in until if text)
-        if "max_gen_toks" in values:
-            values.setdefault("max_new_tokens", values["max_gen_toks"])
-        kwargs = {key: values[key] for key in GENERATION_KEYS if values.get(key) is not None}
-        kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-        # Sampling happens only where it is asked for, not because a temperature is set; temperature 0 is greedy.
-        sample = bool(kwargs.pop("do_sample", False)) and kwargs.get("temperature", 1.0) > 0
-        if not sample:
-            kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_KEYS}
-        return cls({"do_sample": sample, **kwargs}, until)
+DEFAULT_BATCH_SIZE = 8
 
 
 class Engine:
@@ -151,7 +28,7 @@ class Engine:
         Samples in one forward pass. It never changes an answer.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int = 1) -> None:
+    def __init__(self, model: Any, processor: Any, batch_size: int = DEFAULT_BATCH_SIZE) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a positive integer")
         self.model, self.processor, self.batch_size = model, processor, batch_size
@@ -160,7 +37,7 @@ class Engine:
         self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
 
     @classmethod
-    def load(cls, settings: ModelSettings, batch_size: int = 1) -> Engine:
+    def load(cls, settings: ModelSettings, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
         """Load what `settings` names."""
         from dynllava_plugin import load_model
 
@@ -193,7 +70,7 @@ class Engine:
         Raises
         ------
         UserError
-            For a request without a question, with a bad image, or with other than one image for each ``<image>``.
+            For a request with a bad image, or with other than one image for each ``<image>``.
         """
         generation = generation or Generation.from_task(None)
         answers: list[Answer | None] = [None] * len(requests)
@@ -238,9 +115,8 @@ class Engine:
         for request in batch:
             markers = request.prompt.count(IMAGE_TOKEN)
             if markers != len(request.images):
-                raise UserError(
-                    f"{request.name}: the prompt has {markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
-                )
+                found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
+                raise UserError(f"{request.name}: the prompt has {found}")
             images += [load_image(image, request.name) for image in request.images]
         inputs = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device)
@@ -321,7 +197,7 @@ def _truncate(text: str, until: tuple[str, ...]) -> str:
 
 
 def _context_counts(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """From the cache after generation: image tokens dropped [B], and which output tokens were kept [B, T] (None: all)."""
+    """From the cache: image tokens dropped, int64 [B], and output tokens kept, bool [B, T] (None: all)."""
     if cache is None or not hasattr(cache, "kept_lengths"):
         return None
     lengths = cache.kept_lengths().cpu()
@@ -331,19 +207,3 @@ def _context_counts(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None] | No
         return dropped, None
     output_keep = output_keep.cpu()
     return dropped - (~output_keep).sum(1), output_keep
-
-
-def mean_counts(answers: Sequence[Answer]) -> dict[str, float | int]:
-    """Means over samples of the answers' token counts, and the shares kept; counts that weren't measured are left out."""
-    columns: dict[str, list[float]] = defaultdict(list)
-    for answer in answers:
-        for name in ("prompt_tokens", "image_tokens", "kept_image_tokens", "generated_tokens", "kept_tokens"):
-            value = getattr(answer, name)
-            if value is not None:
-                columns[name].append(value)
-    means: dict[str, float | int] = {"n": len(answers)}
-    means |= {name: sum(values) / len(values) for name, values in columns.items()}
-    cached = sum(answer.cached_tokens or 0 for answer in answers)
-    if cached and "kept_tokens" in columns:
-        means["kept_output_share"] = sum(columns["kept_tokens"]) / cached
-    return means

@@ -1,14 +1,14 @@
 """The console command `lmms_eval`: lmms-eval's own command line, with our tasks and an honest exit code.
 
-lmms-eval ends with 0 even where the evaluation raised. Its command line is run unchanged; around the function that
-evaluates one configuration stand a default output folder, a check of what it returned and wrote, and the run manifest.
+lmms-eval ends with 0 even where the evaluation raised. Its command line is run unchanged; around the function
+that evaluates one configuration stand a default output folder, a check of what it returned and wrote, and the
+run manifest.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -88,10 +88,9 @@ class _Runs:
             if args.tasks in _LISTINGS:
                 return evaluate(args)
             args.output_path = args.output_path or DEFAULT_OUTPUT
-            started = time.time()
             try:
                 results, samples = evaluate(args)
-                self._check(args, results, started)
+                self._check(args, results)
                 return results, samples
             except Exception as error:
                 cause = _user_error(error)
@@ -102,7 +101,7 @@ class _Runs:
 
         harness.cli_evaluate_single = watched
 
-    def _check(self, args: Namespace, results: dict[str, Any] | None, started: float) -> None:
+    def _check(self, args: Namespace, results: dict[str, Any] | None) -> None:
         if int(os.environ.get("RANK", 0)) != 0:
             return  # rank 0 gathers the results
         if results is None:
@@ -114,7 +113,8 @@ class _Runs:
             ]
             if not values and not args.predict_only:
                 self.fail(f"task {task}: no result")
-        written = _new_results(Path(args.output_path), started)
+        date = str(results.get("date")).replace(":", "-")
+        written = next(Path(args.output_path).glob(f"**/{date}_results.json"), None)
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
         _write_manifest(written, args)
@@ -131,16 +131,10 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _new_results(folder: Path, started: float) -> Path | None:
-    """The results file written since `started`; judged tasks write others whose names don't begin with a date."""
-    folder = folder.parent if folder.suffix in (".json", ".jsonl") and not folder.is_dir() else folder
-    files = [path for path in folder.glob("**/[0-9]*_results.json") if path.stat().st_mtime >= started - 1]
-    return max(files, key=lambda path: path.stat().st_mtime, default=None)
-
-
 def _write_manifest(results_file: Path, args: Namespace) -> None:
     """Beside the results, under the same date: `<date>_dynllava_run.json`."""
-    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD, write_json
+    from dynllava_plugin.evaluation.files import write_json
+    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD
 
     if RECORD.settings is None:
         return  # another model than ours was evaluated

@@ -17,19 +17,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine import Answer, Engine, Generation, Request
+from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
-
-AUTO_BATCH_SIZE = 16
 
 
 class LossAndGreedy(tuple, GenerationResult):
     """``(loss, is_greedy)`` of a loglikelihood request.
 
-    lmms-eval 0.7.3 passes model outputs through `unwrap_generation_output`, which turns a plain tuple of numbers into a
-    string; it leaves alone what a `GenerationResult` carries as its text.
+    lmms-eval 0.7.3 passes model outputs through `unwrap_generation_output`, which turns a plain tuple of
+    numbers into a string; it leaves alone what a `GenerationResult` carries as its text.
     """
 
     def __new__(cls, loss: float, is_greedy: bool) -> LossAndGreedy:
@@ -48,7 +48,7 @@ class DynamicLlava(lmms):
     Parameters
     ----------
     batch_size : int or str
-        ``auto`` takes 16.
+        A number as typed (text); ``auto``, or lmms-eval's own default (the number 1), is 8.
     max_batch_size : int, optional
         Upper bound of `batch_size`.
     model_args
@@ -107,7 +107,7 @@ class DynamicLlava(lmms):
         return [_result(answer) for answer in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[LossAndGreedy]:
-        """``(mean loss, is_greedy)`` of each continuation: lmms-eval picks the choice of the smallest loss."""
+        """``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins."""
         items = []
         for request in requests:
             context, continuation, doc_to_visual, doc_id, task, split = request.args
@@ -123,7 +123,7 @@ class DynamicLlava(lmms):
         return [LossAndGreedy(score.loss, score.is_greedy) for score in scores]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Conversations: each round's question may depend on the answers before it. One list of answers a request."""
+        """Answers of every round, one list a request; a round's question may depend on earlier answers."""
         rounds = [_Rounds(self, request) for request in requests]
         while open_rounds := [item for item in rounds if not item.finished]:
             answers = self._generate([(item.request(), item.arguments, item.task) for item in open_rounds])
@@ -132,7 +132,7 @@ class DynamicLlava(lmms):
         return [item.answers for item in rounds]
 
     def _generate(self, items: Sequence[tuple[Request, dict[str, Any], str]]) -> list[Answer]:
-        """Answers in order; requests with the same generation arguments share batches, whatever their task."""
+        """Answers in order; requests with the same generation arguments share batches across tasks."""
         groups: dict[str, list[int]] = defaultdict(list)
         for index, (_, arguments, _) in enumerate(items):
             groups[repr(sorted(arguments.items(), key=str))].append(index)
@@ -175,7 +175,8 @@ class DynamicLlava(lmms):
 class _Rounds:
     """The state of one multi-round request.
 
-    lmms-eval's protocol: the task writes every round's whole prompt (it may quote earlier answers) and names its images.
+    lmms-eval's protocol: the task writes every round's whole prompt, which may quote earlier answers, and
+    names its images.
     """
 
     def __init__(self, lm: DynamicLlava, request: Instance) -> None:
@@ -208,9 +209,10 @@ class _Rounds:
 
 
 def _batch_size(value: int | str | None) -> int:
-    text = str(1 if value is None else value)
-    if text.startswith("auto"):
-        return AUTO_BATCH_SIZE
+    # lmms-eval passes what the user typed as text, and 1 as a number where nothing was typed.
+    if value is None or value == 1 or str(value).startswith("auto"):
+        return DEFAULT_BATCH_SIZE
+    text = str(value)
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"batch_size: {value!r} is neither a positive integer nor 'auto'")
     return int(text)

@@ -1,4 +1,4 @@
-"""What lmms-eval's entry point reads at every start: the model's name and where its class lies. No torch here."""
+"""What lmms-eval reads at every start: the model's name and where its class lies. No torch here."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

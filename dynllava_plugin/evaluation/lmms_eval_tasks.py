@@ -1,4 +1,4 @@
-"""easy-VQA as lmms-eval tasks: where the YAML files in `tasks/easy_vqa` find their data, images and metrics."""
+"""easy-VQA as lmms-eval tasks: where `tasks/easy_vqa/*.yaml` find their data, images and metrics."""
 
 from __future__ import annotations
 

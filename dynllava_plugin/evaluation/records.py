@@ -1,15 +1,14 @@
-"""The run manifest `dynllava_run.json`: what ran, with which settings, where, for how long, and how many tokens were kept.
+"""The run manifest `dynllava_run.json`: what ran, where, for how long, and how many tokens were kept.
 
-Adapters note answers while a harness runs; the command around the harness writes the file beside the harness's output.
-One process evaluates one model at a time, so the notes are one object of this module (as lmms-eval keeps its own).
+Adapters note answers while a harness runs; the command around the harness writes the file beside the
+harness's output. One process evaluates one model at a time, so the notes are one object of this module (as
+lmms-eval keeps its own).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.engine import Answer, mean_counts
+from dynllava_plugin.evaluation.answers import Answer, mean_counts
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 MANIFEST_NAME = "dynllava_run.json"
@@ -95,22 +94,3 @@ def host() -> dict[str, Any]:
         facts["accelerator"] = torch.cuda.get_device_name(0)
     facts["threads"] = torch.get_num_threads()
     return facts
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

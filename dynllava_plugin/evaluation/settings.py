@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,7 +74,17 @@ class ModelSettings:
         return path.resolve().name if path.exists() else self.pretrained.rstrip("/")
 
     def slug(self) -> str:
-        """A folder name that differs wherever checkpoint or settings differ, e.g. ``tiny_image_text_keep0.1``."""
-        parts = [self.checkpoint_name, *(f"{key}-{value}" for key, value in sorted(self.sparsity().items()))]
+        """A folder name that differs wherever checkpoint or settings differ, e.g. ``tiny_mode-full``.
+
+        A folder's name is followed by a few digits of its files' sizes and times: a checkpoint that was
+        trained again under the same name must not meet the old one's half-done predictions.
+        """
+        parts = [self.checkpoint_name]
+        path = Path(self.pretrained)
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.is_file())
+            facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
+        parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))

@@ -14,21 +14,12 @@ from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, PERCENT, find_metr
 
 LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
 MANIFEST_NAME = "dynllava_run.json"
+_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]")
+_MODE_ORDER = ("full", "image", "image_text", "random")
 COUNTS = ("image_tokens", "kept_image_tokens", "generated_tokens", "kept_tokens", "kept_output_share")
 SETTINGS = ("vision_keep_rate", "image_policy")
-COLUMNS = (
-    "checkpoint",
-    "mode",
-    "harness",
-    "benchmark",
-    "metric",
-    "value",
-    "n",
-    *SETTINGS,
-    *COUNTS,
-    "seconds",
-    "file",
-)
+KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
+COLUMNS = (*KEYS, "value", "n", *SETTINGS, *COUNTS, "seconds", "file")
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -37,8 +28,8 @@ def read_results(folder: Path) -> pd.DataFrame:
     Parameters
     ----------
     folder : Path
-        Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and token
-        counts come from the ``dynllava_run.json`` beside them.
+        Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and
+        token counts come from the ``dynllava_run.json`` beside them.
 
     Returns
     -------
@@ -61,17 +52,17 @@ def read_results(folder: Path) -> pd.DataFrame:
         raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["file"] = [str(Path(file).relative_to(folder)) for file in table["file"]]
-    same = ["checkpoint", "mode", "harness", "benchmark", "metric", "n", *SETTINGS]
-    return table.drop_duplicates(same, keep="last").reset_index(drop=True)
+    table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
+    return _sorted(table).reset_index(drop=True)
 
 
 def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
-    """A run's name in tables: ``image_text``, ``random`` for the control, ``...@10%`` at another keep rate."""
+    """A run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
     mode = str(sparsity.get("mode", "unknown"))
     if mode == "full":
         return mode
     if sparsity.get("image_policy", "learned") != "learned":
-        # The control differs from the method in who chooses image tokens; the mode beside it tells what else it drops.
+        # The control: the same checkpoint and mode, but another chooses the image tokens.
         mode = str(sparsity["image_policy"]) if mode == "image_text" else f"{sparsity['image_policy']}_{mode}"
     rate = float(sparsity.get("vision_keep_rate", default_rate))
     return mode if rate == default_rate else f"{mode}@{100 * rate:g}%"
@@ -82,54 +73,55 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
 
     Where one setting was run on different numbers of questions, the largest stands.
     """
-    known = [benchmark.name for benchmark in BENCHMARKS]
-    order = {
-        name: index for index, name in enumerate([*known, *sorted(set(table["benchmark"]) - set(known))])
-    }
-    modes = sorted(table["mode"].unique(), key=_mode_order)
-    chosen = table.sort_values("n").drop_duplicates(
-        ["checkpoint", "mode", "harness", "benchmark", "metric"], keep="last"
-    )
-    chosen = chosen.sort_values(
-        ["benchmark", "metric", "harness"], key=lambda c: c.map(order) if c.name == "benchmark" else c
-    )
+    chosen = _sorted(table.sort_values("n").drop_duplicates(list(KEYS), keep="last"))
     out: dict[tuple[str, str], dict[str, Any]] = {}
     for row in chosen.to_dict("records"):
         cells = out.setdefault((row["checkpoint"], row["mode"]), {})
-        unit = unit_of(row["metric"])
-        title = f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "")
-        cells[f"{title} {row['harness']}"] = row["value"]
+        cells[_title(row)] = row["value"]
         cells[f"n {row['benchmark']}"] = row["n"]
     _add_counts(chosen, out)
-    columns = list(
-        dict.fromkeys(name for cells in out.values() for name in cells if not name.startswith("n "))
-    )
-    columns += list(dict.fromkeys(name for cells in out.values() for name in cells if name.startswith("n ")))
-    counted = [name for name in columns if name.startswith(("image tokens", "output tokens"))]
-    columns = [name for name in columns if name not in counted] + counted
-    keys = sorted(out, key=lambda key: (key[0], modes.index(key[1])))
-    index = pd.MultiIndex.from_tuples(keys, names=["checkpoint", "mode"])
-    return pd.DataFrame([out[key] for key in keys], index=index, columns=columns)
+    # Scores first, as the registry lists them; then questions; then tokens.
+    by_benchmark = _sorted(chosen, first=("benchmark", "metric", "harness"))
+    columns = list(dict.fromkeys(_title(row) for row in by_benchmark.to_dict("records")))
+    columns += list(dict.fromkeys(f"n {name}" for name in by_benchmark["benchmark"]))
+    columns += [name for name in _COUNT_COLUMNS if any(name in cells for cells in out.values())]
+    index = pd.MultiIndex.from_tuples(list(out), names=["checkpoint", "mode"])
+    return pd.DataFrame(list(out.values()), index=index, columns=columns)
+
+
+def _title(row: dict[str, Any]) -> str:
+    unit = unit_of(row["metric"])
+    return f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "") + f" {row['harness']}"
+
+
+def _sorted(table: pd.DataFrame, first: tuple[str, ...] = ("checkpoint", "mode")) -> pd.DataFrame:
+    """By the columns `first`, then the others: full context first, controls last, benchmarks as listed."""
+    known = {benchmark.name: rank for rank, benchmark in enumerate(BENCHMARKS)}
+    ranks = {
+        "mode": lambda column: column.map(_mode_order),
+        "benchmark": lambda column: column.map(lambda name: known.get(name, len(known))),
+    }
+    order = list(dict.fromkeys([*first, "checkpoint", "mode", "benchmark", "metric", "harness"]))
+    return table.sort_values(order, key=lambda column: ranks.get(str(column.name), lambda c: c)(column))
 
 
 def _add_counts(chosen: pd.DataFrame, out: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Mean tokens kept of a sample with an image, and of long answers the share of output tokens that stay."""
+    """Mean image tokens kept of a sample with an image, and the share of long answers' tokens that stay."""
     for (checkpoint, mode), rows in chosen.groupby(["checkpoint", "mode"]):
         cells = out[(str(checkpoint), str(mode))]
         with_image = rows[rows["image_tokens"] > 0]
         if len(with_image):
             total, kept = with_image["image_tokens"].mean(), with_image["kept_image_tokens"].mean()
-            cells["image tokens kept"] = f"{kept:.0f} of {total:.0f}"
+            cells[_COUNT_COLUMNS[0]] = f"{kept:.0f} of {total:.0f}"
         long = rows[(rows["generated_tokens"] >= 20) & rows["kept_output_share"].notna()]
         if len(long):
-            cells["output tokens kept [%]"] = 100 * long["kept_output_share"].mean()
+            cells[_COUNT_COLUMNS[1]] = 100 * long["kept_output_share"].mean()
 
 
-def _mode_order(mode: str) -> tuple[int, str]:
-    for rank, start in enumerate(("full", "image_text@", "image_text", "image", "random@", "random")):
-        if mode.startswith(start):
-            return ((0, 3, 2, 1, 5, 4)[rank], mode)
-    return (9, mode)
+def _mode_order(mode: str) -> str:
+    name, _, rate = mode.partition("@")
+    rank = _MODE_ORDER.index(name) if name in _MODE_ORDER else len(_MODE_ORDER)
+    return f"{bool(rate):d}{rank}{mode}"  # other keep rates follow, method beside control
 
 
 def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,20 +2,23 @@
 
 The paper: NLTK's `single_meteor_score` on `word_tokenize`d text. Two resources may be missing offline:
 
-* WordNet's synonyms. Taken from NLTK's data or Debian's ``wordnet-base``. Without them only exact and stem matches
-  count, and the metric is called ``meteor_exact_stem``.
-* Punkt's sentence splitter. `word_tokenize` is Punkt, then NLTK's Treebank-style tokenizer on each sentence; without
-  Punkt sentences end at ``.``, ``!`` or ``?`` before white space. The two differ on abbreviations only.
+* WordNet's synonyms. Taken from NLTK's data or Debian's ``wordnet-base``. Without them only exact and stem
+  matches count, and the metric is called ``meteor_exact_stem``.
+* Punkt's sentence splitter. `word_tokenize` is Punkt, then NLTK's Treebank-style tokenizer on each sentence;
+  without Punkt sentences end at ``.``, ``!`` or ``?`` before white space; the two differ on abbreviations.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+# lmms-eval scores in threads; neither NLTK's lazy loading nor its WordNet reader allows that.
+_LOCK = threading.RLock()
 METEOR, METEOR_WITHOUT_SYNONYMS = "meteor", "meteor_exact_stem"
 _DEBIAN_WORDNET = Path("/usr/share/wordnet")
 
@@ -67,16 +70,17 @@ def _tokenizer() -> Callable[[str], list[str]]:
 
 def meteor_name() -> str:
     """What `meteor` computes here: ``meteor`` with WordNet's synonyms, ``meteor_exact_stem`` without."""
-    return METEOR if _wordnet() is not None else METEOR_WITHOUT_SYNONYMS
+    with _LOCK:
+        return METEOR if _wordnet() is not None else METEOR_WITHOUT_SYNONYMS
 
 
 def meteor(reference: str, prediction: str) -> float:
     """Score in [0, 1] of `prediction` against `reference`, under the metric that `meteor_name` names."""
     from nltk.translate.meteor_score import single_meteor_score
 
-    tokenize = _tokenizer()
-    wordnet = _wordnet()
-    words = tokenize(reference), tokenize(prediction)
-    if not words[0] or not words[1]:
-        return 0.0
-    return single_meteor_score(*words, wordnet=_NoSynonyms() if wordnet is None else wordnet)
+    with _LOCK:
+        tokenize, wordnet = _tokenizer(), _wordnet()
+        words = tokenize(reference), tokenize(prediction)
+        if not words[0] or not words[1]:
+            return 0.0
+        return single_meteor_score(*words, wordnet=_NoSynonyms() if wordnet is None else wordnet)

@@ -1,4 +1,4 @@
-"""`python run_vlmevalkit.py`: VLMEvalKit's own command line with our model, our datasets and an honest exit code."""
+"""`run_vlmevalkit.py`: VLMEvalKit's own command line with our model and datasets and an honest exit code."""
 
 from __future__ import annotations
 
@@ -16,24 +16,17 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.settings import DEFAULT_CHECKPOINT, ModelSettings
+from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
 from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
 HARNESS = "vlmevalkit"
 MODEL_NAME = "dynllava"
 KIT_MODES = ("all", "infer", "eval")
-# What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
-_NO_SCORE_WANTED = (
-    "mode_infer",
-    "official_submission",
-    "external_submission",
-    "without_ground_truth",
-    "not_supported",
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the kit as typed; returns 0, or 1 where a dataset failed, or 2 where the user can mend the cause."""
+    """Run the kit as typed; returns 0, 1 where a dataset failed, 2 where the user can mend the cause."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(arguments)
@@ -72,7 +65,8 @@ def _run(arguments: list[str]) -> int:
     _register(settings, own.batch_size, own.max_new_tokens)
     if not torch_has_gpu():
         _use_gloo()
-    _forget_finished(work_dir, peek)
+    if kit_mode != "eval" and not peek.reuse:
+        forget_finished(work_dir / MODEL_NAME, MODEL_NAME, peek.data or [])
     started = time.time()
     sys.argv = [sys.argv[0], *forwarded]
     kit.main()
@@ -84,8 +78,8 @@ def _run(arguments: list[str]) -> int:
         failures += check_run(work_dir / model, model, datasets, started)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    if MODEL_NAME in models:
-        _write_manifest(work_dir / MODEL_NAME, datasets, peek.limit, arguments)
+    if len(models) == 1:
+        _write_manifest(work_dir / models[0], datasets, peek.limit, arguments)
     print(f"results: {work_dir}")
     return 1 if failures else 0
 
@@ -107,7 +101,7 @@ def _own_parser() -> argparse.ArgumentParser:
         "--mode",
         action="append",
         metavar="MODE",
-        help=f"{'|'.join(MODES)} for the model; {'|'.join(KIT_MODES)} is the kit's own option; may be given once for each",
+        help=f"{'|'.join(MODES)} for the model; {'|'.join(KIT_MODES)} is the kit's own; once for each",
     )
     add(
         "--vision-keep-rate",
@@ -130,7 +124,7 @@ def _own_parser() -> argparse.ArgumentParser:
         "--batch-size",
         "--batch_size",
         type=int,
-        default=16,
+        default=8,
         help="rows answered at once (default: %(default)s)",
     )
     add(
@@ -156,7 +150,7 @@ def _kit_parser() -> argparse.ArgumentParser:
 
 
 def _split_modes(values: list[str]) -> tuple[str | None, str | None]:
-    """`--mode` names two things: how the model runs, and (the kit's) which stages run. Their values differ."""
+    """`--mode` names two things, how the model runs and which of the kit's stages; their values differ."""
     ours, kits = [v for v in values if v in MODES], [v for v in values if v in KIT_MODES]
     unknown = [value for value in values if value not in (*MODES, *KIT_MODES)]
     if unknown:
@@ -168,7 +162,7 @@ def _split_modes(values: list[str]) -> tuple[str | None, str | None]:
 
 
 def _import_kit() -> ModuleType:
-    """The kit's command line: ``vlmeval.run`` of the package, or ``run.py`` at the root of an upstream checkout.
+    """The kit's command line: the package's ``vlmeval.run``, or an upstream checkout's ``run.py``.
 
     It is imported before CUDA is used, because it assigns each process its GPUs.
     """
@@ -246,60 +240,9 @@ def _selected(peek: argparse.Namespace) -> tuple[list[str], list[str]]:
     return list(config["model"]), list(config["data"])
 
 
-def _forget_finished(work_dir: Path, peek: argparse.Namespace) -> None:
-    """Without `--reuse` the kit promises a fresh start, yet keeps old predictions and scores: remove ours.
-
-    What a killed run left (`*.pkl`) stays, so that it is taken up again.
-    """
-    if peek.reuse or peek.config is not None or int(os.environ.get("RANK", 0)) != 0:
-        return
-    for dataset in peek.data or []:
-        for path in (work_dir / MODEL_NAME).glob(f"{MODEL_NAME}_{dataset}.*"):
-            if path.suffix in (".tsv", ".xlsx", ".json"):
-                path.unlink()
-        for path in (work_dir / MODEL_NAME).glob(f"{MODEL_NAME}_{dataset}_acc.*"):
-            path.unlink()
-
-
-def check_run(folder: Path, model: str, datasets: list[str], started: float) -> list[str]:
-    """What went wrong, one line a dataset; the kit's exit code doesn't tell.
-
-    Parameters
-    ----------
-    folder : Path
-        Work-dir / model: holds `status.json` (recent kits) and the prediction and score files.
-    model : str
-    datasets : list of str
-    started : float
-        Files older than this (seconds since the epoch) are an earlier run's.
-    """
-    status_file = folder / "status.json"
-    if not status_file.is_file():
-        # An older kit: a dataset is done where it left a prediction file and a score file.
-        missing = []
-        for dataset in datasets:
-            files = [
-                path for path in folder.rglob(f"{model}_{dataset}*") if path.stat().st_mtime >= started - 1
-            ]
-            if not any(path.stem != f"{model}_{dataset}" and path.suffix != ".pkl" for path in files):
-                missing.append(f"{dataset}: VLMEvalKit wrote no score in {folder}")
-        return missing
-    status = json.loads(status_file.read_text(encoding="utf-8")).get("datasets", {})
-    failures = []
-    for dataset in datasets:
-        entry = status.get(dataset, {})
-        reason = entry.get("error_message") or entry.get("skip_reason")
-        if entry.get("status") != "done":
-            failures.append(f"{dataset}: VLMEvalKit didn't finish it (see its log in {folder.parent})")
-        elif reason and not any(text in reason for text in _NO_SCORE_WANTED):
-            failures.append(f"{dataset}: {reason}")
-        elif not reason and not entry.get("metrics"):
-            failures.append(f"{dataset}: VLMEvalKit scored nothing")
-    return failures
-
-
 def _write_manifest(folder: Path, datasets: list[str], limit: int | None, arguments: list[str]) -> None:
-    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD, write_json
+    from dynllava_plugin.evaluation.files import write_json
+    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD
 
     if RECORD.settings is None:
         return  # everything was reused: the earlier run's manifest still holds

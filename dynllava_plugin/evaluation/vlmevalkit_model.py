@@ -1,7 +1,7 @@
 """Dynamic-LLaVA as a VLMEvalKit model: translates its messages for the engine and decides nothing.
 
-The kit asks one question at a time. The adapter looks ahead: it answers the dataset's next rows in one batch and hands
-them out as the kit asks. Batching never changes an answer, so the results stay the same.
+The kit asks one question at a time. The adapter looks ahead: it answers the dataset's next rows in one batch
+and hands them out as the kit asks. Batching never changes an answer, so the results stay the same.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine import Answer, Engine, Generation, Request
+from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS, Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
@@ -40,7 +43,9 @@ class DynamicLlava(BaseModel):
 
     INTERLEAVE = True
 
-    def __init__(self, batch_size: int = 16, max_new_tokens: int = 1024, **model_args: Any) -> None:
+    def __init__(
+        self, batch_size: int = DEFAULT_BATCH_SIZE, max_new_tokens: int = MAX_NEW_TOKENS, **model_args: Any
+    ) -> None:
         super().__init__()
         settings = ModelSettings.from_dict(model_args)
         self.engine = Engine.load(settings, batch_size)
@@ -54,7 +59,7 @@ class DynamicLlava(BaseModel):
         self._ahead = _LookAhead(getattr(dump_image_func, "__self__", None), self.engine.batch_size)
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> dict[str, Any]:
-        """The answer and, as `extra_records`, its token counts (and the reference's score where one came along).
+        """The answer and, as `extra_records`, its token counts and, with a reference, its score.
 
         Raises
         ------
@@ -132,7 +137,7 @@ class _LookAhead:
     def following(self, message: Message) -> list[Message]:
         """`message` and the rows after it, one batch in all."""
         if self._ready:
-            # The kit asks other prompts than the rows give (some datasets shuffle choices): don't guess again.
+            # The kit asks other prompts than the rows give (some datasets shuffle choices): stop.
             self._ready.clear()
             self._rows = iter(())
         key = _key(message)
@@ -140,12 +145,7 @@ class _LookAhead:
         for row in self._rows:
             if _key(self._prompt(row)) == key:
                 break
-        messages = [message]
-        for row in self._rows:
-            if len(messages) >= self._size:
-                break
-            messages.append(self._prompt(row))
-        return messages
+        return [message, *(self._prompt(row) for row in islice(self._rows, self._size - 1))]
 
     def _prompt(self, row: int) -> Message:
         return [dict(item) for item in self._dataset.build_prompt(self._dataset.data.iloc[row])]
@@ -160,7 +160,7 @@ def _text_item(message: Message) -> dict[str, Any]:
 
 
 def _request(message: Message, dataset: str) -> Request:
-    """The message as one question; images stand where the message has them, LLaVA's marker and a line break each."""
+    """The message as one question; an image becomes LLaVA's marker and a line break where it stands."""
     images = [item["value"] for item in message if item["type"] == "image"]
     name = f"{dataset} ({os.path.basename(images[0])})" if images else dataset
     other = [item["type"] for item in message if item["type"] not in ("image", "text")]

@@ -25,12 +25,13 @@ class DynamicLlavaProcessor(LlavaProcessor):
     num_additional_image_tokens
         As in `transformers.LlavaProcessor`; the chat template defaults to ``vicuna_v1``.
     image_aspect_ratio : "pad" | "square"
-        "pad" extends an image to a square with the mean colour first (LLaVA-1.5); "square" does as `image_processor` says.
+        "pad" extends an image to a square with the mean colour first (LLaVA-1.5); "square" does as
+        `image_processor` says.
     spacing : "tokenizer" | "image" | "special"
-        Where text starts with a "▁" piece. "image": at the start and after every image, because the original code
-        tokenizes the text between images on its own; "special": after every other special token as well, the rule of
-        its tokenizers that say "legacy"; "tokenizer": whatever the tokenizer does by itself (transformers 5's Llama
-        tokenizer: at the very start only, and not where the text starts with a space).
+        Where text starts with a "▁" piece. "image": at the start and after every image, because the original
+        code tokenizes the text between images on its own; "special": after every other special token as well,
+        the rule of its tokenizers that say "legacy"; "tokenizer": whatever the tokenizer does by itself
+        (transformers 5's Llama tokenizer: at the very start only, unless the text starts with a space).
 
     Notes
     -----
@@ -68,7 +69,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
         )
         tokenizer.padding_side = "left"
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
         """Tensors for the model.
 
         Parameters
@@ -83,8 +84,8 @@ class DynamicLlavaProcessor(LlavaProcessor):
         Returns
         -------
         BatchFeature
-            ``input_ids`` and ``attention_mask`` [B, L] with a marker repeated once per image token, ``pixel_values``
-            [number of images, 3, H, W] in the order of the markers.
+            ``input_ids`` and ``attention_mask`` [B, L], int64, a marker repeated once per image token;
+            ``pixel_values`` [number of images, 3, H, W], float32, in the order of the markers.
 
         Raises
         ------
@@ -99,7 +100,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
             text = prepared[0] if isinstance(text, str) else prepared
         flat = [image for group in groups for image in group]
         pixels = [self.prepare_image(image, f"image {index}") for index, image in enumerate(flat)]
-        return super().__call__(images=pixels or None, text=text, **kwargs)
+        return super().__call__(pixels or None, text, *args, **kwargs)
 
     def prepare_image(self, image: Any, name: str = "image") -> Image.Image:
         """`image` as RGB, made square where the checkpoint says so and resized for the vision tower.
@@ -125,7 +126,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
     def prepare_text(self, text: str) -> str:
         """`text` with the spaces that make the tokenizer produce the original code's ids (see `spacing`).
 
-        For callers that tokenize a prompt themselves (training labels); the processor's own call does this already.
+        For callers that tokenize a prompt themselves (training labels); the processor's own call does this.
         """
         if self.spacing == "tokenizer":
             return text
@@ -156,9 +157,8 @@ def check_markers(samples: Sequence[str], groups: Sequence[Sequence[Any]], marke
     """`UserError` naming the first sample whose image markers and images differ in number."""
     for index, (sample, images) in enumerate(zip(samples, groups, strict=True)):
         if sample.count(marker) != len(images):
-            raise UserError(
-                f"sample {index}: {sample.count(marker)} {marker} marker(s) in the prompt but {len(images)} image(s)"
-            )
+            found = f"{sample.count(marker)} {marker} marker(s) in the prompt but {len(images)} image(s)"
+            raise UserError(f"sample {index}: {found}")
 
 
 def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[list[Any]]:
@@ -173,7 +173,9 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
         return [flat]
     if flat and all(isinstance(group, (list, tuple)) for group in flat):
         if len(flat) != len(samples):
-            raise UserError(f"{len(flat)} lists of images for {len(samples)} prompts; give one list per prompt")
+            raise UserError(
+                f"{len(flat)} lists of images for {len(samples)} prompts; give one list per prompt"
+            )
         return [list(group) for group in flat]
     groups: list[list[Any]] = []
     for sample in samples:
@@ -200,16 +202,19 @@ def _rgb(image: Any, name: str) -> Image.Image:
         if remote:
             from transformers.image_utils import load_image
 
-            return load_image(image).convert("RGB")
+            return load_image(str(image)).convert("RGB")
         array = np.asarray(image)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
     except Exception as error:
-        raise UserError(f"{name}: cannot be read as an image ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{name}: cannot be read as an image ({reason})") from None
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UserError(f"{name}: an array must be uint8 [H, W, 3] or [3, H, W], not {array.dtype} {array.shape}")
+        raise UserError(
+            f"{name}: an array must be uint8 [H, W, 3] or [3, H, W], not {array.dtype} {array.shape}"
+        )
     return Image.fromarray(array)
 
 

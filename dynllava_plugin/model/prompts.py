@@ -17,8 +17,8 @@ def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
     Parameters
     ----------
     turns : sequence of (question, answer)
-        Questions carry their own ``<image>`` markers (LLaVA puts ``"<image>\\n"`` before the first question; see
-        :func:`with_images`). The last answer may be ``None``: the prompt then ends with ``"ASSISTANT:"``.
+        Questions carry their own ``<image>`` markers (LLaVA puts ``"<image>\\n"`` before the first question;
+        see :func:`with_images`). The last answer may be ``None``: the prompt then ends with ``"ASSISTANT:"``.
 
     Returns
     -------

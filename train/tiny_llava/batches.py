@@ -1,8 +1,8 @@
-"""Stage 2's batches: one image each, many questions, every question seeing the image but not the other questions.
+"""Stage 2's batches: one image a sequence, many questions, each seeing the image but not the other questions.
 
-Questions that can read each other's answers learn to copy them instead of looking. So most sequences hold the prefix
-(system prompt, image) once and then one block a question, laid out exactly as a prompt of its own: a block attends to
-the prefix and itself, and its positions continue the prefix. A part are ordinary multi-turn conversations.
+Questions that can read each other's answers learn to copy them instead of looking. So most sequences hold the
+prefix (system prompt, image) once and then one block a question, laid out exactly as a prompt of its own: it
+attends to the prefix and itself, and its positions continue the prefix. A part are ordinary conversations.
 """
 
 import random
@@ -25,8 +25,19 @@ Turn = tuple[str, str]
 
 @dataclass
 class Batch:
-    """`ids`, `positions`, `labels` (-100 outside answers), `block` (0 prefix, k the k-th question): int64 [B, T];
-    `pixels` float [B, 3, 128, 128]; the image tokens are columns `image_start` to `image_start + 64` of every row."""
+    """Sequences padded on the right.
+
+    Attributes
+    ----------
+    ids, positions : int64 [B, T]
+    labels : int64 [B, T]
+        -100 outside answers.
+    block : int64 [B, T]
+        0 prefix (or an ordinary conversation), k the k-th question, -1 padding.
+    pixels : float [B, 3, 128, 128]
+    image_start : int
+        The image tokens are columns `image_start` to `image_start + 64` of every row.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -59,7 +70,9 @@ class Encoder:
     def pieces(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def __call__(self, turns: list[Turn], separate: bool) -> tuple[list[int], list[int], list[int], list[int]]:
+    def __call__(
+        self, turns: list[Turn], separate: bool
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
         """ids, labels, positions, blocks of one sequence; `separate`: a block per question."""
         ids, labels = list(self.prefix), [-100] * len(self.prefix)
         positions, blocks = list(range(len(ids))), [0] * len(ids)

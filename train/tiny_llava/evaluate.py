@@ -15,7 +15,12 @@ from train.tiny_llava.language import answer_logits
 
 def question_type(question: str) -> str:
     """The question's template: colours, shapes and places replaced by their kinds."""
-    for values, kind in ((COLORS, "COLOR"), (SHAPES, "SHAPE"), (("top", "bottom"), ""), (("left", "right"), "PLACE")):
+    for values, kind in (
+        (COLORS, "COLOR"),
+        (SHAPES, "SHAPE"),
+        (("top", "bottom"), ""),
+        (("left", "right"), "PLACE"),
+    ):
         question = re.sub(rf"\b({'|'.join(values)})\b", kind, question)
     return question
 
@@ -30,10 +35,11 @@ def accuracy(
 ) -> dict[str, float]:
     """Share of rows whose whole answer is the greedy choice, token by token; "all" and per question type.
 
-    An answer is what greedy decoding gives exactly if each of its tokens (and `</s>`) is the most likely one after
-    those before it, so one forward pass judges all questions about an image (each in a block of its own).
+    An answer is what greedy decoding gives exactly if each of its tokens (and `</s>`) is the most likely one
+    after those before it, so one forward pass judges all questions about an image (a block each).
     """
-    encoder, images = Encoder(tokenizer), CLIPImageProcessor(size={"height": 128, "width": 128}, do_center_crop=False)
+    encoder = Encoder(tokenizer)
+    images = CLIPImageProcessor(size={"height": 128, "width": 128}, do_center_crop=False)
     grouped: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
         grouped[row["image"]].append((row["question"], row["answer"]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration (Muon's quintic): float [n, rows, columns] with rows <= columns -> near-orthogonal rows."""
+    """Muon's Newton-Schulz iteration: float [n, rows, columns], rows <= columns -> near-orthogonal rows."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -17,7 +17,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in float32, all matrices of a shape at once: torch's own works in bfloat16, four times slower on CPUs.
+    """Muon in float32, all matrices of a shape at once; torch's own works in bfloat16, slow on CPUs.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Optimizers:
     Parameters
     ----------
     model : nn.Module
-        Its trainable parameters are split: 2-D weights inside `layers` (attention, MLP) go to Muon.
+        Its trainable parameters are split: 2-D weights of layers and projector go to Muon.
     steps : int
         Length of the schedule.
     lr, muon_lr : float
@@ -63,10 +63,14 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, steps: int, lr: float, muon_lr: float, warmup: int = 50) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-        rest = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
+        inner = [p.ndim == 2 and (".layers." in name or "projector" in name) for name, p in named]
+        hidden = [p for (_, p), flag in zip(named, inner, strict=True) if flag]
+        rest = [p for (_, p), flag in zip(named, inner, strict=True) if not flag]
         self.parameters = hidden + rest
-        self.optimizers = [Muon(hidden, lr=muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        self.optimizers = [
+            Muon(hidden, lr=muon_lr),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
         def factor(step: int) -> float:
             return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))

@@ -13,14 +13,16 @@ from train.easy_vqa_facts import COLORS, SHAPES, Tile
 from train.easy_vqa_scenes import DESCRIPTIONS, describe, scene_questions
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN]
-# A word with the space before it, a punctuation mark, a newline: so words are single pieces wherever they stand.
+# A word with the space before it, a punctuation mark, a newline: words are single pieces wherever they stand.
 _PIECES = Regex(r"▁?[\p{L}\p{N}]+|▁?[^\s▁\p{L}\p{N}]|\s|▁")
 
 
 def corpus(tiles: list[Tile], seed: int = 0) -> list[str]:
     """Conversations with every word of the data: prompts, questions, answers, descriptions."""
     rng = random.Random(seed)
-    texts = [vicuna_v1([(f"{IMAGE_TOKEN}\n{q}{SHORT_ANSWER}", a)]) for t in tiles[:300] for q, a in t.questions]
+    texts = [
+        vicuna_v1([(f"{IMAGE_TOKEN}\n{q}{SHORT_ANSWER}", a)]) for t in tiles[:300] for q, a in t.questions
+    ]
     for _ in range(300):
         facts = [(rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(4)]
         turns: list[tuple[str, str | None]] = [*scene_questions(facts, 12, rng)]
@@ -33,7 +35,7 @@ def corpus(tiles: list[Tile], seed: int = 0) -> list[str]:
 
 
 def build_tokenizer(tiles: list[Tile]) -> PreTrainedTokenizerFast:
-    """Train byte-pair merges on the corpus; what the merges can't spell falls back to bytes, as in Llama's."""
+    """Train byte-pair merges on the corpus; what they can't spell falls back to bytes, as in Llama's."""
     steps = [normalizers.Replace(" ", "▁")]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence(steps)
@@ -41,7 +43,9 @@ def build_tokenizer(tiles: list[Tile]) -> PreTrainedTokenizerFast:
     printable = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
     texts = [text.replace(special, " ") for text in corpus(tiles) for special in ("</s>",)]
     texts = [text.replace(IMAGE_TOKEN, " ") for text in texts]
-    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=2, initial_alphabet=printable, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=2, initial_alphabet=printable, show_progress=False
+    )
     trained.train_from_iterator(texts, trainer)
 
     model = json.loads(trained.to_str())["model"]

@@ -1,8 +1,8 @@
 """Stage 1: a CLIP vision tower that says, patch by patch, what lies there.
 
-Every patch that an object overlaps learns that object's colour and shape, every other patch learns "background", and
-all learn their row and column. So what a token knows is about its own place, as in a large CLIP, and a language model
-can look objects up from the first step on.
+A patch that an object overlaps learns that object's colour and shape, every other patch learns "background",
+and all learn their row and column. So what a token knows is about its own place, as in a large CLIP, and a
+language model can look objects up from the first step on.
 """
 
 import time
@@ -41,7 +41,9 @@ class TileSet:
     def __init__(self, tiles: list[Tile]) -> None:
         self.tiles = known = [tile for tile in tiles if tile.known]
         self.pixels = torch.from_numpy(np.stack([np.array(Image.open(t.path).convert("RGB")) for t in known]))
-        border = torch.cat([self.pixels[:, 0], self.pixels[:, -1], self.pixels[:, :, 0], self.pixels[:, :, -1]], dim=1)
+        border = torch.cat(
+            [self.pixels[:, 0], self.pixels[:, -1], self.pixels[:, :, 0], self.pixels[:, :, -1]], dim=1
+        )
         code = (border.long() * torch.tensor([1 << 16, 1 << 8, 1])).sum(-1).mode(dim=1).values
         background = torch.stack([code >> 16, (code >> 8) & 255, code & 255], dim=-1)
         self.masks = (self.pixels.long() - background[:, None, None]).abs().sum(-1) > 60
@@ -55,12 +57,15 @@ class TileSet:
         return len(self.pixels)
 
     def shifted(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pixels [n, 64, 64, 3] and masks [n, 64, 64] with each object moved somewhere in its tile, half mirrored."""
+        """Pixels [n, 64, 64, 3] and masks [n, 64, 64], each object moved within its tile, half mirrored."""
 
         def draw(low: Tensor, high: Tensor) -> Tensor:
             return low + (torch.rand(len(low), generator=generator) * (high - low + 1)).long()
 
-        dy, dx = draw(-self.top[index], 63 - self.bottom[index]), draw(-self.left[index], 63 - self.right[index])
+        dy, dx = (
+            draw(-self.top[index], 63 - self.bottom[index]),
+            draw(-self.left[index], 63 - self.right[index]),
+        )
         line = torch.arange(64)
         y, x = (line - dy[:, None]) % 64, (line - dx[:, None]) % 64
         mirrored = torch.rand(len(index), generator=generator) < 0.5
@@ -89,7 +94,10 @@ def join_tiles(tiles: Tensor) -> Tensor:
 
 
 def patch_labels(owner: Tensor) -> Tensor:
-    """int64 [n, 128, 128] (0 background, k+1 object k of the batch) -> [n, 64]: k, -1 background, -100 a mere sliver."""
+    """Owner of each patch: int64 [n, 128, 128] (0 background, k + 1 object k of the batch) -> [n, 64].
+
+    Gives k, -1 for background, -100 (ignored) where fewer than four pixels belong to the object.
+    """
     n = len(owner)
     patches = owner.view(n, PATCHES, 16, PATCHES, 16).transpose(2, 3).reshape(n, PATCHES * PATCHES, 256)
     covered = (patches > 0).sum(-1)
@@ -103,7 +111,9 @@ def batches(
     """Endless (pixel values, object of each patch [n, 64], colours and shapes of the batch's objects)."""
     while True:
         index = torch.randint(len(tiles), (4 * scenes + singles,), generator=generator)
-        pixels, masks = tiles.shifted(index, generator) if augment else (tiles.pixels[index], tiles.masks[index])
+        pixels, masks = (
+            tiles.shifted(index, generator) if augment else (tiles.pixels[index], tiles.masks[index])
+        )
         owner = masks.long() * torch.arange(1, len(index) + 1)[:, None, None]
         split = 4 * scenes
         images = torch.cat([join_tiles(pixels[:split]).float(), enlarge(pixels[split:])])
@@ -136,7 +146,9 @@ def vision_config(width: int = 128, layers: int = 4) -> CLIPVisionConfig:
     )  # fmt: skip
 
 
-def object_accuracy(tower: CLIPVisionModel, heads: PatchHeads, tiles: TileSet, singles: bool) -> tuple[float, float]:
+def object_accuracy(
+    tower: CLIPVisionModel, heads: PatchHeads, tiles: TileSet, singles: bool
+) -> tuple[float, float]:
     """Share of unseen objects whose colour / shape the sum over their patches gets right."""
     generator = torch.Generator().manual_seed(1)
     right, total = torch.zeros(2), 0
@@ -171,8 +183,13 @@ def train_vision(train: TileSet, test: TileSet, steps: int, seed: int, lr: float
         known = owner >= 0
         ignore = torch.full_like(owner, -100)
         loss = torch.zeros(())
-        for logits, truth, background in ((out[0], color, BACKGROUND_COLOR), (out[1], shape, BACKGROUND_SHAPE)):
-            label = torch.where(known, truth[owner.clamp(min=0)], torch.where(owner == -1, background, ignore))
+        for logits, truth, background in (
+            (out[0], color, BACKGROUND_COLOR),
+            (out[1], shape, BACKGROUND_SHAPE),
+        ):
+            label = torch.where(
+                known, truth[owner.clamp(min=0)], torch.where(owner == -1, background, ignore)
+            )
             loss = loss + F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-100)
             # Most patches are background: objects alone once more, so that shapes aren't drowned.
             objects = torch.where(known, label, ignore).flatten()
@@ -190,4 +207,19 @@ def train_vision(train: TileSet, test: TileSet, steps: int, seed: int, lr: float
                 f"step {step}, {time.time() - started:.0f} s, loss {loss.item():.3f}: unseen tiles in scenes "
                 f"{scenes[0]:.1%} colour {scenes[1]:.1%} shape; alone {singles[0]:.1%} {singles[1]:.1%}"
             )
-    return tower.eval().requires_grad_(False)
+    return rescale(tower.eval().requires_grad_(False), next(stream)[0])
+
+
+@torch.no_grad()
+def rescale(tower: CLIPVisionModel, pixel_values: Tensor) -> CLIPVisionModel:
+    """Give the features unit size without changing what the tower computes.
+
+    Everything that writes to the residual stream is divided by the features' root mean square; the layer norms that
+    read it don't notice. Features of size 10 and more make the projector's first thousand steps useless.
+    """
+    size = patch_features(tower, pixel_values).square().mean().sqrt().item()
+    for name, module in tower.named_modules():
+        if name.endswith(("pre_layrnorm", "self_attn.out_proj", "mlp.fc2")):
+            module.weight.div_(size)
+            module.bias.div_(size)
+    return tower

@@ -1,13 +1,14 @@
 """The four checkpoint layouts: telling them apart, and their config.json as a `DynamicLlavaConfig`.
 
-=============  ==============================================  =========================================================
-layout         `model_type` in config.json                     examples
-=============  ==============================================  =========================================================
-own            dynamic_llava                                   `save_pretrained` of this package
-llava-hf       llava (with a `text_config`)                    llava-hf/llava-1.5-7b-hf, the bundled tiny model
-original       llava_llama, llava                              liuhaotian/llava-v1.5-7b
-published      llava_llama, dynamic_llava_llama + sparse_config  Osilly/Dynamic-LLaVA-7B
-=============  ==============================================  =========================================================
+=========  ========================================  ====================================================
+layout     `model_type` in config.json               examples
+=========  ========================================  ====================================================
+own        dynamic_llava                             `save_pretrained` of this package
+llava-hf   llava, with a `text_config`               llava-hf/llava-1.5-7b-hf, the bundled tiny model
+original   llava_llama, llava                        liuhaotian/llava-v1.5-7b
+published  the same or dynamic_llava_llama, with a   Osilly/Dynamic-LLaVA-7B
+           `sparse_config`
+=========  ========================================  ====================================================
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 OWN, LLAVA_HF, ORIGINAL, PUBLISHED = "own", "llava-hf", "original", "published"
 
-# Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*, similar_postive_num,
-# instruct_*, ...) belongs to experiments that the method does not use.
+# Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*,
+# similar_postive_num, instruct_*, ...) belongs to experiments that the method does not use.
 PUBLISHED_SETTINGS = {
     "predictor_dim": "d_model",
     "predictor_heads": "nhead",
@@ -39,9 +40,10 @@ PUBLISHED_SETTINGS = {
     "keep_loss_weight": "mask_loss_weight",
 }
 LLAMA_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act"
-    " max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_theta rope_scaling attention_bias"
-    " attention_dropout mlp_bias pretraining_tp bos_token_id eos_token_id"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    " head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings"
+    " rope_theta rope_scaling attention_bias attention_dropout mlp_bias pretraining_tp"
+    " bos_token_id eos_token_id"
 ).split()
 # The vision tower of every published LLaVA-1.5; known by name, so that its config need not be fetched.
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -74,17 +76,21 @@ def layout_of(directory: Path, values: dict[str, Any]) -> str:
 
 def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     """config.json of any layout as a `DynamicLlavaConfig`, its vocabulary as published."""
-    layout = layout_of(directory, values)
-    if layout == OWN:
-        return DynamicLlavaConfig.from_dict(values)
-    return _from_llava_hf(directory, values) if layout == LLAVA_HF else _from_original(directory, values)
+    readers = {OWN: _from_own, LLAVA_HF: _from_llava_hf, ORIGINAL: _from_original, PUBLISHED: _from_original}
+    try:
+        return readers[layout_of(directory, values)](directory, values)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks the types of fields, each its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{directory / 'config.json'}: {reason}") from None
 
 
 def fresh_sparsity(hidden_size: int) -> SparsityConfig:
-    """Settings for a checkpoint without predictors: the paper's, with predictors no wider than a small LLM bears.
+    """Settings for a checkpoint without predictors: the paper's, with predictors that fit a small LLM.
 
-    The paper's width 512 (8 heads, MLP 2048) from `hidden_size` 1024 on; below, the largest power of two up to half of
-    `hidden_size` (at least 16), 4 heads and an MLP of four times the width: 192 -> 64.
+    The paper's width 512 (8 heads, MLP 2048) from `hidden_size` 1024 on; below, the largest power of two up
+    to half of `hidden_size` (at least 16), 4 heads and an MLP of four times the width: 192 -> 64.
     """
     if hidden_size >= 1024:
         return SparsityConfig()
@@ -92,10 +98,19 @@ def fresh_sparsity(hidden_size: int) -> SparsityConfig:
     return SparsityConfig(predictor_dim=width, predictor_heads=4, predictor_ffn_dim=4 * width)
 
 
+def _from_own(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
+    try:
+        return DynamicLlavaConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: sparsity: {error}") from None
+
+
 def _from_llava_hf(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     text = {"model_type": "llama", **values["text_config"]}
     if text["model_type"] != "llama":
-        raise UserError(f"{directory / 'config.json'}: the LLM is a {text['model_type']}, only llama is supported")
+        raise UserError(
+            f"{directory / 'config.json'}: the LLM is a {text['model_type']}, only llama is supported"
+        )
     text.pop("model_type")
     text_config = DynamicLlamaConfig.from_dict(text)
     text_config.sparsity = fresh_sparsity(text_config.hidden_size)
@@ -128,17 +143,20 @@ def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfi
         sparsity = _published_sparsity(file, values["sparse_config"])
     else:
         sparsity = fresh_sparsity(values["hidden_size"])
+    options: dict[str, Any] = {
+        "vision_feature_select_strategy": strategy,
+        "bos_token_id": values.get("bos_token_id", 1),
+        "eos_token_id": values.get("eos_token_id", 2),
+        "dtype": values.get("torch_dtype") or values.get("dtype"),
+    }
     return DynamicLlavaConfig(
         text_config=DynamicLlamaConfig(**text, sparsity=sparsity),
         vision_config=vision,
         image_seq_length=tokens,
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=strategy,
         image_aspect_ratio=aspect,
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        bos_token_id=values.get("bos_token_id", 1),
-        eos_token_id=values.get("eos_token_id", 2),
-        dtype=values.get("torch_dtype") or values.get("dtype"),
+        **options,
     )
 
 
@@ -154,23 +172,27 @@ def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig
         raise UserError(f"{file}: sparse_config has no vision predictor, which this package needs")
     if published.get("use_instruct_predictor", False):
         logger.warning("%s: its predictor for prompt text is left out: prompt text is never dropped", file)
-    text = bool(published.get("use_text_predictor", True) and published.get("use_output_text_predictor", True))
+    text = bool(
+        published.get("use_text_predictor", True) and published.get("use_output_text_predictor", True)
+    )
     try:
         return SparsityConfig(**settings, text_predictor=text, mode="image_text" if text else "image")
     except UserError as error:
         raise UserError(f"{file}: sparse_config: {error}") from None
 
 
-def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Path | None:
-    """Folder of the vision tower that an original-layout checkpoint names, or None where it cannot be reached.
+def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Path:
+    """Folder of the vision tower that an original-layout checkpoint names.
 
     A name is looked for relative to the checkpoint first, then on the hub (`weights`: including its weights).
     """
     name = str(values.get("mm_vision_tower"))
-    local = directory / name
-    if (local / "config.json").is_file():
-        return local
-    return find_checkpoint(name, weights)
+    if (directory / name / "config.json").is_file():
+        return directory / name
+    try:
+        return find_checkpoint(name, weights)
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: mm_vision_tower: {error}") from None
 
 
 def vision_config(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +204,8 @@ def vision_config(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     if "vision_config" in config:
         config = {"model_type": "clip_vision_model", **config["vision_config"]}
     if config.get("model_type") != "clip_vision_model":
-        raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a CLIP vision tower")
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a CLIP vision tower"
+        )
     keep = (*CLIP_L_336_CONFIG, "hidden_act", "layer_norm_eps", "num_channels", "attention_dropout")
     return {key: config[key] for key in keep if key in config}

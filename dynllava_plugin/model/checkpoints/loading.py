@@ -39,6 +39,7 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_FROM = 10**9  # bytes: a smaller model is there at once
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -55,8 +56,8 @@ def load_model(
     Parameters
     ----------
     path_or_hub_id : str or Path
-        A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5, llava-hf and
-        this package's own layout are told apart by their config.json.
+        A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5,
+        llava-hf and this package's own layout are told apart by their config.json.
     device : str or torch.device, optional
         Default: the GPU where there is one, else the CPU.
     dtype : str or torch.dtype, optional
@@ -75,8 +76,8 @@ def load_model(
     Raises
     ------
     UserError
-        One line that names the file or setting: no such checkpoint, an unknown layout, missing, extra or damaged
-        weights, a setting out of range.
+        One line that names the file or setting: no such checkpoint, an unknown layout, missing, extra or
+        damaged weights, a setting out of range.
     """
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
     processor = read_processor(
@@ -105,7 +106,7 @@ class _Checkpoint:
         self.values = read_json(self.directory / "config.json")
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
-        text = self.config.text_config
+        text: Any = self.config.text_config
         text.sparsity = text.sparsity.replace(**sparsity_overrides)
         text.sparsity.validate(num_layers=text.num_hidden_layers)
         self.tokenizer = read_tokenizer(self.directory, self.layout)
@@ -113,13 +114,16 @@ class _Checkpoint:
             _add_placeholders(self.directory, self.config, self.tokenizer)
 
     def model(
-        self, device: str | torch.device | None, dtype: str | torch.dtype | None, attn_implementation: str | None
+        self,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        attn_implementation: str | None,
     ) -> DynamicLlavaForConditionalGeneration:
         """The model with the checkpoint's weights."""
         tensors = self._weights()
         with torch.device("meta"):
             expected = DynamicLlavaForConditionalGeneration(self.config).state_dict()
-        tensors = _with_rows(_in_this_version(tensors, expected), expected)
+        tensors = _with_rows(tensors, expected)
         fresh = self.layout in (ORIGINAL, LLAVA_HF)
         optional = [name for name in expected if self._may_be_absent(name, fresh)]
         check_weights(self.directory, tensors, expected, optional)
@@ -144,25 +148,33 @@ class _Checkpoint:
         return bool(fresh_predictors and PREDICTORS.match(name)) or _unused_in_vision_tower(name, self.config)
 
     def _build(
-        self, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, attention: str | None
+        self,
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str | None,
     ) -> DynamicLlavaForConditionalGeneration:
-        options = {} if attention is None else {"attn_implementation": attention}
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        large = sum(tensor.nbytes for tensor in tensors.values()) > PROGRESS_FROM
         try:
-            with _quiet_transformers():
+            with _quiet_transformers(progress=large):
                 model = DynamicLlavaForConditionalGeneration.from_pretrained(
                     None, config=self.config, state_dict=tensors, dtype=dtype, **options
                 )
         except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
             raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
         model.config.name_or_path = str(self.directory)
         model.generation_config = self._generation_config()
-        return model.to(device).eval()
+        torch.nn.Module.to(model, device)
+        return model.eval()
 
     def _generation_config(self) -> GenerationConfig:
-        """Ours as saved; of the others the token ids only, since their sampling settings contradict greedy decoding."""
+        """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""
         if self.layout == OWN and (self.directory / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(self.directory)
-        text = self.config.text_config
+        text: Any = self.config.text_config
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
@@ -173,22 +185,26 @@ def _add_placeholders(directory: Path, config: DynamicLlavaConfig, tokenizer: An
 
     The tokenizer's new ids follow its own vocabulary; where the model has no rows for them, it gets some.
     """
-    rows = config.text_config.vocab_size
+    text: Any = config.text_config
+    rows = text.vocab_size
     if tokenizer is None:
         image, pad = rows, rows + 1
     else:
         image, pad = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id
         if len(tokenizer) - 2 > rows:
-            raise UserError(f"{directory}: its tokenizer has {len(tokenizer) - 2} tokens, its model only {rows}")
+            raise UserError(
+                f"{directory}: its tokenizer has {len(tokenizer) - 2} tokens, its model only {rows}"
+            )
     config.image_token_index = image
-    config.text_config.pad_token_id = pad
-    config.pad_token_id = pad
-    config.text_config.vocab_size = max(rows, image + 1, pad + 1)
-    config.placeholder_tokens = config.text_config.vocab_size - rows
+    config.pad_token_id = text.pad_token_id = pad
+    text.vocab_size = max(rows, image + 1, pad + 1)
+    config.placeholder_tokens = text.vocab_size - rows
 
 
-def _with_rows(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` with the vocabulary's new rows (zeros): image features replace the image token's, padding is masked."""
+def _with_rows(
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`tensors` with the vocabulary's new rows, zeros: no one reads them (image features, masked padding)."""
     for name in EMBEDDINGS:
         if name in tensors and tensors[name].shape != expected[name].shape:
             old, wanted = tensors[name], expected[name]
@@ -198,19 +214,12 @@ def _with_rows(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return tensors
 
 
-def _in_this_version(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Vision names of older transformers 5 releases, which keep `vision_model.` inside the tower."""
-    inner = VISION + "vision_model."
-    if not any(name.startswith(inner) for name in expected):
-        return tensors
-    return {name.replace(VISION, inner, 1): tensor for name, tensor in tensors.items()}
-
-
 def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
     """Layers behind the one whose output is used."""
     if not name.startswith(VISION):
         return False
-    layers, used = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    vision: Any = config.vision_config
+    layers, used = vision.num_hidden_layers, config.vision_feature_layer
     if not isinstance(used, int):
         return False
     last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
@@ -233,21 +242,27 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(
     dtype: str | torch.dtype | None, config: DynamicLlavaConfig, tensors: dict[str, torch.Tensor]
 ) -> torch.dtype:
-    if dtype in (None, "auto"):
-        dtype = config.dtype or config.text_config.dtype or tensors[EMBEDDINGS[0]].dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError("dtype: choose one of float32, bfloat16, float16")
-    return dtype
+    wanted: Any = dtype
+    text: Any = config.text_config
+    if wanted in (None, "auto"):
+        wanted = config.dtype or text.dtype or tensors[EMBEDDINGS[0]].dtype
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted.removeprefix("torch."), None)
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise UserError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
+    return wanted
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' table of newly initialised weights: what may be fresh has been said in one line."""
-    level = transformers_logging.get_verbosity()
+def _quiet_transformers(progress: bool) -> Iterator[None]:
+    """Without transformers' table of fresh weights, which one line has said, nor bars that flash by."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

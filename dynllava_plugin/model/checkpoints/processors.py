@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlamaTokenizer
 from transformers.models.clip import CLIPImageProcessor
 
 from dynllava_plugin.errors import UserError
@@ -21,11 +21,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def read_tokenizer(directory: Path, layout: str) -> Any:
-    """A checkpoint's tokenizer, with an image and a padding token, or None where it has no tokenizer files."""
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    """A checkpoint's tokenizer with an image and a padding token; None where it has none, or is our own."""
+    if layout == OWN or not _has_tokenizer(directory):
         return None
     try:
-        if layout in (OWN, LLAVA_HF):
+        if layout == LLAVA_HF and _is_sentencepiece(directory):
+            tokenizer = LlamaTokenizer.from_pretrained(directory)
+        elif layout == LLAVA_HF:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         else:
             tokenizer = read_original_tokenizer(directory)
@@ -39,45 +41,53 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
     return tokenizer
 
 
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
 def read_processor(
     directory: Path, layout: str, values: dict[str, Any], config: DynamicLlavaConfig, tokenizer: Any
 ) -> DynamicLlavaProcessor:
     """The processor of any layout; `values` is the checkpoint's config.json, `config` what became of it."""
-    if tokenizer is None:
+    if not _has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer here ({' or '.join(TOKENIZER_FILES)})")
     if layout == OWN:
         processor = AutoProcessor.from_pretrained(directory)
         if not isinstance(processor, DynamicLlavaProcessor):
             raise UserError(f"{directory / 'processor_config.json'}: missing, or not written by this package")
         return processor
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
+        raise UserError(f"{directory}: config.json and tokenizer disagree about the id of {IMAGE_TOKEN}")
+    vision: Any = config.vision_config
     settings = {
         "image_aspect_ratio": config.image_aspect_ratio,
-        "patch_size": config.vision_config.patch_size,
+        "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLIP's class token, which the "default" strategy takes off again
     }
     if layout == LLAVA_HF:
         found = AutoProcessor.from_pretrained(directory)
-        spacing = _llava_hf_spacing(directory)
+        spacing = original_spacing(directory) if _is_sentencepiece(directory) else "tokenizer"
         return DynamicLlavaProcessor(
             found.image_processor, tokenizer, chat_template=found.chat_template, spacing=spacing, **settings
         )
-    return DynamicLlavaProcessor(_image_processor(directory, values), tokenizer, spacing=original_spacing(directory), **settings)
+    return DynamicLlavaProcessor(
+        _image_processor(directory, values), tokenizer, spacing=original_spacing(directory), **settings
+    )
 
 
-def _llava_hf_spacing(directory: Path) -> str:
-    """The original rule where a llava-hf tokenizer came from the original sentencepiece model, else the tokenizer's.
+def _is_sentencepiece(directory: Path) -> bool:
+    """Whether a llava-hf tokenizer came from the original sentencepiece model, so that its rules hold.
 
-    Such a tokenizer.json puts a "▁" before every stretch of text, the one after an image included: the ids that the
-    weights were trained on. transformers 5 rebuilds Llama tokenizers without looking at that rule.
+    Such a tokenizer.json puts a "▁" before every stretch of text, where the original's newer rule puts none
+    after "</s>"; LlamaTokenizer and the processor's spacing give the ids that the weights were trained on.
     """
     file = directory / "tokenizer.json"
-    if file.is_file():
-        normalizer = read_json(file).get("normalizer") or {}
-        rules = normalizer.get("normalizers", [normalizer])
-        if not any(rule.get("type") == "Prepend" and rule.get("prepend") == "▁" for rule in rules):
-            return "tokenizer"
-    return original_spacing(directory)
+    if not file.is_file():
+        return True
+    normalizer = read_json(file).get("normalizer") or {}
+    rules = normalizer.get("normalizers", [normalizer])
+    return any(rule.get("type") == "Prepend" and rule.get("prepend") == "▁" for rule in rules)
 
 
 def _image_processor(directory: Path, values: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 
 TINY = "tiny"
-# Never fetched: training_args.bin and other pickles; PyTorch weights only where a repository has no safetensors.
+# Never fetched: training_args.bin and other pickles; PyTorch weights only where there are no safetensors.
 TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -22,8 +22,8 @@ def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
     Parameters
     ----------
     path_or_hub_id : str or Path
-        A folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``), which is downloaded or taken from the
-        hub's cache.
+        A folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``), which is downloaded or taken
+        from the hub's cache.
     weights : bool
         Whether a download includes the weights.
 
@@ -56,7 +56,9 @@ def _download(hub_id: str, weights: bool) -> Path:
                 snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); give a local folder instead") from None
+        raise UserError(
+            f"{hub_id}: cannot be fetched from the hub ({reason}); give a local folder instead"
+        ) from None
     return folder
 
 

@@ -1,7 +1,7 @@
 """The original layouts' slow `tokenizer.model` as a transformers 5 tokenizer that gives the same ids.
 
-transformers' own conversion needs a protobuf runtime at least as new as sentencepiece's generated code, which the
-evaluation harnesses' pins exclude; sentencepiece itself reads its file without.
+transformers' own conversion needs a protobuf runtime at least as new as sentencepiece's generated code, which
+the evaluation harnesses' pins exclude; sentencepiece itself reads its file without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynllava_plugin.model.checkpoints.sources import read_json
 
 
 def read_original_tokenizer(directory: Path) -> LlamaTokenizer:
-    """The tokenizer of an original LLaVA-1.5 or published Dynamic-LLaVA checkpoint (its spacing: the processor's)."""
+    """The tokenizer of an original LLaVA-1.5 or published Dynamic-LLaVA; the processor does its spacing."""
     if not (directory / "tokenizer.model").is_file():
         return LlamaTokenizer.from_pretrained(directory)
     tokenizer = from_sentencepiece(directory / "tokenizer.model")
@@ -47,7 +47,12 @@ def from_sentencepiece(file: Path) -> LlamaTokenizer:
     words = [
         piece
         for piece, index in vocabulary.items()
-        if not (model.is_control(index) or model.is_unknown(index) or model.is_byte(index) or model.is_unused(index))
+        if not (
+            model.is_control(index)
+            or model.is_unknown(index)
+            or model.is_byte(index)
+            or model.is_unused(index)
+        )
     ]
     return LlamaTokenizer(
         vocab=vocabulary,

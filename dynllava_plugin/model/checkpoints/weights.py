@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dynllava_plugin.errors import UserError
 
-# Published names -> ours, applied top to bottom; the layouts do not collide, so that one table serves all of them.
+# Published names -> ours, applied top to bottom; the layouts do not collide, so that one table serves all.
 RENAMES = (
     # llava-hf as published on the hub
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -40,7 +40,8 @@ RENAMES = (
     (r"(?<=\.text_predictor\.)3\.", "head.0."),
     (r"(?<=\.text_predictor\.)5\.", "head.2."),
     (r"(?<=\.text_predictor\.)7\.", "head.4."),
-    # older transformers keep a vision tower's weights one level deeper
+    # `save_pretrained` of a model that was built, not loaded, goes back to LLaVA's older names
+    (r"^model\.language_model\.model\.", "model.language_model."),
     (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
 # Buffers that are computed, and the published code's predictor for prompt text, which its method leaves off.
@@ -50,9 +51,12 @@ VISION = "model.vision_tower."
 # Of a full CLIP repository only the vision half is wanted.
 NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
 
-SAFETENSORS, PICKLES = ("model.safetensors", "model.safetensors.index.json"), (
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+SAFETENSORS, PICKLES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    (
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
 )
 
 
@@ -64,12 +68,12 @@ def our_name(published: str) -> str:
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint under our names; memory-mapped, so that reading costs nothing until it is used.
+    """Every tensor of a checkpoint under our names, memory-mapped: reading costs nothing until one is used.
 
     Raises
     ------
     UserError
-        No weight file, one that is missing from the index, truncated, or a ``.bin`` holding more than tensors.
+        No weight file, one missing that the index names, one truncated, or a ``.bin`` of more than tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
@@ -108,7 +112,9 @@ def _indexed_files(index: Path) -> list[Path]:
         if Path(name).name != name:
             raise UserError(f"{index}: names a file outside its folder ({name})")
         if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent / name}: missing, though {index.name} lists it; download it again")
+            raise UserError(
+                f"{index.parent / name}: missing, though {index.name} lists it; download it again"
+            )
     return [index.parent / name for name in names]
 
 
@@ -131,7 +137,9 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a plain file of tensors, refused ({_first_line(error)})") from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
         raise UserError(f"{path}: not a plain file of tensors, refused")
     return tensors
 

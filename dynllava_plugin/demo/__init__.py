@@ -1,0 +1,1 @@
+"""The demo: `python -m dynllava_plugin.demo`, or `make demo`."""

@@ -1,0 +1,150 @@
+"""`make demo`: data, finetuning, evaluation in both harnesses, table and chart.
+
+Everything runs through the command lines that users type. A rerun takes up where the last one ended: each
+part leaves a marker that names what it was made from, and is done again only where that has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, call, digest, is_done, mark_done
+from dynllava_plugin.demo.runs import CHECKPOINT, evaluate, plan
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.evaluation.tables import read_results, render
+
+# The paper's recipe with larger steps: its rates suit 665K samples, here are a few minutes on two cores.
+FINETUNE = {
+    "model_name_or_path": "tiny",
+    "learning_rate": "1e-4",
+    "predictor_learning_rate": "1e-3",
+    "global_batch_size": "16",
+    "per_device_train_batch_size": "16",
+    "logging_steps": "5",
+    "dataloader_num_workers": "0",
+    "seed": "0",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns 0, 1 where a part failed, 2 where the user can mend the cause."""
+    args = parse_arguments(arguments)
+    try:
+        demo(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PartFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m dynllava_plugin.demo", description=__doc__)
+    add = parser.add_argument
+    add("--limit", type=int, default=1000, help="questions of each benchmark (default: %(default)s)")
+    add("--full", action="store_true", help="all test questions instead of --limit")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/demo"),
+        help="folder of table and chart (default: %(default)s)",
+    )
+    add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT/work)")
+    add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
+    add("--steps", type=int, default=150, help="optimiser steps of the finetuning (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="evaluations at a time (default: one a core)")
+    add("--fresh", action="store_true", help="do everything again")
+    args = parser.parse_args(arguments)
+    for flag in ("limit", "steps", "batch_size", "jobs"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be positive")
+    return args
+
+
+def demo(args: argparse.Namespace) -> None:
+    """All parts in order."""
+    started = time.time()
+    work = (args.work or args.output / "work").resolve()
+    if args.fresh and work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    data = build_data(work / "easy_vqa")
+    if args.checkpoint and Path(args.checkpoint).is_dir():
+        args.checkpoint = str(Path(args.checkpoint).resolve())
+    checkpoint = args.checkpoint or str(finetune(data, work / CHECKPOINT, args.steps))
+    limit = None if args.full else args.limit
+    folder = work / ("runs_full" if limit is None else f"runs_{limit}")
+    evaluate(plan(folder, checkpoint, limit, args.batch_size), data, checkpoint, args.jobs)
+    report(folder, args.output, limit, time.time() - started)
+
+
+def build_data(folder: Path) -> Path:
+    """easy-VQA converted to LLaVA's format and the three test sets."""
+    command = [sys.executable, str(ROOT / "train" / "easy_vqa.py"), "--output_dir", str(folder)]
+    if is_done(folder, {"command": command[2:]}):
+        print("data: done before")
+        return folder
+    print("data: easy-VQA's images as conversations and test sets", flush=True)
+    call(command, "building the data")
+    mark_done(folder, {"command": command[2:]})
+    return folder
+
+
+def finetune(data: Path, folder: Path, steps: int) -> Path:
+    """The bundled tiny LLaVA as a Dynamic-LLaVA."""
+    options = {**FINETUNE, "max_steps": str(steps), "output_dir": str(folder)}
+    options |= {"data_path": str(data / "train.json"), "image_folder": str(data)}
+    tiny = ROOT / "dynllava_plugin" / "assets" / "tiny_llava" / "model.safetensors"
+    made_from = {"options": options, "start": digest(tiny), "data": digest(data / "train.json")}
+    if is_done(folder, made_from):
+        print("finetuning: done before")
+        return folder
+    print("finetuning: the tiny LLaVA learns which image and output tokens to keep", flush=True)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    script = str(ROOT / "train" / "finetune.py")
+    call(
+        [sys.executable, *launch, script, *flags, "--overwrite_output_dir", "true"],
+        "the finetuning",
+        KEEP_MEMORY,
+    )
+    mark_done(folder, made_from)
+    return folder
+
+
+def report(folder: Path, output: Path, limit: int | None, seconds: float) -> None:
+    """Table, chart and machine, each written whole; the table is printed."""
+    from dynllava_plugin.demo.chart import draw
+    from dynllava_plugin.evaluation.records import host, versions
+
+    table = read_results(folder).drop(columns="file")
+    text = render(table, "markdown")
+    write_text(output / "table.csv", table.to_csv(index=False))
+    machine = {
+        "host": host(),
+        "versions": versions(),
+        "questions": limit or "all",
+        "seconds": round(seconds, 1),
+    }
+    write_json(output / "machine.json", machine)
+    facts = machine["host"]
+    note = f"{facts['processor']}, {facts['cores']} cores; {limit or 'all'} questions of each benchmark"
+    write_text(output / "table.md", f"{text}\nMachine: {note}; versions in machine.json.\n")
+    draw(table, output / "chart.png")
+    print(f"\n{text}\ntable, chart and machine: {output} ({seconds / 60:.1f} min)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What became of a VLMEvalKit run: its files tell, its exit code doesn't."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
+_NO_SCORE_WANTED = (
+    "mode_infer",
+    "official_submission",
+    "external_submission",
+    "without_ground_truth",
+    "not_supported",
+)
+
+
+def forget_finished(folder: Path, model: str, datasets: list[str]) -> None:
+    """Without `--reuse` the kit promises a fresh start, yet keeps old predictions and scores: remove ours.
+
+    What a killed run left (`*.pkl`) stays, so that it is taken up again.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    for dataset in datasets:
+        for path in folder.glob(f"{model}_{dataset}.*"):
+            if path.suffix in (".tsv", ".xlsx", ".json"):
+                path.unlink()
+        for path in folder.glob(f"{model}_{dataset}_acc.*"):
+            path.unlink()
+
+
+def check_run(folder: Path, model: str, datasets: list[str], started: float) -> list[str]:
+    """What went wrong, one line a dataset; the kit's exit code doesn't tell.
+
+    Parameters
+    ----------
+    folder : Path
+        Work-dir / model: holds `status.json` (recent kits) and the prediction and score files.
+    model : str
+    datasets : list of str
+    started : float
+        Files older than this (seconds since the epoch) are an earlier run's.
+    """
+    status_file = folder / "status.json"
+    if not status_file.is_file():
+        # An older kit: a dataset is done where it left a prediction file and a score file.
+        missing = []
+        for dataset in datasets:
+            files = [
+                path for path in folder.rglob(f"{model}_{dataset}*") if path.stat().st_mtime >= started - 1
+            ]
+            if not any(path.stem != f"{model}_{dataset}" and path.suffix != ".pkl" for path in files):
+                missing.append(f"{dataset}: VLMEvalKit wrote no score in {folder}")
+        return missing
+    status = json.loads(status_file.read_text(encoding="utf-8")).get("datasets", {})
+    failures = []
+    for dataset in datasets:
+        entry = status.get(dataset, {})
+        reason = entry.get("error_message") or entry.get("skip_reason")
+        if entry.get("status") != "done":
+            failures.append(f"{dataset}: VLMEvalKit didn't finish it (see its log in {folder.parent})")
+        elif reason and not any(text in reason for text in _NO_SCORE_WANTED):
+            failures.append(f"{dataset}: {reason}")
+        elif not reason and not entry.get("metrics"):
+            failures.append(f"{dataset}: VLMEvalKit scored nothing")
+    return failures

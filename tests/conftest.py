@@ -1,0 +1,27 @@
+"""Shared fixtures: a small easy-VQA, the bundled model, and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted test sets, with few scenes."""
+    from train.easy_vqa import write_test
+
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    write_test(folder, scenes=20, questions=4, described=10, seed=0)
+    return folder
+
+
+@pytest.fixture
+def easy_vqa_data(easy_vqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`easy_vqa_folder`, where the tasks find it."""
+    monkeypatch.setenv("DYNLLAVA_EASY_VQA", str(easy_vqa_folder))
+    return easy_vqa_folder

@@ -1,0 +1,247 @@
+"""The adapters' own logic, without a harness around them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from lmms_eval.api.instance import Instance, unwrap_generation_output
+from PIL import Image
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava, LossAndGreedy
+from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+
+
+def test_entry_point_names_the_model() -> None:
+    (point,) = [point for point in entry_points(group="lmms_eval.models") if point.name == "dynllava"]
+    assert point.load().model_id == "dynllava"
+
+
+def test_loss_survives_lmms_evals_unwrapping() -> None:
+    pair = LossAndGreedy(1.5, True)
+    assert pair == (1.5, True)
+    assert unwrap_generation_output(pair) == ((1.5, True), None)
+
+
+@pytest.fixture(scope="module")
+def lm() -> DynamicLlava:
+    return DynamicLlava(batch_size="2", device="cpu", pretrained="tiny", mode="image_text")
+
+
+def request(lm: DynamicLlava, kind: str, index: int, arguments: tuple) -> Instance:
+    metadata = {"task": arguments[-2], "doc_id": index, "repeats": 1}
+    return Instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata)
+
+
+@pytest.fixture
+def documents(lm: DynamicLlava) -> list[dict[str, Any]]:
+    docs = [
+        {"image": Image.new("RGB", (20 + 9 * i, 30), color), "q": color}
+        for i, color in enumerate(("red", "blue"))
+    ]
+    lm.task_dict = {"first": {"test": docs}, "second": {"test": docs}}
+    return docs
+
+
+def visual(doc: dict[str, Any]) -> list[Image.Image]:
+    return [doc["image"]]
+
+
+def test_generate_until_mixes_tasks_and_keeps_the_order(lm: DynamicLlava, documents: list) -> None:
+    short, long = {"max_new_tokens": 2, "until": ["\n\n"]}, {"max_new_tokens": 9}
+    calls = [
+        ("is it red?", short, visual, 0, "first", "test"),
+        ("Describe the image in detail.", long, visual, 1, "second", "test"),
+        ("what is grass?", short, None, 0, "second", "test"),
+        ("<image>\nwhat color is the shape?", short, visual, 1, "first", "test"),
+    ]
+    requests = [request(lm, "generate_until", call[3], call) for call in calls]
+    RECORD.clear()
+    together = [(r.text, r.token_counts.output_tokens) for r in lm.generate_until(requests)]
+    noted = RECORD.to_dict("lmms-eval")["tokens"]
+    assert {name: counts["n"] for name, counts in noted.items()} == {"first": 2, "second": 2}
+    alone = [lm.generate_until([one])[0] for one in requests]
+    assert together == [(r.text, r.token_counts.output_tokens) for r in alone]
+    assert together[1][1] <= 9 and all(count <= 2 for _, count in (together[0], *together[2:]))
+
+
+def test_loglikelihood_ranks_choices(lm: DynamicLlava, documents: list) -> None:
+    question = "is it red?\nAnswer the question using a single word or phrase."
+    choices = ["yes", lambda doc: " blorb quux " + doc["q"]]
+    requests = [
+        request(lm, "loglikelihood", 0, (question, choice, visual, 0, "first", "test")) for choice in choices
+    ]
+    (likely, _), (unlikely, greedy) = lm.loglikelihood(requests)
+    assert 0 <= likely < unlikely and greedy is False
+
+
+def test_multi_round_asks_the_task_for_each_round(lm: DynamicLlava, documents: list) -> None:
+    seen: list[tuple] = []
+
+    def next_round(doc: Any, previous_output: list, round_idx: int, previous_round_info: Any) -> tuple:
+        seen.append((len(previous_output), round_idx, previous_round_info))
+        finished = round_idx == 2 + documents.index(doc)
+        return visual(doc), f"round {round_idx}?", finished, previous_output, {"round": round_idx}
+
+    arguments = {"max_new_tokens": 3}
+    requests = [
+        request(
+            lm,
+            "generate_until_multi_round",
+            i,
+            ("what color?", arguments, visual, next_round, i, "first", "test"),
+        )
+        for i in range(2)
+    ]
+    answers = lm.generate_until_multi_round(requests)
+    assert [len(item) for item in answers] == [2, 3]
+    assert seen[0] == (1, 1, None) and seen[-1] == (3, 3, {"round": 2})
+
+
+def test_lmms_eval_names_bad_samples_and_arguments(lm: DynamicLlava, documents: list) -> None:
+    def generate(text: str, images: Any) -> None:
+        lm.generate_until([request(lm, "generate_until", 1, (text, {}, images, 1, "first", "test"))])
+
+    with pytest.raises(UserError, match="first test 1: the question is empty"):
+        generate(" ", visual)
+    with pytest.raises(UserError, match="first test 1: the question has 2 <image> but 1"):
+        generate("<image><image>?", visual)
+    with pytest.raises(UserError, match=r"first test 1: LLaVA-1\.5 reads images only, not dict"):
+        generate("what?", lambda doc: [{"array": 1}])
+    with pytest.raises(UserError, match="colour: no such model argument"):
+        DynamicLlava(pretrained="tiny", colour="red")
+    with pytest.raises(UserError, match="batch_size: 'many'"):
+        DynamicLlava(pretrained="tiny", batch_size="many")
+
+
+def write_status(folder: Path, **entries: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "status.json").write_text(json.dumps({"datasets": entries}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "failure"),
+    [
+        ({"status": "done", "metrics": {"Overall": 1}}, None),
+        ({"status": "done", "metrics": {}, "skip_reason": "mode_infer"}, None),
+        ({"status": "infer"}, "didn't finish"),
+        ({"status": "done", "metrics": {"Overall": 1}, "error_message": "no space left"}, "no space left"),
+        ({"status": "done", "skip_reason": "invalid_dataset"}, "invalid_dataset"),
+        ({"status": "done", "skip_reason": "No infer result found"}, "No infer result"),
+        ({"status": "done", "metrics": {}}, "scored nothing"),
+        ({}, "didn't finish"),
+    ],
+)
+def test_exit_code_follows_the_kits_status(tmp_path: Path, entry: dict, failure: str | None) -> None:
+    write_status(tmp_path / "m", Set=entry)
+    found = check_run(tmp_path / "m", "m", ["Set"], time.time())
+    assert found == [] if failure is None else len(found) == 1 and failure in found[0]
+    assert len(check_run(tmp_path / "m", "m", ["Set", "Other"], time.time())) == len(found) + 1
+
+
+def test_exit_code_without_a_status_file_follows_the_score_files(tmp_path: Path) -> None:
+    started = time.time()
+    (tmp_path / "m_Set.xlsx").touch()
+    assert "Set: VLMEvalKit wrote no score" in check_run(tmp_path, "m", ["Set"], started)[0]
+    score = tmp_path / "m_Set_acc.csv"
+    score.touch()
+    assert check_run(tmp_path, "m", ["Set"], started) == []
+    os.utime(score, (started - 100, started - 100))  # an earlier run's
+    assert len(check_run(tmp_path, "m", ["Set"], started)) == 1
+
+
+def test_upstream_checkout_is_found(tmp_path: Path) -> None:
+    (tmp_path / "vlmeval").mkdir()
+    (tmp_path / "vlmeval" / "__init__.py").touch()
+    (tmp_path / "run.py").write_text("def main():\n    return 'upstream'\n")
+    code = (
+        "from dynllava_plugin.evaluation.vlmevalkit_command import _import_kit; print(_import_kit().main())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "upstream", done.stderr
+
+
+def test_finished_predictions_are_forgotten_and_half_done_ones_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "dynllava"
+    folder.mkdir()
+    names = ("dynllava_Set.tsv", "dynllava_Set_acc.csv", "01_Set.pkl", "dynllava_Set_B.tsv")
+    for name in names:
+        (folder / name).touch()
+    forget_finished(folder, "dynllava", ["Other"])
+    assert len(list(folder.iterdir())) == 4
+    forget_finished(folder, "dynllava", ["Set"])
+    assert {path.name for path in folder.iterdir()} == {"01_Set.pkl", "dynllava_Set_B.tsv"}
+
+
+class Questions:
+    """A dataset as the kit has them."""
+
+    def __init__(self, count: int) -> None:
+        self.data = pd.DataFrame({"index": range(count), "question": [f"is it {i}?" for i in range(count)]})
+
+    def build_prompt(self, line: Any) -> list[dict[str, str]]:
+        return [{"type": "text", "value": line["question"]}]
+
+    def dump_image(self, line: Any) -> list[str]:
+        return []
+
+
+def kit_model(batches: list[int], size: int = 3) -> Any:
+    """The adapter with a model that answers with the question itself."""
+    from dynllava_plugin.evaluation.answers import Answer
+    from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+
+    class Echo:
+        batch_size = size
+
+        def generate(self, requests: list, generation: Any) -> list[Answer]:
+            batches.append(len(requests))
+            return [
+                Answer(r.prompt.split("USER: ")[1].split(" ASSISTANT")[0], 1, 0, 0, 1, 0, 0) for r in requests
+            ]
+
+    model = KitModel.__new__(KitModel)
+    model.engine, model.max_new_tokens = Echo(), 8
+    return model
+
+
+def test_vlmevalkit_looks_ahead_and_answers_the_same() -> None:
+    batches: list[int] = []
+    model, dataset = kit_model(batches), Questions(8)
+    model.set_dump_image(dataset.dump_image)
+    rows = [dataset.data.iloc[i] for i in range(8)]
+    answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows]
+    assert answers == list(dataset.data["question"]) and batches == [3, 3, 2]
+
+    batches.clear()
+    model.set_dump_image(dataset.dump_image)  # a resumed run: the first rows were answered before
+    answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows[3:]]
+    assert answers == list(dataset.data["question"])[3:] and batches == [3, 2]
+
+
+def test_vlmevalkit_stops_looking_ahead_where_it_guesses_wrong() -> None:
+    batches: list[int] = []
+    model, dataset = kit_model(batches), Questions(6)
+    model.set_dump_image(dataset.dump_image)
+    for row in (0, 3, 4, 5, 1):
+        prompt = dataset.build_prompt(dataset.data.iloc[row])
+        assert model.generate(prompt, "Questions")["prediction"] == f"is it {row}?"
+    assert batches == [3, 1, 1, 1, 1]
+
+
+def test_vlmevalkit_refuses_video() -> None:
+    model = kit_model([])
+    model.set_dump_image(Questions(1).dump_image)
+    with pytest.raises(UserError, match=r"LLaVA-1\.5 reads images and text, not video"):
+        model.generate_inner([{"type": "video", "value": "a.mp4"}, {"type": "text", "value": "what?"}], "V")

@@ -1,0 +1,71 @@
+"""The demo's orchestration: what runs, what is left out in a rerun, how a failure is told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynllava_plugin.demo.__main__ import main
+from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
+from dynllava_plugin.demo.runs import SETTINGS, Run, evaluate, plan
+from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT, mode_name
+
+
+def test_every_setting_runs_in_both_harnesses(tmp_path: Path) -> None:
+    runs = plan(tmp_path, "checkpoint", 7, 16)
+    assert {(run.harness, run.setting.name) for run in runs} == {
+        (harness, setting.name) for harness in (LMMS_EVAL, VLMEVALKIT) for setting in SETTINGS
+    }
+    for run in runs:
+        assert run.command[run.command.index("--limit") + 1] == "7" and str(run.folder) in run.command
+        assert (
+            "easy_vqa_describe" in str(run.command) or "EasyVQA_Describe" in run.command
+        ) == run.setting.long
+    assert not any("--limit" in run.command for run in plan(tmp_path, "checkpoint", None, 16))
+
+
+def test_settings_are_called_as_the_table_calls_them() -> None:
+    for setting in SETTINGS:
+        sparsity = {"mode": "image_text", "vision_keep_rate": 0.2, **setting.sparsity}
+        assert mode_name(sparsity) == setting.name
+
+
+def fake(folder: Path, name: str, code: str) -> Run:
+    calls = str(folder / "calls")
+    script = f"import sys; open({calls!r}, 'a').write('{name} '); {code}"
+    return Run("harness", SETTINGS[0], [sys.executable, "-c", script], folder / name)
+
+
+def test_failures_are_named_after_all_have_run_and_only_they_run_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(b"one")
+    good = fake(tmp_path, "good", "print('fine')")
+    bad = fake(tmp_path, "bad", "print('error: no such image'); sys.exit(3)")
+    for _ in range(2):
+        with pytest.raises(
+            PartFailed, match=r"full in harness ended with 3 \(no such image; see .*log\.txt\)"
+        ):
+            evaluate([bad, good], tmp_path / "data", str(checkpoint), 1)
+    assert (tmp_path / "calls").read_text().split() == ["bad", "good", "bad"]
+    weights.write_bytes(b"two")  # trained again: everything is evaluated again
+    evaluate([good], tmp_path / "data", str(checkpoint), 1)
+    assert (tmp_path / "calls").read_text().split()[3:] == ["good"]
+
+
+def test_markers(tmp_path: Path) -> None:
+    assert not is_done(tmp_path, {"a": 1})
+    mark_done(tmp_path, {"a": 1})
+    assert is_done(tmp_path, {"a": 1}) and not is_done(tmp_path, {"a": 2})
+    (tmp_path / "done.json").write_text("{")
+    assert not is_done(tmp_path, {"a": 1})
+
+
+def test_bad_flags_end_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--limit", "0"])
+    assert ended.value.code == 2 and "--limit 0: must be positive" in capsys.readouterr().err

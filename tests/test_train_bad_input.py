@@ -1,0 +1,146 @@
+"""What is refused before a run starts: one line that names the flag, file or sample, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.training_kit import conversation, save_mixture
+from train.finetune import main, one_line
+
+GOOD = {"id": "good", "image": "0.png", "conversations": conversation(("<image>\nwhat", "a"), ("which", "b"))}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_mixture(tmp_path_factory.mktemp("data") / "data")
+
+
+def refuse(capsys, *flags: str) -> str:
+    """Run the command, which must fail, and return its one line."""
+    assert main(list(flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def command(data, tmp_path, *flags: str) -> list[str]:
+    mixture, images = data
+    given = ["--model_name_or_path", "tiny", "--data_path", str(mixture), "--image_folder", str(images)]
+    return [*given, "--output_dir", str(tmp_path / "out"), "--use_cpu", *flags]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--vision_keep_rate 0", "vision_keep_rate"),
+        ("--text_keep_rate 1.2", "text_keep_rate"),
+        ("--vision_keep_rate nan", "vision_keep_rate"),
+        ("--vision_keep_rate many", "--vision_keep_rate"),
+        ("--sparse_layer 0", "sparse_layer"),
+        ("--mode full", "--mode"),
+        ("--mode none", "mode"),
+        ("--vision_keep_rat 0.1", "did you mean --vision_keep_rate"),
+        ("--no_such_thing", "--no_such_thing"),
+        ("--global_batch_size 12 --per_device_train_batch_size 8", "--global_batch_size 12"),
+        ("--global_batch_size 4 --per_device_train_batch_size 8", "--global_batch_size 4"),
+        ("--gradient_accumulation_steps 3", "--gradient_accumulation_steps 3"),
+        ("--learning_rate -1", "--learning_rate"),
+        ("--predictor_learning_rate 0", "--predictor_learning_rate"),
+        ("--lr_scheduler_type spiral", "spiral"),
+        ("--model_max_length 0", "--model_max_length"),
+        ("--config nowhere.yaml", "nowhere.yaml"),
+        ("--data_path nowhere.json", "nowhere.json"),
+        ("--image_folder nowhere", "nowhere"),
+    ],
+)
+def test_flags(data, tmp_path, capsys, flags, named):
+    assert named in refuse(capsys, *command(data, tmp_path, *flags.split()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_flags(capsys):
+    assert "--data_path" in refuse(capsys)
+
+
+def changed(**changes):
+    return [GOOD, {**GOOD, "id": "bad", **changes}]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "named"),
+    [
+        ("{", "not a JSON file"),
+        ({"a": 1}, "JSON list"),
+        ([GOOD, "hello"], "sample 1"),
+        ([GOOD, {"id": "bad", "image": "0.png"}], "bad"),
+        ([{"id": "text", "conversations": conversation(("what", "a"))}], "none of its 1 samples"),
+        ([{"id": "bad", "conversations": conversation(("<image>\nwhat", "a"))}], "bad"),
+        (changed(image=3), "bad"),
+        (changed(image=["0.png", "1.png"]), "1 <image> markers in its questions but 2 images"),
+        (changed(conversations=conversation(("what", "a"))), "0 <image> markers"),
+        (changed(conversations=conversation(("<image><image>what", "a"))), "2 <image> markers"),
+        (changed(conversations=conversation(("<image>\n", "a"))), "empty question"),
+        (
+            changed(conversations=conversation(("<image>\nwhat", "a"), ("which", " "))),
+            "turn 1 has an empty answer",
+        ),
+        (changed(conversations=conversation(("what", "<image>"))), "bad"),
+        (changed(conversations=GOOD["conversations"][:1]), "alternate"),
+        (changed(conversations=GOOD["conversations"][::-1]), "alternate"),
+        (changed(conversations=[]), "alternate"),
+        (changed(conversations=[{"from": "user", "value": "<image>what"}]), "'user'"),
+        (changed(conversations=[{"role": "user", "content": "<image>what"}]), "message 0"),
+        (changed(image="no/such.png"), "no/such.png"),
+    ],
+)
+def test_mixtures(data, tmp_path, capsys, mixture, named):
+    path = tmp_path / "mix.json"
+    path.write_text(mixture if isinstance(mixture, str) else json.dumps(mixture))
+    line = refuse(capsys, *command(data, tmp_path, "--data_path", str(path)))
+    assert named in line and ("mix.json" in line or "--image_folder" in line)
+
+
+def test_missing_images_are_counted_by_folder(data, tmp_path, capsys):
+    rows = [{**GOOD, "id": f"r{i}", "image": f"sub/{i}.png"} for i in range(4)] + [
+        {**GOOD, "image": "9.png"},
+        GOOD,
+    ]
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps(rows))
+    line = refuse(capsys, *command(data, tmp_path, "--data_path", str(path)))
+    assert (
+        "5 images are missing (4 of 4 in sub, 1 of 2 in .)" in line and "sub/0.png" in line and "r0" in line
+    )
+
+
+def test_layer_outside_the_model(data, tmp_path, capsys):
+    assert "sparse_layer" in refuse(capsys, *command(data, tmp_path, "--sparse_layer", "99"))
+
+
+def test_checkpoint_that_is_not_there(data, tmp_path, capsys):
+    flags = command(data, tmp_path, "--model_name_or_path", str(tmp_path / "nowhere"))
+    assert "nowhere" in refuse(capsys, *flags)
+
+
+def test_folder_that_holds_a_model(data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert "--overwrite_output_dir" in refuse(capsys, *command(data, tmp_path))
+
+
+def test_flags_from_a_file(data, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("vision_keep_rate: 7\ntext_keep_rate: 0.4\nuse_cpu: true\n")
+    assert "vision_keep_rate: 7.0" in refuse(capsys, *command(data, tmp_path, "--config", str(path)))
+    line = refuse(capsys, *command(data, tmp_path, "--config", str(path), "--vision_keep_rate", "8"))
+    assert "vision_keep_rate: 8.0" in line
+    path.write_text("nonsense: 1\n")
+    assert "--nonsense" in refuse(capsys, *command(data, tmp_path, "--config", str(path)))
+
+
+def test_error_from_a_data_loading_process_is_one_line():
+    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    line = one_line(ValueError(text + "dynllava_plugin.errors.UserError: x.png: Error: bad\n"))
+    assert line == "x.png: Error: bad"

@@ -1,0 +1,154 @@
+"""Training runs on a LLaVA of a few thousand parameters, through the command itself."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from dynllava_plugin import load_model
+from tests.training_kit import save_checkpoint, save_mixture
+from train.arguments import parse
+from train.finetune import main
+from train.trainer import PREDICTORS, DynamicLlavaTrainer, freeze
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("training")
+    mixture, images = save_mixture(folder / "data")
+    checkpoint = save_checkpoint(folder / "checkpoint")
+    return [
+        *(
+            "--model_name_or_path",
+            str(checkpoint),
+            "--data_path",
+            str(mixture),
+            "--image_folder",
+            str(images),
+        ),
+        *("--use_cpu", "--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
+    ]
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    with (folder / "train_log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_command_lowers_the_loss_and_saves_a_checkpoint_that_loads(flags, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "train/finetune.py",
+    ]
+    recipe = ["--max_steps", "3", "--global_batch_size", "8", "--learning_rate", "5e-3"]
+    constant = ["--warmup_steps", "0", "--lr_scheduler_type", "constant"]
+    done = subprocess.run(
+        [*command, *flags, *recipe, *constant, "--output_dir", str(tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 samples (1 text-only left out)" in done.stdout
+    rows = log(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
+    model, processor = load_model(tmp_path / "out", device="cpu")
+    assert model.config.text_config.use_cache
+    inputs = processor(text=["yes"], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / ".model").exists()
+
+
+@pytest.fixture(scope="module")
+def two_steps(flags, tmp_path_factory) -> dict[str, tuple[list, dict]]:
+    """(log, weights) after two steps of plain gradient descent on 4 samples, in portions of 4 and of 1."""
+    runs = {}
+    for portion in ("4", "1"):
+        folder = tmp_path_factory.mktemp("run") / portion
+        batch = f"--global_batch_size 4 --per_device_train_batch_size {portion} --max_steps 2"
+        descent = "--optim sgd --learning_rate 0.1 --predictor_learning_rate 0.01 --max_grad_norm 0"
+        recipe = f"{batch} {descent} --warmup_steps 0 --lr_scheduler_type constant".split()
+        assert main([*flags, *recipe, "--output_dir", str(folder)]) == 0
+        runs[portion] = (log(folder), load_file(folder / "model.safetensors"))
+    return runs
+
+
+def test_accumulated_samples_equal_a_batch(two_steps):
+    """Neither padding nor the portion matters: 4 samples at once = 4 accumulated ones."""
+    (at_once, weights), (accumulated, others) = two_steps.values()
+    for row, other in zip(at_once, accumulated, strict=True):
+        for name in row.keys() - {"seconds", "grad_norm"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_log_says_what_was_minimised(two_steps):
+    rows, _ = two_steps["4"]
+    for step, row in enumerate(rows):
+        assert row["loss"] == pytest.approx(
+            row["lm_loss"] + 100 * (row["image_keep_loss"] + row["text_keep_loss"]), rel=1e-5
+        )
+        assert row["tau"] == pytest.approx(math.pow(0.1, step / 2))
+        assert (row["lr_llm"], row["lr_predictor"]) == (0.1, 0.01)
+        assert 0 < row["image_keep_rate"] < 1 and 0 < row["text_keep_rate"] < 1
+
+
+def test_only_llm_and_predictors_move(two_steps, flags):
+    before = load_file(Path(flags[1]) / "model.safetensors")
+    _, after = two_steps["4"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in moved if "vision_tower" in name or "multi_modal_projector" in name]
+    for part in (*PREDICTORS, "language_model.layers", "embed_tokens", "lm_head"):
+        assert [name for name in moved if part in name], part
+
+
+def test_each_trained_parameter_has_its_learning_rate(flags, tmp_path):
+    set_seed(0)
+    model, _ = load_model(flags[1], device="cpu")
+    freeze(model)
+    args = parse([*flags, "--output_dir", str(tmp_path)])[2]
+    optimizer = DynamicLlavaTrainer(model=model, args=args, train_dataset=[0]).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        predictor = any(part in name for part in PREDICTORS)
+        frozen = name.startswith(("model.vision_tower", "model.multi_modal_projector"))
+        assert rates.get(id(parameter)) == (None if frozen else 2e-4 if predictor else 5e-6), name
+
+
+def test_short_answers_leave_the_text_rate_alone(flags, tmp_path):
+    recipe = ["--global_batch_size", "8", "--max_steps", "1", "--min_text_length", "100000"]
+    assert main([*flags, *recipe, "--output_dir", str(tmp_path / "out")]) == 0
+    (row,) = log(tmp_path / "out")
+    assert row["text_keep_loss"] == 0 and "text_keep_rate" not in row and row["image_keep_loss"] > 0
+
+
+def test_unreadable_and_overlong_samples_are_skipped_and_counted(flags, tmp_path, capsys):
+    mixture, images = save_mixture(tmp_path / "data")
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:40])
+    data = ["--data_path", str(mixture), "--image_folder", str(images), "--output_dir", str(tmp_path / "out")]
+    recipe = ["--global_batch_size", "8", "--max_steps", "1"]
+    assert main([*flags, *data, *recipe]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "3.png" in error and "s3" in error and "--skip_unreadable" in error
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert main([*flags, *data, *recipe, "--skip_unreadable", "true", "--model_max_length", "400"]) == 0
+    assert "skipped samples: 1, see" in capsys.readouterr().out
+    assert "3.png" in (tmp_path / "out" / "skipped.jsonl").read_text()

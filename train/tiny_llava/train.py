@@ -1,0 +1,142 @@
+"""Train the bundled tiny LLaVA from scratch: vision tower, then projector and language model.
+
+    python train/tiny_llava/train.py --output_dir DIR
+
+writes a checkpoint that plain transformers load (`AutoModelForImageTextToText`, `AutoProcessor`), every
+`--checkpoint_every` steps and at the end. See `train/tiny_llava/README.md` for times and accuracies.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+if (
+    __name__ == "__main__"
+):  # run as a file: find `train`, `dynllava_plugin` and not the modules beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    # glibc gives large buffers back to the kernel at every step; paging them in again took 2/3 of the time.
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        big = str(1 << 34)
+        os.environ |= {
+            "MALLOC_MMAP_THRESHOLD_": big,
+            "MALLOC_TRIM_THRESHOLD_": big,
+            "MALLOC_TOP_PAD_": str(1 << 28),
+        }
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]])
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
+
+from train.easy_vqa import write_test
+from train.easy_vqa_facts import load_tiles
+from train.tiny_llava.evaluate import accuracy
+from train.tiny_llava.language import build_model, train_language
+from train.tiny_llava.tokenizer import build_processor, build_tokenizer
+from train.tiny_llava.vision import TileSet, train_vision, vision_config
+
+
+def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Write the checkpoint whole or not at all: half precision in the file, float32 when loaded.
+
+    `config.json` says float32, so `from_pretrained` widens the weights again: on CPUs float16 is slow.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    model.save_pretrained(
+        temporary, state_dict={key: value.half() for key, value in model.state_dict().items()}
+    )
+    processor.save_pretrained(temporary)
+    config = json.loads((temporary / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    temporary.chmod(0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def vision_stage(args: argparse.Namespace, train: TileSet, test: TileSet) -> CLIPVisionModel:
+    """Train the tower, or take it from `--vision_weights` where that file exists already."""
+    if args.vision_weights is not None and args.vision_weights.exists():
+        tower = CLIPVisionModel(vision_config())
+        tower.load_state_dict(load_file(args.vision_weights))
+        return tower.eval()
+    tower = train_vision(train, test, args.vision_steps, args.seed)
+    if args.vision_weights is not None:
+        args.vision_weights.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.vision_weights.with_suffix(".tmp")
+        save_file(tower.state_dict(), temporary)
+        os.replace(temporary, args.vision_weights)
+    return tower
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "--vision_weights", type=Path, help="safetensors file to keep stage 1 in, or to take it from"
+    )
+    parser.add_argument("--vision_steps", type=int, default=1500, help="stage 1: batches of 36 images")
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="stage 2: batches of 12 images with 12 questions each"
+    )
+    parser.add_argument("--layers", type=int, default=6, help="of the language model")
+    parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")
+    parser.add_argument("--checkpoint_every", type=int, default=200, help="steps of stage 2")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    for flag in ("vision_steps", "steps", "layers", "width", "checkpoint_every"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}: give 1 or more")
+    if args.width % 32:
+        raise ValueError(f"--width is {args.width}: give a multiple of 32")
+    return args
+
+
+def test_rows(folder: Path, benchmark: str) -> list[dict[str, str]]:
+    """The rows of a test set."""
+    return [json.loads(line) for line in (folder / f"{benchmark}_test.jsonl").read_text().splitlines()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Both stages, then the accuracies of the checkpoint as saved; returns the exit status."""
+    try:
+        args = parse_arguments(arguments)
+        torch.manual_seed(args.seed)
+        tiles = load_tiles("train")
+        train, test = TileSet(tiles), TileSet(load_tiles("test"))
+        tower = vision_stage(args, train, test)
+        tokenizer = build_tokenizer(tiles)
+        processor = build_processor(tokenizer)
+        model = build_model(tower, tokenizer, args.layers, args.width)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+        train_language(
+            model, train, tokenizer, args.steps, args.seed,
+            checkpoint=lambda model, step: save_checkpoint(model, processor, args.output_dir),
+            checkpoint_every=args.checkpoint_every,
+        )  # fmt: skip
+        model = LlavaForConditionalGeneration.from_pretrained(args.output_dir).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            write_test(Path(folder), scenes=1000, questions=4, described=200, seed=0)
+            for benchmark in ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe"):
+                rows = test_rows(Path(folder), benchmark)
+                found = accuracy(model, tokenizer, rows, folder)
+                print(f"{benchmark}: {found['all']:.2%} of {len(rows)} answers right")
+    except (OSError, ValueError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
