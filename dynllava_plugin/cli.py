@@ -1,4 +1,4 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR` and `dynllava version`."""
+"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava benchmarks`, `dynllava version`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dynllava_plugin.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="dynllava", description="Dynamic-LLaVA: tables and versions.")
+    parser = argparse.ArgumentParser(
+        prog="dynllava", description="Dynamic-LLaVA: tables, benchmarks, versions."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
     table.add_argument(
@@ -27,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=Path, metavar="FILE", help="also write the figures, one a record, to FILE"
     )
     table.set_defaults(run=_table)
+    benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
+    benchmarks.set_defaults(run=_benchmarks)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
     args = parser.parse_args(arguments)
@@ -51,6 +55,21 @@ def _table(args: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
     print(render(table, args.format), end="")
+    return 0
+
+
+def _benchmarks(args: argparse.Namespace) -> int:
+    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
+
+    print("| benchmark | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics |\n|---|---|---|---|")
+    for item in BENCHMARKS:
+        tasks = dict.fromkeys(metric.lmms_eval[0] for metric in item.metrics if metric.lmms_eval)
+        datasets = dict.fromkeys(metric.vlmevalkit[0] for metric in item.metrics if metric.vlmevalkit)
+        metrics = ", ".join(metric.name for metric in item.metrics) + (
+            " (needs a judge)" if item.judge else ""
+        )
+        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (tasks, datasets)]
+        print(f"| {item.name} | {cells[0]} | {cells[1]} | {metrics} |")
     return 0
 
 

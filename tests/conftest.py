@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -25,3 +26,7 @@ def easy_vqa_data(easy_vqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """`easy_vqa_folder`, where the tasks find it."""
     monkeypatch.setenv("DYNLLAVA_EASY_VQA", str(easy_vqa_folder))
     return easy_vqa_folder
+
+
+settings.register_profile("project", deadline=None)  # a busy machine is not a failure
+settings.load_profile("project")

@@ -37,7 +37,9 @@ class GoldenCase:
         rows = []
         for row in ids:
             place = int((row == IMAGE_PLACE).nonzero()[0])
-            images = torch.full((self.image_tokens,), self.model.config.image_token_id if fill is None else fill)
+            images = torch.full(
+                (self.image_tokens,), self.model.config.image_token_id if fill is None else fill
+            )
             rows.append(torch.cat([row[:place], images, row[place + 1 :]]))
         return torch.stack(rows)
 

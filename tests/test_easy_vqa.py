@@ -77,7 +77,7 @@ def truth(question: str, facts: list[tuple[str, str]]) -> str:
 
 def test_scene_answers_are_true_balanced_and_hard() -> None:
     rng = random.Random(3)
-    answers: dict[bool, list[str]] = {False: [], True: []}
+    answers: list[str] = []
     kinds = set()
     for _ in range(400):
         facts = [(rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(4)]
@@ -87,16 +87,15 @@ def test_scene_answers_are_true_balanced_and_hard() -> None:
             assert answer == truth(question, facts), (question, facts)
             kinds.add(re.sub("|".join((*COLORS, *SHAPES, *PLACES)), "_", question))
             if answer in ("yes", "no"):
-                answers[bool(re.search(r"\b(not|no)\b", question))].append(answer)
-    assert len(kinds) == 31  # 7 wh-questions; 8 yes/no ones about a colour, a shape or both
-    for negated in answers:
-        assert 0.46 < answers[negated].count("yes") / len(answers[negated]) < 0.54
+                answers.append(answer)
+    assert len(kinds) == 19  # 7 wh-questions; 4 yes/no ones about a colour, a shape or both
+    assert 0.46 < answers.count("yes") / len(answers) < 0.54
 
 
 def test_too_many_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match="choose 0 to 40"):
-        scene_questions([("red", "circle")] * 4, 41, random.Random(0))
-    assert len(scene_questions([("red", "circle")] * 4, 40, random.Random(0))) == 40
+    with pytest.raises(ValueError, match="choose 0 to 24"):
+        scene_questions([("red", "circle")] * 4, 25, random.Random(0))
+    assert len(scene_questions([("red", "circle")] * 4, 24, random.Random(0))) == 24
 
 
 @pytest.mark.parametrize("prompt", DESCRIPTIONS)

@@ -37,7 +37,10 @@ def step_by_step(model, batch, answers):
         for column in range(answers.shape[1] - 1):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             out = model(
-                answers[:, column : column + 1], attention_mask=mask, past_key_values=out.past_key_values, logits_to_keep=1
+                answers[:, column : column + 1],
+                attention_mask=mask,
+                past_key_values=out.past_key_values,
+                logits_to_keep=1,
             )
             logits.append(out.logits[:, -1])
     return torch.stack(logits, 1), out.past_key_values
@@ -107,7 +110,10 @@ def test_answer_fed_in_chunks_equals_token_by_token(drawn, pieces):
         for piece in pieces:
             mask = torch.cat([mask, mask.new_ones(len(mask), piece)], 1)
             out = model(
-                answers[:, at : at + piece], attention_mask=mask, past_key_values=out.past_key_values, prompt_length=prompt_length
+                answers[:, at : at + piece],
+                attention_mask=mask,
+                past_key_values=out.past_key_values,
+                prompt_length=prompt_length,
             )
             logits.append(out.logits)
             at += piece
@@ -138,9 +144,14 @@ def test_eager_attention_equals_sdpa():
     rng = random.Random(1)
     samples = [random_sample(rng, n, t) for n, t in ((1, 3), (2, 7), (0, 4))]
     answers = torch.tensor([[rng.randrange(3, 80) for _ in range(8)] for _ in samples])
-    results = [step_by_step(random_model(attention=a), batch_of(samples), answers)[0] for a in ("sdpa", "eager")]
+    results = [
+        step_by_step(random_model(attention=a), batch_of(samples), answers)[0] for a in ("sdpa", "eager")
+    ]
     torch.testing.assert_close(*results, **CLOSE)
-    scores = [random_model(attention=a).score(**batch_of(samples, labels=answers.tolist())) for a in ("sdpa", "eager")]
+    scores = [
+        random_model(attention=a).score(**batch_of(samples, labels=answers.tolist()))
+        for a in ("sdpa", "eager")
+    ]
     torch.testing.assert_close(*scores, **CLOSE)
 
 
@@ -156,7 +167,9 @@ def test_long_decoding_crosses_growth_steps():
     torch.testing.assert_close(scored[:, -steps:], expected, **CLOSE)
     keep = cache.output_keep()
     assert 0.1 < keep.float().mean() < 0.9, "the random predictor should both keep and drop"
-    needed = cache.kept_lengths().amax(1).sum() * 2 * len(samples) * 2 * 8 * 4  # K and V, samples, heads, width, bytes
+    needed = (
+        cache.kept_lengths().amax(1).sum() * 2 * len(samples) * 2 * 8 * 4
+    )  # K and V, samples, heads, width, bytes
     assert cache.num_bytes() <= needed + 5 * 2 * len(samples) * 2 * 8 * 4 * 128
 
 

@@ -34,7 +34,9 @@ def greedy_by_hand(sample, steps):
             if tokens[-1] == EOS:
                 break
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            out = MODEL(torch.tensor([[tokens[-1]]]), attention_mask=mask, past_key_values=out.past_key_values)
+            out = MODEL(
+                torch.tensor([[tokens[-1]]]), attention_mask=mask, past_key_values=out.past_key_values
+            )
     del ids
     return tokens
 
@@ -86,7 +88,9 @@ def _logits_by_score(ids, mask, pixels, labels, prompt):
 def test_sampling_several_sequences_and_seeds(batch):
     def sample(seed):
         torch.manual_seed(seed)
-        return MODEL.generate(**batch, do_sample=True, num_return_sequences=3, max_new_tokens=8, min_new_tokens=8)
+        return MODEL.generate(
+            **batch, do_sample=True, num_return_sequences=3, max_new_tokens=8, min_new_tokens=8
+        )
 
     assert sample(0).shape == (12, batch["input_ids"].shape[1] + 8)
     assert torch.equal(sample(0), sample(0))

@@ -49,7 +49,9 @@ def test_decoding_without_cache_equals_cached(case):
                 logits_to_keep=1,
             )
         assert out.past_key_values is None
-        torch.testing.assert_close(out.logits[:, -1, : case.vocab], golden["cached_logits"][:, step], **LOGITS)
+        torch.testing.assert_close(
+            out.logits[:, -1, : case.vocab], golden["cached_logits"][:, step], **LOGITS
+        )
 
 
 def test_parallel_scoring_equals_cached(case):

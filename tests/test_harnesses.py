@@ -40,7 +40,13 @@ class Finished:
 def run(command: list[str], folder: Path, data: Path) -> Finished:
     env = {**os.environ, "DYNLLAVA_EASY_VQA": str(data), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
     )
     return Finished(done.returncode, done.stdout, folder)
 

@@ -23,7 +23,8 @@ from dynllava_plugin.sparsity.selection import (
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rate", "kept"), [(576, 0.2, 115), (64, 0.2, 12), (64, 0.1, 6), (100, 0.29, 29), (4, 0.1, 1), (7, 1.0, 7)]
+    ("tokens", "rate", "kept"),
+    [(576, 0.2, 115), (64, 0.2, 12), (64, 0.1, 6), (100, 0.29, 29), (4, 0.1, 1), (7, 1.0, 7)],
 )
 def test_number_of_kept_image_tokens(tokens, rate, kept):
     assert num_kept_image_tokens(tokens, rate) == kept
@@ -114,7 +115,11 @@ def plain_attention(query, key, value, keep, valid, scaling):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 9), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.floats(0, 1)
+    st.integers(0, 10_000),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    st.floats(0, 1),
 )
 def test_masked_softmax_is_softmax_over_what_is_kept(seed, batch, length, heads, rate):
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +138,8 @@ def test_masked_softmax_gradient_reaches_dropped_tokens_exactly(rate):
     """float64 check of every gradient; the mask's own by the paper's formula p~_ij * dO_i . (v_j - O_i)."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(2, 2, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        torch.randn(2, 2, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
     )
     keep = (torch.rand(2, 6, generator=generator) < rate).double().requires_grad_()
     visible = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
@@ -186,3 +192,14 @@ def test_settings_out_of_range_are_one_line_errors(values, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         SparsityConfig.from_dict(values)
     assert "\n" not in str(error.value)
+
+
+def test_gradient_of_a_dropped_token_is_bounded():
+    """A dropped token that outweighs all kept ones must not drown every other gradient, and must still pull."""
+    query = torch.tensor([[[[30.0, 0.0], [30.0, 0.0]]]])
+    key = torch.tensor([[[[3.0, 0.0], [0.0, 0.0]]]])
+    value = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    keep = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    visible = torch.ones(2, 2, dtype=torch.bool).tril()[None, None]
+    masked_softmax_attention(query, key, value, context_matrix(keep), visible, 1.0).sum().backward()
+    assert 1.0 < float(keep.grad[0, 0]) < 200.0

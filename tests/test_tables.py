@@ -161,6 +161,12 @@ def test_chart_is_written_whole(results: Path, tmp_path: Path) -> None:
     assert target.read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob(".chart*"))
 
 
+def test_registry_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmarks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(BENCHMARKS) and all(line.count("|") == 5 for line in lines)
+
+
 def test_registry_names_each_place_once() -> None:
     places = [m.lmms_eval[:2] for b in BENCHMARKS for m in b.metrics if m.lmms_eval]
     places += [m.vlmevalkit[:2] for b in BENCHMARKS for m in b.metrics if m.vlmevalkit]

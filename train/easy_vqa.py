@@ -136,7 +136,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--singles", type=int, default=1000, help="train conversations about one image (4,000 at most)"
     )
     parser.add_argument("--scenes", type=int, default=2000, help="train conversations about a scene")
-    parser.add_argument("--questions_per_scene", type=int, default=12, help="of a train scene (1 to 40)")
+    parser.add_argument("--questions_per_scene", type=int, default=12, help="of a train scene (1 to 24)")
     parser.add_argument(
         "--described", type=float, default=1 / 3, help="share of train scenes with a long last answer"
     )
@@ -148,8 +148,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{flag} is {getattr(args, flag)}: give 0 or more")
     if args.singles + args.scenes == 0:
         raise ValueError("--singles and --scenes are both 0: nothing to train on")
-    if not 1 <= args.questions_per_scene <= 40:
-        raise ValueError(f"--questions_per_scene is {args.questions_per_scene}: give 1 to 40")
+    if not 1 <= args.questions_per_scene <= 24:
+        raise ValueError(f"--questions_per_scene is {args.questions_per_scene}: give 1 to 24")
     if not 0 <= args.described <= 1:
         raise ValueError(f"--described is {args.described}: give a share from 0 to 1")
     if args.test_descriptions > args.test_scenes:

@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("results/demo"),
         help="folder of table and chart (default: %(default)s)",
     )
-    add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT/work)")
+    add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT_work)")
     add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
     add("--steps", type=int, default=150, help="optimiser steps of the finetuning (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
@@ -75,9 +75,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def demo(args: argparse.Namespace) -> None:
     """All parts in order."""
     started = time.time()
-    work = (args.work or args.output / "work").resolve()
-    if args.fresh and work.exists():
-        shutil.rmtree(work)
+    work = (args.work or args.output.with_name(f"{args.output.name}_work")).resolve()
+    if args.fresh:
+        for part in (work / "easy_vqa", work / CHECKPOINT, *work.glob("runs_*")):
+            shutil.rmtree(part, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     data = build_data(work / "easy_vqa")
     if args.checkpoint and Path(args.checkpoint).is_dir():

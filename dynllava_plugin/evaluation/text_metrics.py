@@ -10,8 +10,10 @@ The paper: NLTK's `single_meteor_score` on `word_tokenize`d text. Two resources 
 
 from __future__ import annotations
 
+import io
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,7 @@ class _NoSynonyms:
 
 @cache
 def _wordnet() -> Any | None:
+    import nltk.data
     from nltk.corpus import wordnet
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -44,14 +47,22 @@ def _wordnet() -> Any | None:
         pass
     if not (_DEBIAN_WORDNET / "data.noun").is_file():
         return None
-    from nltk.data import FileSystemPathPointer
 
-    try:
-        reader = WordNetCorpusReader(FileSystemPathPointer(str(_DEBIAN_WORDNET)), None)
-        reader.synsets("dog")
-        return reader
-    except (OSError, LookupError):
-        return None
+    class DebianWordNet(WordNetCorpusReader):
+        """Debian's package lacks the list of the lexicographers' files; METEOR needs their number only."""
+
+        def open(self, file: str) -> Any:
+            if file == "lexnames":
+                return io.StringIO("".join(f"{index:02d}\tfile{index:02d}\t0\n" for index in range(45)))
+            return super().open(file)
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            """No map to the multilingual WordNets, which isn't installed either."""
+
+    nltk.data.path.append(str(_DEBIAN_WORDNET))  # NLTK reads below these folders only
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no multilingual WordNet: not needed
+        return DebianWordNet(nltk.data.FileSystemPathPointer(str(_DEBIAN_WORDNET)), None)
 
 
 @cache

@@ -103,7 +103,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         super().__init__(config)
         config.sparsity.validate(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DynamicLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DynamicLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
@@ -149,7 +151,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             position_ids = self._position_ids(attention_mask, valid, cache)
 
         hidden = inputs_embeds
-        mask = self._context_mask(cache.dense.begin(valid) if cache is not None else None, hidden, valid, seen)
+        mask = self._context_mask(
+            cache.dense.begin(valid) if cache is not None else None, hidden, valid, seen
+        )
         hidden = self._run(self.layers[: self.sparse_layer], hidden, mask, position_ids, cache, **kwargs)
 
         decision = decide(
@@ -164,13 +168,18 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             valid = token_index >= 0
             keep = keep.gather(1, columns) & valid
         step_mask = cache.sparse.begin(keep) if cache is not None else None
-        mask = self._context_mask(step_mask, hidden, valid, seen, keep if layout.output_mask is not None else None)
+        mask = self._context_mask(
+            step_mask, hidden, valid, seen, keep if layout.output_mask is not None else None
+        )
         hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, **kwargs)
 
         if cache is not None:
             cache.commit(length, decision.text_keep)
         return DynamicLlamaOutput(
-            last_hidden_state=self.norm(hidden), past_key_values=cache, token_index=token_index, decision=decision
+            last_hidden_state=self.norm(hidden),
+            past_key_values=cache,
+            token_index=token_index,
+            decision=decision,
         )
 
     def forward_training(
@@ -192,7 +201,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         if self.config.sparsity.mode == "full":
             hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
             return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
-        hidden = self._run(self.layers[: self.sparse_layer], inputs_embeds, causal, position_ids, None, **kwargs)
+        hidden = self._run(
+            self.layers[: self.sparse_layer], inputs_embeds, causal, position_ids, None, **kwargs
+        )
         masks = decide_training(
             hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
         )
@@ -270,7 +281,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         return new if cache is None or cache.dense.lengths is None else new + cache.dense.lengths[:, None]
 
     @staticmethod
-    def _present(decision: Decision, valid: torch.Tensor, layout: TokenLayout, last_only: bool) -> torch.Tensor:
+    def _present(
+        decision: Decision, valid: torch.Tensor, layout: TokenLayout, last_only: bool
+    ) -> torch.Tensor:
         """bool [B, L]: tokens that layers from l on compute; a dropped output token still predicts its successor."""
         if layout.output_mask is None:
             return decision.keep
@@ -289,7 +302,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             return torch.where(valid, columns, -1), False
         order, counts = packing_order(present)
         width = order.shape[1]
-        slot = torch.arange(width, device=present.device) - (width - counts[:, None])  # [B, L'] < 0 on padding
+        slot = torch.arange(width, device=present.device) - (
+            width - counts[:, None]
+        )  # [B, L'] < 0 on padding
         return torch.where(slot >= 0, order.gather(1, slot.clamp(min=0)), -1), True
 
     def _context_mask(

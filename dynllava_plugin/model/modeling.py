@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaForConditionalGeneration,
+)
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
@@ -156,7 +159,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
         Assisted decoding doesn't: dropped tokens can't be brought back.
         """
-        prompt = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        prompt = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
         if prompt is not None:
             kwargs.setdefault("prompt_length", prompt.shape[1])
         generation_config = kwargs.get("generation_config") or self.generation_config
@@ -223,10 +228,18 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             An unknown setting, a value out of range, or a predictor size, which the weights fix.
         """
         current = self.config.sparsity
-        fixed = ("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor")
+        fixed = (
+            "predictor_dim",
+            "predictor_heads",
+            "predictor_ffn_dim",
+            "predictor_layers",
+            "text_predictor",
+        )
         for name in fixed:
             if name in changes and changes[name] != getattr(current, name):
-                raise UserError(f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed")
+                raise UserError(
+                    f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
+                )
         settings = current.replace(**changes)
         settings.validate(self.config.text_config.num_hidden_layers)
         self.config.text_config.sparsity = settings
@@ -275,7 +288,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         seeds = None
         if self.config.sparsity.image_policy == "random":
             seeds = [_image_seed(image, self.config.sparsity.random_seed) for image in features]
-        return embeds, TokenLayout(image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds)
+        return embeds, TokenLayout(
+            image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds
+        )
 
     @staticmethod
     def _mark_output(

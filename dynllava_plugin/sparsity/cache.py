@@ -155,7 +155,9 @@ class RaggedLayer(CacheLayerMixin):
         """Store [B, H_kv, q, D] as the track has planned; returns the [B, H_kv, K, D] pair to attend to."""
         plan = self.track.plan
         if plan is None:
-            raise RuntimeError("RaggedLayer.update without a plan: this cache is filled by DynamicLlamaModel.forward")
+            raise RuntimeError(
+                "RaggedLayer.update without a plan: this cache is filled by DynamicLlamaModel.forward"
+            )
         if isinstance(plan, _Prefill):
             self.lazy_initialization(key_states, value_states)
             for buffer, states in ((self.keys, key_states), (self.values, value_states)):
@@ -221,7 +223,9 @@ class SparseContextCache(Cache):
         self.sparse_layer = sparse_layer
         self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
         self._output_keep: list[torch.Tensor] = []
-        super().__init__(layers=[RaggedLayer(self.dense if i < sparse_layer else self.sparse) for i in range(num_layers)])
+        super().__init__(
+            layers=[RaggedLayer(self.dense if i < sparse_layer else self.sparse) for i in range(num_layers)]
+        )
 
     def commit(self, columns: int, output_keep: torch.Tensor | None) -> None:
         """End a forward call over `columns` new columns whose output tokens (bool [B, q]) were kept or skipped."""
@@ -247,7 +251,9 @@ class SparseContextCache(Cache):
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values))
+        return sum(
+            t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values)
+        )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: sample b continues from sample `beam_idx[b]`."""

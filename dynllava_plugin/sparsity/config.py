@@ -67,12 +67,20 @@ class SparsityConfig:
                 f"image_policy: unknown value {self.image_policy!r}; choose one of {', '.join(IMAGE_POLICIES)}"
             )
         if self.mode == "image_text" and not self.text_predictor:
-            raise UserError("mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'")
+            raise UserError(
+                "mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'"
+            )
         for name in ("vision_keep_rate", "text_keep_rate"):
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate <= 1.0:
                 raise UserError(f"{name}: {rate!r} is outside (0, 1]")
-        for name in ("sparse_layer", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"):
+        for name in (
+            "sparse_layer",
+            "predictor_dim",
+            "predictor_heads",
+            "predictor_ffn_dim",
+            "predictor_layers",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: {value!r} is not a positive integer")
@@ -96,7 +104,9 @@ class SparsityConfig:
         """Inverse of `to_dict`; an unknown key is a `UserError` that names it."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise UserError(f"{unknown[0]}: no such sparsity setting; known are {', '.join(f.name for f in fields(cls))}")
+            raise UserError(
+                f"{unknown[0]}: no such sparsity setting; known are {', '.join(f.name for f in fields(cls))}"
+            )
         return cls(**values)
 
     def replace(self, **changes: Any) -> SparsityConfig:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def keep_loss(masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float) -> torch.Tensor:
+def keep_loss(
+    masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float
+) -> torch.Tensor:
     """Mean over samples of (r - mean of the sample's mask)^2, one term of Eq. 10.
 
     Parameters
@@ -24,7 +26,9 @@ def keep_loss(masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, k
     return ((keep_rate - rate).square() * counted).mean()
 
 
-def lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+def lm_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Next-token cross entropy in float32.
 
     Parameters

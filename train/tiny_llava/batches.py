@@ -17,7 +17,8 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
 from train.easy_vqa import SHORT_ANSWER
 from train.easy_vqa_facts import COLORS, SHAPES
 from train.easy_vqa_scenes import DESCRIPTIONS, Fact, describe, scene_questions
-from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize
+from train.tiny_llava.gaze import find_gaze, tiles_with_answer
+from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, patch_labels
 
 IMAGE_TOKENS = 64
 Turn = tuple[str, str]
@@ -37,6 +38,8 @@ class Batch:
     pixels : float [B, 3, 128, 128]
     image_start : int
         The image tokens are columns `image_start` to `image_start + 64` of every row.
+    gaze : Gaze, optional
+        Where answers are to be found, for the gaze loss.
     """
 
     ids: Tensor
@@ -55,10 +58,21 @@ class Batch:
 
 
 class Encoder:
-    """Turns (questions, answers) about one image into ids, labels, positions and blocks."""
+    """Turns (questions, answers) about one image into ids, labels, positions and blocks.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerFast
+    short_share : float
+        How many of the short questions end with the prompt for short answers, as the evaluation's do. It makes up
+        half of a question, so training leaves it out of most.
+    seed : int
+        Which ones.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, short_share: float = 1.0, seed: int = 0) -> None:
         self.tokenizer = tokenizer
+        self.short_share, self.rng = short_share, random.Random(seed)
         whole = vicuna_v1([(f"{IMAGE_TOKEN}\n", None)])
         self.head, rest = whole.split(IMAGE_TOKEN)
         self.tail = rest.removeprefix("\n")
@@ -78,7 +92,8 @@ class Encoder:
         positions, blocks = list(range(len(ids))), [0] * len(ids)
         for number, (question, answer) in enumerate(turns):
             first = separate or number == 0
-            short = SHORT_ANSWER if first and question not in DESCRIPTIONS else ""
+            wanted = first and question not in DESCRIPTIONS and self.rng.random() < self.short_share
+            short = SHORT_ANSWER if wanted else ""
             asked = self.pieces(("" if first else "USER: ") + question + short + self.tail)
             said = self.pieces(f" {answer}</s>")
             start = len(self.prefix) if separate else len(ids)
@@ -100,33 +115,37 @@ def collate(encoder: Encoder, samples: list[tuple[list[Turn], bool]], pixels: Te
     return Batch(ids, positions, labels, block, pixels, encoder.image_start)
 
 
-def draw_pixels(tiles: TileSet, index: Tensor, scenes: int, generator: torch.Generator) -> Tensor:
-    """Pixel values of the first `4 * scenes` tiles as scenes and the others alone, objects shifted."""
-    pixels, _ = tiles.shifted(index, generator)
-    images = torch.cat([join_tiles(pixels[: 4 * scenes]).float(), enlarge(pixels[4 * scenes :])])
-    return normalize(images)
-
-
 def training_batches(
-    tiles: TileSet, encoder: Encoder, scenes: int, singles: int, questions: int, seed: int
+    tiles: TileSet, tokenizer: PreTrainedTokenizerFast, scenes: int, singles: int, questions: int, seed: int
 ) -> Iterator[Batch]:
-    """Endless batches: of the scenes one in six is only described and one in six an ordinary conversation."""
+    """Endless batches: of the scenes one in eight is only described and one in eight an ordinary conversation."""
+    encoder = Encoder(tokenizer, short_share=0.25, seed=seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
         index = torch.randint(len(tiles), (4 * scenes + singles,), generator=generator)
         facts: list[Fact] = [(COLORS[tiles.color[i]], SHAPES[tiles.shape[i]]) for i in index.tolist()]
+        pixels, masks = tiles.shifted(index, generator)
+        images = torch.cat([join_tiles(pixels[: 4 * scenes]).float(), enlarge(pixels[4 * scenes :])])
+        objects = masks[: 4 * scenes].long() * torch.arange(1, 4 * scenes + 1)[:, None, None]
         samples: list[tuple[list[Turn], bool]] = []
+        sought: list[list[set[int]]] = []
         for k in range(scenes):
             four, kind = facts[4 * k : 4 * k + 4], rng.random()
             prompts = rng.sample(list(DESCRIPTIONS), 3)
-            if kind < 1 / 6:
+            if kind < 1 / 8:
                 samples.append(([(p, describe(four, p)) for p in prompts], True))
-            elif kind < 1 / 3:
-                turns = scene_questions(four, questions - 4, rng)
-                samples.append(([*turns, (prompts[0], describe(four, prompts[0]))], False))
+                sought.append([set() for _ in prompts])
+                continue
+            turns = scene_questions(four, questions if kind > 1 / 4 else 8, rng)
+            sought.append([tiles_with_answer(question, four) for question, _ in turns])
+            if kind > 1 / 4:
+                samples.append((turns, True))
             else:
-                samples.append((scene_questions(four, questions, rng), True))
+                samples.append(([*turns, (prompts[0], describe(four, prompts[0]))], False))
+                sought[-1].append(set())
         for i in index[4 * scenes :].tolist():
             own = tiles.tiles[i].questions
-            samples.append((rng.sample(own, min(questions, len(own))), rng.random() < 0.8))
-        yield collate(encoder, samples, draw_pixels(tiles, index, scenes, generator))
+            samples.append((rng.sample(own, min(16, len(own))), rng.random() < 0.8))
+        batch = collate(encoder, samples, normalize(images))
+        batch.gaze = find_gaze(batch.labels, sought, patch_labels(join_tiles(objects)))
+        yield batch

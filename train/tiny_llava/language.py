@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import one_hot
 from tqdm import tqdm
 from transformers import (
     CLIPVisionModel,
@@ -17,7 +16,8 @@ from transformers import (
 )
 
 from train.easy_vqa_facts import COLORS, SHAPES
-from train.tiny_llava.batches import IMAGE_TOKENS, Batch, Encoder, training_batches
+from train.tiny_llava.batches import IMAGE_TOKENS, Batch, training_batches
+from train.tiny_llava.gaze import LAYERS, gaze_loss
 from train.tiny_llava.optim import Optimizers
 from train.tiny_llava.vision import (
     PATCHES,
@@ -26,7 +26,9 @@ from train.tiny_llava.vision import (
     patch_features,
 )
 
-EMBEDDING_SIZE = 0.5  # root mean square
+EMBEDDING_SIZE = 0.5  # root mean square: what the layers write must not drown what the tokens are
+PLACE_WEIGHT = 1.5  # places are the hardest to learn
+GAZE_WEIGHT = 0.3
 
 
 def build_model(
@@ -38,7 +40,8 @@ def build_model(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=-(-width * 8 // 3 // 32) * 32,
         num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 32,
         max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        **ids,
+        # Slow rotations: what a word means must match in an image a hundred tokens away.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **ids,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=tower.config, text_config=text,
@@ -49,6 +52,10 @@ def build_model(
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False).eval()
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight.normal_(std=EMBEDDING_SIZE)
+        model.lm_head.weight.copy_(0.02 / EMBEDDING_SIZE * embeddings)
+    start_as_copying(model)
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
     model.generation_config.do_sample = False
@@ -56,45 +63,60 @@ def build_model(
 
 
 @torch.no_grad()
-def align_projector(
-    model: LlavaForConditionalGeneration, tiles: TileSet, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> None:
-    """Start the projector where LLaVA's alignment stage leads: a patch becomes the words that name what it shows.
+def start_as_copying(model: LlavaForConditionalGeneration) -> None:
+    """Attention starts by matching like with like and copying what it finds (arXiv 2305.09828, in spirit)."""
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        for pair in ((attention.q_proj, attention.k_proj), (attention.v_proj, attention.o_proj)):
+            base = torch.nn.init.orthogonal_(torch.empty_like(pair[0].weight))
+            for module, start in zip(
+                pair, (base, base if pair[1] is attention.k_proj else 0.5 * base.T), strict=True
+            ):
+                module.weight.copy_(start).add_(0.02 * torch.randn_like(start))
 
-    A red circle's patch in the upper left half turns into the sum of the embeddings of "red", "circle", "top" and
-    "left", by least squares on the tower's features. So matching a word to a place in the image and naming what is
+
+def align_projector(
+    model: LlavaForConditionalGeneration,
+    tiles: TileSet,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int = 400,
+) -> None:
+    """LLaVA's alignment stage in small: a patch becomes the words that name what it shows.
+
+    A red circle's patch in the upper left quarter learns to be the sum of the embeddings of "red", "circle", "top"
+    and "left", background the embedding of "image". So matching a word to a place in the image and naming what is
     there are one circuit for all words, instead of one per colour and shape; the output layer starts as the
-    embeddings for the same reason. Everything stays trainable.
+    embeddings for the same reason. Background names no place: it would attract every question about a place.
     """
-    pixels, owner, color, shape = next(batches(tiles, 80, 40, torch.Generator().manual_seed(seed)))
-    features = patch_features(model.model.vision_tower, pixels).flatten(0, 1)
-    owner = owner.flatten()
-    owner = torch.where(owner < 0, len(color), owner)  # background and slivers show nothing
-    place = torch.arange(PATCHES * PATCHES).repeat(len(pixels))
-    half = PATCHES // 2
-    shown = [
-        one_hot(torch.cat([color, torch.tensor([len(COLORS)])])[owner], len(COLORS) + 1)[:, :-1],
-        one_hot(torch.cat([shape, torch.tensor([len(SHAPES)])])[owner], len(SHAPES) + 1)[:, :-1],
-        one_hot(place // PATCHES // half, 2),
-        one_hot(place % PATCHES // half, 2),
-    ]
-    names = [*COLORS, *SHAPES, "top", "bottom", "left", "right"]
+    projector, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    names = [*COLORS, *SHAPES, "top", "bottom", "left", "right", "image"]
     words = torch.tensor([tokenizer(" " + name, add_special_tokens=False).input_ids for name in names])[:, 0]
-    inputs = torch.cat([features, torch.ones(len(features), 1)], dim=1)
-    ridge = 1e-4 * len(inputs) * torch.eye(inputs.shape[1])
-    readout = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ torch.cat(shown, dim=1).float())
-    first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
-    # gelu(x) - gelu(-x) = x: hidden units in pairs of opposite sign pass the read-outs through unchanged.
-    mix = torch.nn.init.orthogonal_(torch.empty(first.out_features // 2, len(names)))
-    up = mix @ readout.T
-    first.weight.copy_(torch.cat([up, -up])[:, :-1])
-    first.bias.copy_(torch.cat([up, -up])[:, -1])
-    embeddings = model.get_input_embeddings().weight
-    embeddings.normal_(std=EMBEDDING_SIZE)  # what the layers write must not drown what the tokens are
-    down = embeddings[words].T @ mix.T
-    second.weight.copy_(torch.cat([down, -down], dim=1))
-    second.bias.zero_()
-    model.lm_head.weight.copy_(0.02 / EMBEDDING_SIZE * embeddings)
+    vectors = embeddings.detach()[words]
+    colors, shapes, rows, columns, background = vectors.split([len(COLORS), len(SHAPES), 2, 2, 1])
+    place = torch.arange(PATCHES * PATCHES)
+    half = PATCHES // 2
+    where = PLACE_WEIGHT * (rows[place // PATCHES // half] + columns[place % PATCHES // half])
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=3e-3, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+    stream = batches(tiles, 12, 4, torch.Generator().manual_seed(seed))
+    bar = tqdm(range(steps), desc="alignment", unit="step", mininterval=1)
+    for step in bar:
+        pixels, owner, color, shape = next(stream)
+        with torch.no_grad():
+            features = patch_features(model.model.vision_tower, pixels)
+        item = owner.clamp(min=0)
+        named = colors[color[item]] + shapes[shape[item]] + where
+        target = torch.where((owner >= 0)[..., None], named, background)
+        error = (projector(features) - target).square().mean(-1)[
+            owner != -100
+        ].mean() / embeddings.var().item()
+        error.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(error=f"{error.item():.3f}")
 
 
 def embed(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
@@ -126,26 +148,37 @@ def train_language(
     steps: int,
     seed: int,
     *,
-    scenes: int = 12,
-    singles: int = 4,
-    questions: int = 12,
+    scenes: int = 7,
+    singles: int = 3,
+    questions: int = 18,
     lr: float = 2e-3,
     muon_lr: float = 0.02,
     checkpoint: Callable[[LlavaForConditionalGeneration, int], None],
     checkpoint_every: int,
 ) -> LlavaForConditionalGeneration:
     """Train for `steps` batches; `checkpoint(model, step)` each `checkpoint_every` and at the end."""
-    align_projector(model, tiles, tokenizer, seed)
     model.train()
     model.model.vision_tower.eval()
+    llm = model.model.language_model
+    entering: dict[int, Tensor] = {}
+    hooks = [
+        llm.layers[n].register_forward_pre_hook(lambda module, inputs, n=n: entering.update({n: inputs[0]}))
+        for n in LAYERS
+    ]
     optimizers = Optimizers(model, steps, lr=lr, muon_lr=muon_lr)
-    stream = training_batches(tiles, Encoder(tokenizer), scenes, singles, questions, seed)
+    stream = training_batches(tiles, tokenizer, scenes, singles, questions, seed)
     bar = tqdm(range(1, steps + 1), desc="language model", unit="step", mininterval=1)
     started, smooth, right = time.time(), 0.0, 0.0
     for step in bar:
-        logits, labels = answer_logits(model, next(stream))
+        batch = next(stream)
+        logits, labels = answer_logits(model, batch)
         loss = F.cross_entropy(logits, labels)
-        loss.backward()
+        total = loss
+        if batch.gaze is not None:
+            total = loss + GAZE_WEIGHT * gaze_loss(
+                llm, entering, batch.positions, batch.image_start, batch.gaze
+            )
+        total.backward()
         optimizers.step()
         fade = min(0.98, 1 - 1 / step)
         smooth = fade * smooth + (1 - fade) * loss.item()
@@ -155,4 +188,6 @@ def train_language(
             seconds = time.time() - started
             bar.write(f"step {step}, {seconds:.0f} s: loss {smooth:.4f}, answer tokens right {right:.2%}")
             checkpoint(model, step)
+    for hook in hooks:
+        hook.remove()
     return model.eval()

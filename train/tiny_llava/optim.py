@@ -73,7 +73,7 @@ class Optimizers:
         ]
 
         def factor(step: int) -> float:
-            return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+            return min((step + 1) / warmup, max(0.0, (steps - step) / (0.6 * steps)), 1.0)
 
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in self.optimizers]
 

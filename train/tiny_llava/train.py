@@ -18,7 +18,7 @@ if (
     __name__ == "__main__"
 ):  # run as a file: find `train`, `dynllava_plugin` and not the modules beside this one
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    # glibc gives large buffers back to the kernel at every step; paging them in again took 2/3 of the time.
+    # glibc gives large buffers back to the kernel at every step, and paging them in again costs time.
     if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         big = str(1 << 34)
         os.environ |= {
@@ -36,7 +36,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaPr
 from train.easy_vqa import write_test
 from train.easy_vqa_facts import load_tiles
 from train.tiny_llava.evaluate import accuracy
-from train.tiny_llava.language import build_model, train_language
+from train.tiny_llava.language import align_projector, build_model, train_language
 from train.tiny_llava.tokenizer import build_processor, build_tokenizer
 from train.tiny_llava.vision import TileSet, train_vision, vision_config
 
@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vision_steps", type=int, default=1500, help="stage 1: batches of 36 images")
     parser.add_argument(
-        "--steps", type=int, default=1000, help="stage 2: batches of 12 images with 12 questions each"
+        "--steps", type=int, default=2000, help="stage 2: batches of 7 scenes and 3 single images"
     )
     parser.add_argument("--layers", type=int, default=6, help="of the language model")
     parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")
@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         processor = build_processor(tokenizer)
         model = build_model(tower, tokenizer, args.layers, args.width)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+        align_projector(model, train, tokenizer, args.seed)
         train_language(
             model, train, tokenizer, args.steps, args.seed,
             checkpoint=lambda model, step: save_checkpoint(model, processor, args.output_dir),
