@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import easy_vqa
@@ -125,7 +125,9 @@ def test_bad_requests_are_named(engine: Engine, easy_vqa_data: Path, tmp_path: P
         engine.generate([ask("What?", (str(missing),), "row 7")])
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lenient", [False, True])
+def test_bad_images_are_named(tmp_path: Path, lenient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # lmms-eval switches it on
     truncated, corrupt = tmp_path / "truncated.png", tmp_path / "corrupt.png"
     Image.effect_noise((64, 64), 90).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:600])
@@ -133,6 +135,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
     for path, problem in ((truncated, "truncated"), (corrupt, "isn't an image"), (tmp_path, "doesn't exist")):
         with pytest.raises(UserError, match=f"row 7: image .*{path.name}.* {problem}"):
             load_image(path, "row 7")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
     gray = load_image(Image.new("L", (3, 2)))
     assert gray.mode == "RGB" and gray.size == (3, 2)
 

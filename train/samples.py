@@ -86,7 +86,8 @@ def _sample(name: str, row: dict[str, Any]) -> Sample:
         messages = messages[1:]
     if not messages or [speaker for speaker, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
         raise UserError(f"{name}: 'conversations' must alternate 'human' and 'gpt' and end with 'gpt'")
-    markers, turns = 0, []
+    markers = 0
+    turns: list[tuple[str, str]] = []
     for (_, question), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
         count = question.count(IMAGE_TOKEN)
         if count:

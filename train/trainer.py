@@ -37,7 +37,7 @@ class DynamicLlavaTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group of parameters for the LLM, one for the predictors; what needs no gradient is left out."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             predictors = [p for n, p in named if any(part in n for part in PREDICTORS)]
             llm = [p for n, p in named if not any(part in n for part in PREDICTORS)]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, call, digest, is_done, mark_done
 from dynllava_plugin.demo.runs import CHECKPOINT, evaluate, plan
@@ -133,7 +134,7 @@ def report(folder: Path, output: Path, limit: int | None, seconds: float) -> Non
     table = read_results(folder).drop(columns="file")
     text = render(table, "markdown")
     write_text(output / "table.csv", table.to_csv(index=False))
-    machine = {
+    machine: dict[str, Any] = {
         "host": host(),
         "versions": versions(),
         "questions": limit or "all",

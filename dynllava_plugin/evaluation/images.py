@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dynllava_plugin.errors import UserError
 
@@ -39,7 +39,11 @@ def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -
             ) from None
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{where}image {name} can't be opened: {error}") from None
+    # lmms-eval switches PIL to fill what a truncated file lacks with gray, for the whole process.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{where}image {name} is truncated or corrupt ({error}); replace the file") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient

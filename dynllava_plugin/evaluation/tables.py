@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(list(out.values()), index=index, columns=columns)
 
 
-def _title(row: dict[str, Any]) -> str:
+def _title(row: Mapping[Any, Any]) -> str:
     unit = unit_of(row["metric"])
     return f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "") + f" {row['harness']}"
 

@@ -55,6 +55,10 @@ class ContextTrack:
     """How many tokens each sample holds in one kind of layer, and where the tokens of this call go."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Hold nothing."""
         self.lengths: torch.Tensor | None = None  # int64 [B]
         self.bound = 0  # host-side upper bound of lengths, so that a step needs no device synchronisation
         self.capacity = 0  # slots of the layers' buffers
@@ -276,7 +280,7 @@ class SparseContextCache(Cache):
         for layer in self.layers:
             layer.reset()
         for track in (self.dense, self.sparse):
-            track.__init__()
+            track.reset()
         self.seen, self._output_keep = 0, []
 
     def crop(self, *args: int, **kwargs: int) -> None:

@@ -7,7 +7,7 @@ attends to the prefix and itself, and its positions continue the prefix. A part 
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
 from train.easy_vqa import SHORT_ANSWER
 from train.easy_vqa_facts import COLORS, SHAPES
 from train.easy_vqa_scenes import DESCRIPTIONS, Fact, describe, scene_questions
-from train.tiny_llava.gaze import find_gaze, tiles_with_answer
-from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, patch_labels
+from train.tiny_llava.gaze import Gaze, find_gaze
+from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, object_patches
 
 IMAGE_TOKENS = 64
 Turn = tuple[str, str]
@@ -38,7 +38,7 @@ class Batch:
     pixels : float [B, 3, 128, 128]
     image_start : int
         The image tokens are columns `image_start` to `image_start + 64` of every row.
-    gaze : Gaze, optional
+    gaze : list of Gaze
         Where answers are to be found, for the gaze loss.
     """
 
@@ -48,6 +48,7 @@ class Batch:
     block: Tensor
     pixels: Tensor
     image_start: int
+    gaze: list[Gaze] = field(default_factory=list)
 
     def mask(self) -> Tensor:
         """bool [B, 1, T, T]: who attends to whom."""
@@ -126,26 +127,26 @@ def training_batches(
         facts: list[Fact] = [(COLORS[tiles.color[i]], SHAPES[tiles.shape[i]]) for i in index.tolist()]
         pixels, masks = tiles.shifted(index, generator)
         images = torch.cat([join_tiles(pixels[: 4 * scenes]).float(), enlarge(pixels[4 * scenes :])])
-        objects = masks[: 4 * scenes].long() * torch.arange(1, 4 * scenes + 1)[:, None, None]
         samples: list[tuple[list[Turn], bool]] = []
-        sought: list[list[set[int]]] = []
-        for k in range(scenes):
-            four, kind = facts[4 * k : 4 * k + 4], rng.random()
+        asked: list[list[str | None]] = []  # questions whose answer is found by one look
+        shown = [facts[4 * k : 4 * k + 4] for k in range(scenes)] + [[fact] for fact in facts[4 * scenes :]]
+        for four in shown[:scenes]:
+            kind = rng.random()
             prompts = rng.sample(list(DESCRIPTIONS), 3)
             if kind < 1 / 8:
                 samples.append(([(p, describe(four, p)) for p in prompts], True))
-                sought.append([set() for _ in prompts])
-                continue
-            turns = scene_questions(four, questions if kind > 1 / 4 else 8, rng)
-            sought.append([tiles_with_answer(question, four) for question, _ in turns])
-            if kind > 1 / 4:
-                samples.append((turns, True))
-            else:
+                asked.append([None] * len(prompts))
+            elif kind < 1 / 4:
+                turns = scene_questions(four, 8, rng)
                 samples.append(([*turns, (prompts[0], describe(four, prompts[0]))], False))
-                sought[-1].append(set())
+                asked.append([*(question for question, _ in turns), None])
+            else:
+                samples.append((scene_questions(four, questions, rng), True))
+                asked.append([question for question, _ in samples[-1][0]])
         for i in index[4 * scenes :].tolist():
             own = tiles.tiles[i].questions
             samples.append((rng.sample(own, min(16, len(own))), rng.random() < 0.8))
+            asked.append([question for question, _ in samples[-1][0]])
         batch = collate(encoder, samples, normalize(images))
-        batch.gaze = find_gaze(batch.labels, sought, patch_labels(join_tiles(objects)))
+        batch.gaze = find_gaze(batch.labels, asked, shown, object_patches(masks, scenes))
         yield batch

@@ -173,11 +173,7 @@ def train_language(
         batch = next(stream)
         logits, labels = answer_logits(model, batch)
         loss = F.cross_entropy(logits, labels)
-        total = loss
-        if batch.gaze is not None:
-            total = loss + GAZE_WEIGHT * gaze_loss(
-                llm, entering, batch.positions, batch.image_start, batch.gaze
-            )
+        total = loss + GAZE_WEIGHT * gaze_loss(llm, entering, batch.positions, batch.image_start, batch.gaze)
         total.backward()
         optimizers.step()
         fade = min(0.98, 1 - 1 / step)

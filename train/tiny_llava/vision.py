@@ -105,6 +105,14 @@ def patch_labels(owner: Tensor) -> Tensor:
     return torch.where((covered > 0) & (covered < 4), torch.full_like(label, -100), label)
 
 
+def object_patches(masks: Tensor, scenes: int) -> Tensor:
+    """Masks bool [4 * scenes + singles, 64, 64] -> int64 [images, 64]: each patch's object within its image, or negative."""
+    tiles, alone = masks[: 4 * scenes].long(), masks[4 * scenes :].long()
+    numbered = tiles * torch.arange(1, 5).repeat(scenes)[:, None, None]
+    big = alone.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return patch_labels(torch.cat([join_tiles(numbered), big]))
+
+
 def batches(
     tiles: TileSet, scenes: int, singles: int, generator: torch.Generator, augment: bool = True
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -1,0 +1,54 @@
+"""The tiny LLaVA's training script: where its gaze loss points, and a few steps of it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionModel
+
+from train.easy_vqa_facts import load_tiles
+from train.tiny_llava.batches import Encoder, training_batches
+from train.tiny_llava.gaze import FIND, MATCH, found, matching
+from train.tiny_llava.language import align_projector, build_model, train_language
+from train.tiny_llava.tokenizer import build_tokenizer
+from train.tiny_llava.vision import TileSet, vision_config
+
+SCENE = [("red", "circle"), ("blue", "triangle"), ("red", "triangle"), ("teal", "circle")]
+
+
+def test_what_a_question_is_about():
+    assert found("what color is the shape in the top right?", SCENE) == {1}
+    assert found("is there a teal shape in the bottom left?", SCENE) == {2}
+    assert matching("is there a teal shape in the bottom left?", SCENE) == set()
+    assert matching("is there a red triangle in the image?", SCENE) == {2}
+    assert matching("is there a blue circle in the image?", SCENE) == set()
+    assert matching("is there not a red shape?", [("red", "circle")]) == {0}
+
+
+def test_gaze_points_at_the_objects_patches_and_training_follows_it():
+    tiles = load_tiles("train")[:60]
+    tokenizer, tile_set = build_tokenizer(tiles), TileSet(tiles)
+    batch = next(training_batches(tile_set, tokenizer, 3, 2, 6, seed=0))
+    assert [gaze.heads for gaze in batch.gaze] == [FIND, MATCH]
+    for gaze in batch.gaze:
+        torch.testing.assert_close(gaze.goals.sum(1), torch.ones(len(gaze.rows)))
+        assert (batch.labels[gaze.rows, gaze.columns] == -100).all()
+        assert (batch.labels[gaze.rows, gaze.columns + 1] != -100).all()
+    torch.manual_seed(0)
+    model = build_model(CLIPVisionModel(vision_config()).eval(), tokenizer, 4, 128)
+    align_projector(model, tile_set, tokenizer, 0, steps=3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    saved = []
+    train_language(
+        model, tile_set, tokenizer, 2, 0, scenes=2, singles=1, questions=4,
+        checkpoint=lambda model, step: saved.append(step), checkpoint_every=1,
+    )  # fmt: skip
+    assert saved == [1, 2]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "lm_head.weight" in moved and not any("vision_tower" in name for name in moved)
+
+
+def test_the_prompt_for_short_answers_is_left_out_of_most_training_questions():
+    tokenizer = build_tokenizer(load_tiles("train")[:60])
+    turns = [("what color is the shape?", "red")] * 200
+    always, seldom = (len(Encoder(tokenizer, share)(turns, True)[0]) for share in (1.0, 0.25))
+    assert 0.5 < seldom / always < 0.8
