@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
@@ -97,6 +97,7 @@ class ConversationDataset(Dataset):
     def open(self, sample: Sample, image: str) -> Image.Image:
         """Decode one image of a sample to RGB."""
         path = self.image_folder / image
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # an imported library may have had them filled with gray
         try:
             with Image.open(path) as file:
                 return file.convert("RGB")

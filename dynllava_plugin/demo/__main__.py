@@ -25,9 +25,9 @@ from dynllava_plugin.evaluation.tables import read_results, render
 FINETUNE = {
     "model_name_or_path": "tiny",
     "learning_rate": "1e-4",
-    "predictor_learning_rate": "1e-3",
-    "global_batch_size": "16",
-    "per_device_train_batch_size": "16",
+    "predictor_learning_rate": "2e-3",
+    "global_batch_size": "8",
+    "per_device_train_batch_size": "8",
     "logging_steps": "5",
     "dataloader_num_workers": "0",
     "seed": "0",
@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT_work)")
     add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
-    add("--steps", type=int, default=150, help="optimiser steps of the finetuning (default: %(default)s)")
+    add("--steps", type=int, default=200, help="optimiser steps of the finetuning (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="evaluations at a time (default: one a core)")
     add("--fresh", action="store_true", help="do everything again")
