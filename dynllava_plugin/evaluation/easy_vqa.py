@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,17 @@ def data_folder() -> Path:
     if given:
         return Path(given).resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dynllava" / "easy_vqa"
+    return cache / "dynllava" / f"easy_vqa-{_converter_version()}"
+
+
+def _converter_version() -> str:
+    """Changes with the converter's source, so that an update never reads what an older one wrote."""
+    from train import easy_vqa
+
+    digest = hashlib.sha256()
+    for file in sorted(Path(easy_vqa.__file__).parent.glob("easy_vqa*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def locate_data() -> Path:
