@@ -6,9 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def gradients_on() -> None:
+    """Importing a harness may switch gradients off for the whole process."""
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")

@@ -202,4 +202,4 @@ def test_gradient_of_a_dropped_token_is_bounded():
     keep = torch.tensor([[0.0, 1.0]], requires_grad=True)
     visible = torch.ones(2, 2, dtype=torch.bool).tril()[None, None]
     masked_softmax_attention(query, key, value, context_matrix(keep), visible, 1.0).sum().backward()
-    assert 1.0 < float(keep.grad[0, 0]) < 200.0
+    assert 1.0 < float(keep.grad[0, 0]) < 4000.0

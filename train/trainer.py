@@ -18,8 +18,8 @@ FROZEN = ("vision_tower", "multi_modal_projector")
 class DynamicLlavaTrainer(Trainer):
     """Minimises `lm_loss + keep_loss_weight * (image_keep_loss + text_keep_loss)` over a global batch.
 
-    The cross entropy is the mean over all labelled tokens of the global batch, the keep losses over its samples,
-    however many processes and micro-batches it takes. (Trainer alone weights every term by tokens.)
+    The cross entropy is the mean over all labelled tokens of the global batch, the keep losses over all its
+    samples, however many processes and micro-batches it takes. (Trainer alone weights every term by tokens.)
     """
 
     args: RecipeArguments

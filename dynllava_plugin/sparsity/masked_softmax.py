@@ -6,8 +6,8 @@ import torch
 
 # A dropped token may outweigh the best kept one by any factor e^(x - max over kept). Its weight forward is 0 all the same,
 # but its gradient grows with that factor: on a trained model it reached norms of 1e9 and clipping then erased every other
-# gradient. Up to e^5 the gradient is exact; beyond, it is that of e^5. (The published code bounds it by its epsilon of 1e-6.)
-_MAX_EXPONENT = 5.0
+# gradient. Up to e^8 the gradient is exact; beyond, it is that of e^8. (The published code bounds it by its epsilon of 1e-6.)
+_MAX_EXPONENT = 8.0
 
 
 def context_matrix(keep: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def masked_softmax_attention(
     """out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij.
 
     The gradient of G_ij is p~_ij * (dO_i . (v_j - O_i)), nonzero for dropped tokens too; a bias of log(G) would lose it.
-    A dropped token's e^{x_ij} counts there as at most e^5 times that of the row's best kept token.
+    A dropped token's e^{x_ij} counts there as at most e^8 times that of the row's best kept token.
 
     Parameters
     ----------
