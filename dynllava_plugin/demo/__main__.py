@@ -24,8 +24,9 @@ from dynllava_plugin.evaluation.tables import read_results, render
 # The paper's recipe with larger steps: its rates suit 665K samples, here are a few minutes on two cores.
 FINETUNE = {
     "model_name_or_path": "tiny",
-    "learning_rate": "1e-4",
+    "learning_rate": "2e-4",
     "predictor_learning_rate": "2e-3",
+    "keep_loss_weight": "20",
     "global_batch_size": "8",
     "per_device_train_batch_size": "8",
     "logging_steps": "5",
