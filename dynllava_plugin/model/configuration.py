@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from dynllava_plugin.sparsity.config import SparsityConfig
 
@@ -40,7 +41,10 @@ class DynamicLlavaConfig(LlavaConfig):
     """
 
     model_type = "dynamic_llava"
-    sub_configs_defaults = {**LlavaConfig.sub_configs_defaults, "text_config": DynamicLlamaConfig}
+    sub_configs_defaults = {
+        **LlavaConfig.sub_configs_defaults,
+        "text_config": SubConfigSpec(config_class=DynamicLlamaConfig),
+    }
 
     image_aspect_ratio: str = "pad"
     placeholder_tokens: int = 0
