@@ -53,7 +53,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_xticks(range(len(modes)), modes, rotation=35, ha="right", fontsize=8)
         axis.margins(y=0.16)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="lower right", ncols=len(names))
     figure.suptitle(
         "Dynamic-LLaVA on easy-VQA: what is kept of the image, chosen by the predictor or at random",
         fontsize=11,
