@@ -26,7 +26,7 @@ def continuation(batch, output):
 
 def greedy_by_hand(sample, steps):
     batch = batch_of([sample])
-    ids, mask, tokens = batch["input_ids"], batch["attention_mask"], []
+    mask, tokens = batch["attention_mask"], []
     with torch.no_grad():
         out = MODEL(**batch, use_cache=True)
         for _ in range(steps):
@@ -37,7 +37,6 @@ def greedy_by_hand(sample, steps):
             out = MODEL(
                 torch.tensor([[tokens[-1]]]), attention_mask=mask, past_key_values=out.past_key_values
             )
-    del ids
     return tokens
 
 
@@ -80,7 +79,7 @@ def test_beam_search_scores_are_the_models_own(batch, use_cache):
 
 
 def _logits_by_score(ids, mask, pixels, labels, prompt):
-    # EOS is suppressed in the search; renormalise without it as the processor does not: plain log-probabilities.
+    # Suppressing EOS doesn't renormalise: the beams' scores are plain log-probabilities.
     scores = MODEL.score(ids, mask, pixels if len(pixels) else None, labels)
     return float(scores[:, prompt:].sum())
 
