@@ -116,6 +116,7 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     print("finetuning: the tiny LLaVA learns which image and output tokens to keep", flush=True)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]  # its own default is one thread
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     script = str(ROOT / "train" / "finetune.py")
     call(
