@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def open_mixture(
     UserError
         Not a JSON list of conversations, the first sample that is malformed, or a cache that can't be written.
     """
+    if not find_spec("pyarrow"):
+        raise UserError('training keeps its data as Arrow: pip install -e ".[train]"')
     path = Path(data_path)
     arrow_file = _cached(path, cache)
     everything = Mixture(arrow_file, path)
