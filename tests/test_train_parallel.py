@@ -35,6 +35,7 @@ def flags(tmp_path_factory) -> list[str]:
         *("--model_name_or_path", str(checkpoint), "--data_path", str(mixture)),
         *("--image_folder", str(images), "--data_cache", str(folder / "cache")),
         *("--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
+        *("--held_out", "3", "--eval_steps", "2"),
         *RECIPE.split(),
     ]
 
@@ -49,8 +50,8 @@ def alone(flags, tmp_path_factory) -> Path:
     return folder
 
 
-def log(folder: Path) -> list[dict[str, float]]:
-    with (folder / "train_log.csv").open() as file:
+def log(folder: Path, name: str = "train_log.csv") -> list[dict[str, float]]:
+    with (folder / name).open() as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
@@ -68,6 +69,10 @@ def assert_the_same(folder: Path, reference: Path) -> None:
     for row, other in zip(rows, expected, strict=True):
         for name in COMPARED:
             assert row.get(name) == pytest.approx(other.get(name), rel=1e-4, abs=1e-4), (row["step"], name)
+    for row, other in zip(log(folder, "eval_log.csv"), log(reference, "eval_log.csv"), strict=True):
+        for name in ("step", "eval_accuracy", "eval_kept_image_share", "eval_samples"):
+            assert row[name] == other[name], name
+        assert row["eval_ppl"] == pytest.approx(other["eval_ppl"], rel=1e-3)
     weights, others = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
     assert weights.keys() == others.keys()
     for name, weight in weights.items():

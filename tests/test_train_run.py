@@ -109,6 +109,32 @@ def test_accumulated_samples_equal_a_batch(two_steps):
         torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_gradient_checkpointing_changes_nothing(two_steps, flags, tmp_path):
+    _, weights = two_steps["4"]
+    recipe = "--global_batch_size 4 --per_device_train_batch_size 4 --max_steps 2 --gradient_checkpointing true"
+    descent = "--optim sgd --learning_rate 0.1 --predictor_learning_rate 0.01 --max_grad_norm 0"
+    recipe = f"{recipe} {descent} --warmup_steps 0 --lr_scheduler_type constant"
+    assert main([*flags, *recipe.split(), "--output_dir", str(tmp_path / "out")]) == 0
+    for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_bf16_trains_float32_weights_and_saves_bfloat16(flags, tmp_path):
+    recipe = "--global_batch_size 8 --max_steps 3 --learning_rate 5e-3 --warmup_steps 0 --bf16 true"
+    constant = "--lr_scheduler_type constant --save_strategy steps --save_steps 2"
+    assert main([*flags, *recipe.split(), *constant.split(), "--output_dir", str(tmp_path / "out")]) == 0
+    rows = log(tmp_path / "out")
+    assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
+    within = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
+    assert {tensor.dtype for tensor in within.values()} == {torch.float32}
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, within[name].bfloat16()), name
+    model, _ = load_model(tmp_path / "out", device="cpu")
+    assert model.dtype == torch.bfloat16
+
+
 def test_log_says_what_was_minimised(two_steps):
     rows, _ = two_steps["4"]
     for step, row in enumerate(rows):

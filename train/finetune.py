@@ -19,7 +19,7 @@ from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from train.adapters import add_adapter
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
-from train.checkpoints import saying_what_is_left
+from train.checkpoints import damage, saying_what_is_left
 from train.command_line import parse
 from train.data import Collator, ConversationDataset, blank_image
 from train.held_out import HeldOut
@@ -82,7 +82,9 @@ def train(
     with args.main_process_first(local=False, desc="looking for checkpoints"):
         checkpoint, notes = record.start(args.overwrite_output_dir, changes_files=args.process_index == 0)
     if args.resume_from_checkpoint:
-        checkpoint = Path(args.resume_from_checkpoint)
+        checkpoint, notes = Path(args.resume_from_checkpoint), []
+        if problem := damage(checkpoint):
+            raise UserError(f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({problem})")
     for note in notes:
         say(args, note)
 
