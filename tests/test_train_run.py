@@ -111,7 +111,9 @@ def test_accumulated_samples_equal_a_batch(two_steps):
 
 def test_gradient_checkpointing_changes_nothing(two_steps, flags, tmp_path):
     _, weights = two_steps["4"]
-    recipe = "--global_batch_size 4 --per_device_train_batch_size 4 --max_steps 2 --gradient_checkpointing true"
+    recipe = (
+        "--global_batch_size 4 --per_device_train_batch_size 4 --max_steps 2 --gradient_checkpointing true"
+    )
     descent = "--optim sgd --learning_rate 0.1 --predictor_learning_rate 0.01 --max_grad_norm 0"
     recipe = f"{recipe} {descent} --warmup_steps 0 --lr_scheduler_type constant"
     assert main([*flags, *recipe.split(), "--output_dir", str(tmp_path / "out")]) == 0

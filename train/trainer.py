@@ -158,9 +158,13 @@ class DynamicLlavaTrainer(Trainer):
         sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
-        if self.is_fsdp_enabled:  # whose root gathers its weights for `forward` (and, by Trainer, `generate`) only
+        if (
+            self.is_fsdp_enabled
+        ):  # whose root gathers its weights for `forward` (and, by Trainer, `generate`) only
             if not isinstance(self.dynamic, FSDPModule):
-                raise UserError("--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples")
+                raise UserError(
+                    "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
+                )
             register_fsdp_forward_method(self.dynamic, "score")
         with self.measures.paused():
             metrics = self.evaluation.measure(self.dynamic, self.processing_class, self.accelerator, sharded)
