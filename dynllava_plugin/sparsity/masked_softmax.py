@@ -14,7 +14,7 @@ from dynllava_plugin.sparsity.masked_softmax_blocks import DROPPED, KEPT, PADDIN
 # A dropped token may outweigh the best kept one by any factor e^(x - max over kept). Its weight forward is 0 all the same,
 # but its gradient grows with that factor: on a trained model it reached norms of 1e9 and clipping then erased every other
 # gradient. Up to e^8 the gradient is exact; beyond, it is that of e^8. (The published code bounds it by its epsilon of 1e-6.)
-_MAX_EXPONENT = 8.0
+MAX_EXPONENT = 8.0
 
 
 class TrainingContext(NamedTuple):
@@ -82,7 +82,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Autocast would also reach the products inside.
     with torch.autocast(query.device.type, enabled=False):
-        return implementation(query).forward(query, key, value, packing, scaling, _MAX_EXPONENT)
+        return implementation(query).forward(query, key, value, packing, scaling, MAX_EXPONENT)
 
 
 @_forward.register_fake

@@ -1,9 +1,9 @@
 """The training attention (Eq. 7) in strips of the score matrix, on any device torch has.
 
-A strip is a few rows of one sample. Its columns are the kept tokens before it, packed side by side, and then its own tokens, for which
-the causal order and the diagonal of G matter. So nothing behind the strip is computed, dropped and padded tokens before it cost nothing,
-and no mask wider than a strip exists. The backward pass computes each strip again, and there alone scores of dropped tokens, for the
-gradient of their keep mask.
+A strip is a few rows of one sample. Its columns are the kept tokens before it, packed side by side, and then its own tokens, for
+which the causal order and the diagonal of G matter. So nothing behind the strip is computed, dropped and padded tokens before it
+cost nothing, and no mask wider than a strip exists. The backward pass computes each strip again, and there alone scores of dropped
+tokens, for the gradient of their keep mask.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def forward(
                 nothing = total == 0
                 total.masked_fill_(nothing, 1.0)
                 mixed = (weights @ values.enter(strip)).div_(total)
-                out[sample, heads, rows] = mixed.view(-1, strip.stop - strip.start, out.shape[-1]).to(out.dtype)
+                out[sample, heads, rows] = mixed.view(-1, strip.stop - strip.start, out.shape[-1]).to(
+                    out.dtype
+                )
                 log_total = total.log_()
                 lse[sample, heads, rows] = (
                     (top + log_total).masked_fill_(nothing, float("inf")).view(-1, strip.stop - strip.start)
@@ -181,7 +183,9 @@ def backward(
                 )
                 key_sum[:, :width].baddbmm_(gradient.mT, queries)
                 for total, gradients in ((key_sum, grad_key), (value_sum, grad_value)):
-                    gradients[sample, kv_heads, rows] = total[:, strip.kept_before : width].to(gradients.dtype)
+                    gradients[sample, kv_heads, rows] = total[:, strip.kept_before : width].to(
+                        gradients.dtype
+                    )
                     _pack(total, strip)
                     total[:, strip.kept_before + len(strip.kept) : width] = 0
                 _pack(keep_sum[None], strip)

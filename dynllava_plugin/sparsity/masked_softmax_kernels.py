@@ -7,7 +7,6 @@ costs its kept tokens only. Every token's view of itself (the diagonal of G) is 
 Scores are kept in base 2. Products of tiles take the inputs' dtype and add up in float32.
 """
 
-# ruff: noqa: ANN001
 import triton
 import triton.language as tl
 
@@ -199,12 +198,15 @@ def _kept_gradient(
         row_delta = tl.load(delta + rows, mask=inside, other=0.0)
         scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # [columns, rows]
         if MASKED:
-            scores = tl.where(columns[:, None] < rows[None, :], scores, -_INF)
+            scores = tl.where(columns[:, None] <= rows[None, :], scores, -_INF)
         weights = tl.exp2(scores * scale - row_lse[None, :])
         grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
         pull = tl.dot(values, tl.trans(grad_out), input_precision=PRECISION)
         gradient = weights * (pull - row_delta[None, :])
-        grad_keep += tl.sum(gradient, 1)
+        if MASKED:  # its own row sees a token whether it is kept or not
+            grad_keep += tl.sum(tl.where(columns[:, None] < rows[None, :], gradient, 0.0), 1)
+        else:
+            grad_keep += tl.sum(gradient, 1)
         grad_k = tl.dot(gradient.to(query.dtype), query, grad_k, input_precision=PRECISION)
     return grad_k, grad_v, grad_keep
 
@@ -232,91 +234,118 @@ def _dropped_gradient(
 
 
 @triton.jit
-def _column_kernel(
+def _rows_that_see(columns, real, length, ROWS: tl.constexpr):
+    """Blocks of rows: from the first that sees any of the columns, and from the first that sees them all."""
+    start = tl.min(tl.where(real, columns, length)) // ROWS * ROWS
+    whole = (tl.max(tl.where(real, columns, 0)) + ROWS) // ROWS * ROWS
+    return start, whole
+
+
+@triton.jit
+def _kept_kernel(
+    q, k, v, upstream, lse, delta, grad_k, grad_v, grad_keep, packing,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, u_batch, u_head, u_row,
+    gk_batch, gk_head, gk_row, gv_batch, gv_head, gv_row,
+    kv_heads, groups, length, scale, scaling,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of packed kept columns: keys, values and keep mask."""
+    blocks = tl.cdiv(length, COLUMNS)
+    slice_ = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, kv_head = slice_ // kv_heads, slice_ % kv_heads
+    order = packing + batch * 3 * length
+    stop = tl.load(order + length + length - 1)  # the number of kept columns
+    places = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    if (tl.program_id(0) % blocks) * COLUMNS >= stop:
+        return
+    present = places < stop
+    columns = tl.load(order + places, mask=present, other=0)
+    keys = _tile(k + batch * k_batch + kv_head * k_head, columns, k_row, present, D, BLOCK_D)
+    values = _tile(v + batch * v_batch + kv_head * v_head, columns, v_row, present, D, BLOCK_D)
+    key_gradient = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
+    value_gradient = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
+    keep_gradient = tl.zeros([COLUMNS], tl.float32)
+    start, whole = _rows_that_see(columns, present, length, ROWS)
+    for member in range(groups):
+        head = kv_head * groups + member
+        of_rows = (batch * kv_heads * groups + head) * length
+        queries = q + batch * q_batch + head * q_head
+        upstreams = upstream + batch * u_batch + head * u_head
+        key_gradient, value_gradient, keep_gradient = _kept_gradient(
+            key_gradient, value_gradient, keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
+            lse + of_rows, delta + of_rows, start, whole, length, scale,
+            True, D, BLOCK_D, ROWS, PRECISION,
+        )  # fmt: skip
+        key_gradient, value_gradient, keep_gradient = _kept_gradient(
+            key_gradient, value_gradient, keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
+            lse + of_rows, delta + of_rows, whole, length, length, scale,
+            False, D, BLOCK_D, ROWS, PRECISION,
+        )  # fmt: skip
+    grad_k += batch * gk_batch + kv_head * gk_head
+    grad_v += batch * gv_batch + kv_head * gv_head
+    _store_tile(grad_k, columns, gk_row, present, key_gradient * scaling, D, BLOCK_D)
+    _store_tile(grad_v, columns, gv_row, present, value_gradient, D, BLOCK_D)
+    tl.store(grad_keep + slice_ * length + columns, keep_gradient, mask=present)
+
+
+@triton.jit
+def _dropped_kernel(
     q, k, v, upstream, lse, cap, delta, grad_k, grad_v, grad_keep, packing,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, u_batch, u_head, u_row,
     gk_batch, gk_head, gk_row, gv_batch, gv_head, gv_row,
     kv_heads, groups, length, scale, scaling,
-    KEPT_COLUMNS: tl.constexpr, NEED_KEEP: tl.constexpr,
+    NEED_KEEP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys, values and keep mask, for a block of packed kept columns or one of the others.
-
-    A dropped column's key and value matter to its own row alone.
-    """
+    """Gradients of a block of columns that are not kept: key and value matter to their own row, the keep mask to those behind."""
     blocks = tl.cdiv(length, COLUMNS)
     slice_ = (tl.program_id(0) // blocks).to(tl.int64)
     batch, kv_head = slice_ // kv_heads, slice_ % kv_heads
     order = packing + batch * 3 * length
     rank, kind = order + length, order + 2 * length
-    kept_number = tl.load(rank + length - 1)
-    if KEPT_COLUMNS:
-        begin = 0
-        stop = kept_number
-    else:
-        begin = kept_number
-        stop = length
-    place = begin + (tl.program_id(0) % blocks) * COLUMNS
-    if place >= stop:
+    place = tl.load(rank + length - 1) + (tl.program_id(0) % blocks) * COLUMNS
+    if place >= length:
         return
     places = place + tl.arange(0, COLUMNS)
-    present = places < stop
+    present = places < length
     columns = tl.load(order + places, mask=present, other=0)
     real = tl.load(kind + columns, mask=present, other=_PADDING) != _PADDING
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
-    keys = _tile(k, columns, k_row, present, D, BLOCK_D)
-    values = _tile(v, columns, v_row, present, D, BLOCK_D)
+    keys = _tile(k + batch * k_batch + kv_head * k_head, columns, k_row, present, D, BLOCK_D)
+    values = _tile(v + batch * v_batch + kv_head * v_head, columns, v_row, present, D, BLOCK_D)
     key_gradient = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     value_gradient = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
-    keep_gradient = tl.zeros([COLUMNS], tl.float32)
-    # Padding stands behind every row. Rows up to `masked_end` see some of the columns, those after it all.
-    stands = tl.where(real, columns, length)
-    masked_start = (tl.min(stands) + 1) // ROWS * ROWS
-    last = tl.max(tl.where(real, columns, 0))
-    masked_end = (last + ROWS) // ROWS * ROWS
-    tail = masked_end
-    if tl.min(stands) == length:  # padding only
-        tail = length
     for member in range(groups):
         head = kv_head * groups + member
-        of_rows = (batch * kv_heads * groups + head) * length
-        q_head_ = q + batch * q_batch + head * q_head
-        u_head_ = upstream + batch * u_batch + head * u_head
-        own_query = _tile(q_head_, columns, q_row, present, D, BLOCK_D)
-        own_upstream = _tile(u_head_, columns, u_row, present, D, BLOCK_D)
-        own_lse = tl.load(lse + of_rows + columns, mask=present, other=_INF)
-        own_delta = tl.load(delta + of_rows + columns, mask=present, other=0.0)
-        weight = tl.where(real, tl.exp2(_rows_product(keys, own_query) * scale - own_lse), 0.0)
-        own_gradient = weight * (_rows_product(values, own_upstream) - own_delta)
-        value_gradient += weight[:, None] * own_upstream.to(tl.float32)
-        key_gradient += own_gradient[:, None] * own_query.to(tl.float32)
-        if KEPT_COLUMNS:
-            key_gradient, value_gradient, keep_gradient = _kept_gradient(
-                key_gradient, value_gradient, keep_gradient, keys, values, stands, q_head_, u_head_, q_row, u_row,
-                lse + of_rows, delta + of_rows, masked_start, masked_end, length, scale,
-                True, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
-            key_gradient, value_gradient, keep_gradient = _kept_gradient(
-                key_gradient, value_gradient, keep_gradient, keys, values, stands, q_head_, u_head_, q_row, u_row,
-                lse + of_rows, delta + of_rows, tail, length, length, scale,
-                False, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
-        elif NEED_KEEP:
-            keep_gradient = _dropped_gradient(
-                keep_gradient, keys, values, stands, q_head_, u_head_, q_row, u_row,
-                lse + of_rows, cap + of_rows, delta + of_rows, masked_start, masked_end, length, scale,
-                True, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
-            keep_gradient = _dropped_gradient(
-                keep_gradient, keys, values, stands, q_head_, u_head_, q_row, u_row,
-                lse + of_rows, cap + of_rows, delta + of_rows, tail, length, length, scale,
-                False, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
+        own_rows = (batch * kv_heads * groups + head) * length + columns
+        query = _tile(q + batch * q_batch + head * q_head, columns, q_row, real, D, BLOCK_D)
+        grad_out = _tile(upstream + batch * u_batch + head * u_head, columns, u_row, real, D, BLOCK_D)
+        own_lse = tl.load(lse + own_rows, mask=real, other=_INF)
+        own_delta = tl.load(delta + own_rows, mask=real, other=0.0)
+        weight = tl.where(real, tl.exp2(_rows_product(keys, query) * scale - own_lse), 0.0)
+        gradient = tl.where(real, weight * (_rows_product(values, grad_out) - own_delta), 0.0)
+        value_gradient += weight[:, None] * grad_out.to(tl.float32)
+        key_gradient += gradient[:, None] * query.to(tl.float32)
     grad_k += batch * gk_batch + kv_head * gk_head
     grad_v += batch * gv_batch + kv_head * gv_head
-    key_gradient = tl.where(real[:, None], key_gradient * scaling, 0.0)
-    value_gradient = tl.where(real[:, None], value_gradient, 0.0)
-    _store_tile(grad_k, columns, gk_row, present, key_gradient, D, BLOCK_D)
+    _store_tile(grad_k, columns, gk_row, present, key_gradient * scaling, D, BLOCK_D)
     _store_tile(grad_v, columns, gv_row, present, value_gradient, D, BLOCK_D)
+
+    keep_gradient = tl.zeros([COLUMNS], tl.float32)
+    if NEED_KEEP:
+        start, whole = _rows_that_see(columns, real, length, ROWS)
+        for member in range(groups):
+            head = kv_head * groups + member
+            of_rows = (batch * kv_heads * groups + head) * length
+            queries = q + batch * q_batch + head * q_head
+            upstreams = upstream + batch * u_batch + head * u_head
+            keep_gradient = _dropped_gradient(
+                keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
+                lse + of_rows, cap + of_rows, delta + of_rows, start, whole, length, scale,
+                True, D, BLOCK_D, ROWS, PRECISION,
+            )  # fmt: skip
+            keep_gradient = _dropped_gradient(
+                keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
+                lse + of_rows, cap + of_rows, delta + of_rows, whole, length, length, scale,
+                False, D, BLOCK_D, ROWS, PRECISION,
+            )  # fmt: skip
     tl.store(grad_keep + slice_ * length + columns, tl.where(real, keep_gradient, 0.0), mask=present)

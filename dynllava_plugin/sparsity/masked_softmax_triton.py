@@ -39,6 +39,7 @@ class Tiles:
 
 def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Tiles that fit the shared memory and registers of an Ampere, Ada or Hopper GPU."""
+    # More than 160 KiB of shared memory a block: Hopper and the Blackwells of data centres.
     large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     if dtype == torch.float32:  # exact products, without tensor cores
         small = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)
@@ -46,7 +47,7 @@ def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     if head_dim <= 64:
         return Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2))
     if head_dim <= 128 and large:
-        return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2))
+        return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2))
     if head_dim <= 128:
         return Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
     return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
@@ -108,14 +109,18 @@ def backward(
             *upstream.stride()[:3], *grad_query.stride()[:3],
             heads, *shape, **_constants(dim, query.dtype, tiles.query),
         )  # fmt: skip
-        for tile, kept in ((tiles.kept, True), (tiles.dropped, False)):
-            kernels._column_kernel[(triton.cdiv(length, tile.columns) * batch * kv_heads,)](
-                query, key, value, upstream, lse, cap, delta, grad_key, grad_value, grad_keep, packing,
-                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3],
-                *grad_key.stride()[:3], *grad_value.stride()[:3],
-                kv_heads, *shape,
-                KEPT_COLUMNS=kept, NEED_KEEP=need_keep, **_constants(dim, query.dtype, tile),
-            )  # fmt: skip
+        strides = (
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3],
+            *grad_key.stride()[:3], *grad_value.stride()[:3],
+        )  # fmt: skip
+        kernels._kept_kernel[(triton.cdiv(length, tiles.kept.columns) * batch * kv_heads,)](
+            query, key, value, upstream, lse, delta, grad_key, grad_value, grad_keep, packing,
+            *strides, kv_heads, *shape, **_constants(dim, query.dtype, tiles.kept),
+        )  # fmt: skip
+        kernels._dropped_kernel[(triton.cdiv(length, tiles.dropped.columns) * batch * kv_heads,)](
+            query, key, value, upstream, lse, cap, delta, grad_key, grad_value, grad_keep, packing,
+            *strides, kv_heads, *shape, NEED_KEEP=need_keep, **_constants(dim, query.dtype, tiles.dropped),
+        )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_keep.sum(1)
 
 
