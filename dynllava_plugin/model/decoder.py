@@ -22,10 +22,11 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.attention import MASKED_SOFTMAX
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.gate import Decision, TokenLayout, TrainingMasks, decide, decide_training
 from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
-from dynllava_plugin.sparsity.masked_softmax import context_matrix, masked_softmax_attention
+from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
 
 
@@ -43,7 +44,7 @@ class DynamicLlamaOutput(BaseModelOutputWithPast):
 
 
 class DynamicLlamaAttention(LlamaAttention):
-    """Llama attention that takes a learned context matrix in training and ragged KV-cache masks in decoding."""
+    """Llama attention that takes a learned context in training and ragged KV-cache masks in decoding."""
 
     def forward(
         self,
@@ -51,24 +52,23 @@ class DynamicLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: SparseContextCache | None = None,
-        context: torch.Tensor | None = None,
+        context: TrainingContext | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`context` float [B, 1, L, L] (Eq. 7) selects the masked softmax; `attention_mask` is then bool [B, 1, L, L]."""
+        """A `context` selects the masked softmax (Eq. 7), which needs no `attention_mask`."""
         batch, length, _ = hidden_states.shape
         per_head = (batch, length, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
         key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if context is not None:
-            mixed = masked_softmax_attention(query, key, value, context, attention_mask, self.scaling)
-            return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
+        if context is not None:
+            implementation, kwargs = MASKED_SOFTMAX, {**kwargs, "context": context}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         mixed, weights = attend(
             self,
@@ -197,7 +197,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid = self._valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
         if position_ids is None:
             position_ids = self._position_ids(attention_mask, valid, None)
-        causal = self._context_mask(None, inputs_embeds, valid, 0)
+        # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
+        behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
+        causal = self._context_mask(None, inputs_embeds, torch.ones_like(valid) if behind else valid, 0)
         if self.config.sparsity.mode == "full":
             hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
             return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
@@ -207,10 +209,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         masks = decide_training(
             hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
         )
-        visible = _causal(length, hidden.device) & valid[:, None, None, :]
-        context = context_matrix(masks.keep)
+        context = training_context(masks.keep, valid)
         hidden = self._run(
-            self.layers[self.sparse_layer :], hidden, visible, position_ids, None, context=context, **kwargs
+            self.layers[self.sparse_layer :], hidden, None, position_ids, None, context=context, **kwargs
         )
         return DynamicLlamaOutput(last_hidden_state=self.norm(hidden), masks=masks)
 
