@@ -64,7 +64,9 @@ class DecoderShape:
     def image_predictor_parameters(self) -> int:
         """Weights of the image predictor's matrices."""
         c = self.predictor_dim
-        return self.hidden * c + self.predictor_layers * (4 * c * c + 2 * c * self.predictor_ffn_dim) + _head(c)
+        return (
+            self.hidden * c + self.predictor_layers * (4 * c * c + 2 * c * self.predictor_ffn_dim) + _head(c)
+        )
 
     @property
     def text_predictor_parameters(self) -> int:

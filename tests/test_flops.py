@@ -75,7 +75,9 @@ def test_exact_prefill_is_what_pytorch_counts(mode):
     sample.ids = [1, *sample.ids[-5:-1], *[90] * TOKENS_PER_IMAGE, sample.ids[-1]]
     batch = batch_of([sample])
     images = model.model.get_image_features(batch.pop("pixel_values"), return_dict=True)
-    counted = counted_by_pytorch(lambda: model(**batch, mm_encoder_outputs={"image": images}, logits_to_keep=1))
+    counted = counted_by_pytorch(
+        lambda: model(**batch, mm_encoder_outputs={"image": images}, logits_to_keep=1)
+    )
     tokens = [context.prompt] * context.split + [int(context.kept(0))] * (shape.layers - context.split)
     assert counted == prefill_flops(shape, context) + all_pairs(shape, tokens)
 
