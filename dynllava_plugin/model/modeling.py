@@ -186,6 +186,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_greedy: bool = False,
+        mm_encoder_outputs: dict[str, Any] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
@@ -197,6 +198,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
         return_greedy : bool
             Also return where the label is the most probable token.
+        mm_encoder_outputs : dict, optional
+            Image features, in place of `pixel_values`.
 
         Returns
         -------
@@ -207,7 +210,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         was_training = self.training
         self.eval()
         try:
-            embeds, layout = self._embed(input_ids, None, pixel_values, None)
+            embeds, layout = self._embed(input_ids, None, pixel_values, mm_encoder_outputs)
             layout.output_mask = last_answer(labels)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
