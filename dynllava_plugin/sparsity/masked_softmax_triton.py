@@ -45,11 +45,11 @@ def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
         small = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)
         return Tiles(small, small, small, small)
     if head_dim <= 64:
-        return Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2))
+        return Tiles(Tile(128, 64, 4, 5), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2))
     if head_dim <= 128 and large:
-        return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2))
+        return Tiles(Tile(128, 64, 8, 5), Tile(128, 64, 8, 5), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2))
     if head_dim <= 128:
-        return Tiles(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
+        return Tiles(Tile(128, 32, 4, 4), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
     return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 
 
