@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phases = parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
     for name in (*PHASES, "all"):
         summary = "all of the above" if name == "all" else (PHASES[name].__doc__ or "").splitlines()[0]
-        _add_flags(phases.add_parser(name, help=summary, description=summary))
+        phase = phases.add_parser(name, help=summary, description=summary)
+        phase.set_defaults(only=name)
+        if name == "all":
+            phase.add_argument(
+                "--only", default=",".join(PHASES), help="comma-separated phases (default: %(default)s)"
+            )
+        _add_flags(phase)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +91,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
-    names = list(PHASES) if args.phase == "all" else [args.phase]
+    names = _names("--only", args.only, PHASES)
     shape, device = shape_named(args.shape), find_device(args.device)
-    modes, paths, dtype = modes_named(args.mode), _paths(args.path), _dtype(args.dtype, device)
+    modes, paths, dtype = (
+        modes_named(args.mode),
+        _names("--path", args.path, PATHS),
+        _dtype(args.dtype, device),
+    )
     batches, lengths = _integers("--batch", args.batch), _lengths(args)
     check_tokens(args.image_tokens, args.text_tokens, batches, args.new_tokens)
     check_rates(args.vision_keep_rate, args.text_keep_rate, args.image_tokens)
@@ -177,11 +187,11 @@ def _lengths(args: argparse.Namespace) -> list[int]:
     return sorted({round(args.new_tokens * part / 4) for part in range(5)})
 
 
-def _paths(names: str) -> list[str]:
+def _names(flag: str, names: str, known: Collection[str]) -> list[str]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in PATHS]
+    unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
-        raise UserError(f"--path: {', '.join(unknown) or 'empty'}; choose from {', '.join(PATHS)}")
+        raise UserError(f"{flag}: {', '.join(unknown) or 'empty'}; choose from {', '.join(known)}")
     return list(dict.fromkeys(wanted))
 
 

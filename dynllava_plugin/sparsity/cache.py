@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 GROWTH_STEP = 64  # slots; appending copies the cache once every so many tokens
+MASK_ALIGNMENT = 8  # slots
 STATIC_GROWTH_STEP = 256  # slots; a static cache's growth also costs a new capture
 
 
@@ -140,6 +141,14 @@ class ContextTrack:
 
 class StaticTrack(ContextTrack):
     """A track whose single-token steps have one shape and touch no host value: they see `capacity` slots behind a mask."""
+
+    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
+        first = self.lengths is None
+        mask = super().begin(keep)
+        if first:
+            self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        return mask
 
     def reserve_step(self) -> bool:
         """Count on one more token; whether the buffers have to grow for it.
