@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT_work)")
     add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
-    add("--steps", type=int, default=200, help="optimiser steps of the finetuning (default: %(default)s)")
+    add("--steps", type=int, default=140, help="optimiser steps of the finetuning (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="evaluations at a time (default: one a core)")
     add("--fresh", action="store_true", help="do everything again")
