@@ -224,6 +224,38 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         """An empty KV cache for this model."""
         return SparseContextCache(self.config.num_hidden_layers, self.sparse_layer)
 
+    def static_step(
+        self,
+        inputs_embeds: torch.Tensor,
+        valid: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: SparseContextCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
+
+        Parameters
+        ----------
+        inputs_embeds : [B, 1, d]
+        valid : bool [B, 1]
+            False on padding.
+        position_ids : int64 [B, 1]
+
+        Returns
+        -------
+        [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
+        """
+        mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
+        hidden = self._run(self.layers[: self.sparse_layer], inputs_embeds, mask, position_ids, cache)
+        layout = TokenLayout(output_mask=valid)
+        decision = decide(
+            hidden, valid, layout, self.config.sparsity, self.image_predictor, self.text_predictor
+        )
+        mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
+        hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache)
+        cache.dense.commit_static()
+        cache.sparse.commit_static()
+        return self.norm(hidden), decision.keep
+
     def _run(
         self,
         layers: nn.ModuleList,
@@ -330,9 +362,14 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             mask = _causal(length, hidden.device) & (keep[:, None, None, :] | itself)
         if mask is None or self.config._attn_implementation != "eager":
             return mask
-        return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
-            ~mask, torch.finfo(hidden.dtype).min
-        )
+        return _additive(mask, hidden)
+
+
+def _additive(mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """A bool mask as what is added to the scores, in the dtype of `hidden`."""
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~mask, torch.finfo(hidden.dtype).min
+    )
 
 
 def _causal(length: int, device: torch.device) -> torch.Tensor:
