@@ -16,7 +16,9 @@ from transformers.models.llava.modeling_llava import (
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
-from dynllava_plugin.model.gate import TokenLayout, TrainingMasks
+from dynllava_plugin.model.gate import TrainingMasks
+from dynllava_plugin.policies import TokenLayout
+from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
@@ -113,6 +115,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         embeds, layout = self._embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
         if self.training:
+            if self.config.sparsity.policy is not None:
+                raise UserError(
+                    f"policy: {self.config.sparsity.policy} is for inference; choose what to train by mode"
+                )
             if labels is not None:
                 layout.output_mask = last_answer(labels)
             outputs = self._llm.forward_training(
@@ -220,12 +226,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return scores, greedy
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
-        """Change the mode, a keep rate, l or the image policy of the loaded model.
+        """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
 
         Raises
         ------
         UserError
-            An unknown setting, a value out of range, or a predictor size, which the weights fix.
+            An unknown setting or policy, a value out of range, or a predictor size, which the weights fix.
         """
         current = self.config.sparsity
         fixed = (
@@ -240,8 +246,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 raise UserError(
                     f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
                 )
-        settings = current.replace(**changes)
-        settings.validate(self.config.text_config.num_hidden_layers)
+        settings = current.replace(**policy_changes(changes))
+        check_policy(settings, self.config.text_config.num_hidden_layers)
         self.config.text_config.sparsity = settings
         return settings
 
@@ -285,9 +291,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 "give as many <image> places as images"
             )
         embeds = inputs_embeds.masked_scatter(image_mask[..., None], features)
-        seeds = None
-        if self.config.sparsity.image_policy == "random":
-            seeds = [_image_seed(image, self.config.sparsity.random_seed) for image in features]
+        seeds, seed = None, self._llm.policy.image_seed
+        if seed is not None:
+            seeds = [_image_seed(image, seed) for image in features]
         return embeds, TokenLayout(
             image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds
         )
