@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
-from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training, right_padded
+from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
 from dynllava_plugin.sparsity.masked_softmax import context_matrix, masked_softmax_attention
@@ -161,9 +161,8 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             position_ids = position_ids - cache.moved_up
 
         policy = self.policy
-        hidden, columns, entered = inputs_embeds, None, None
+        hidden, columns, given = inputs_embeds, None, layout
         if layout.removed is not None:
-            entered = right_padded(~layout.removed[layout.image_mask], layout.image_mask)[0]
             hidden, position_ids, valid, layout, columns = self._without_removed(
                 hidden, position_ids, valid, layout, cache
             )
@@ -178,8 +177,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         attention = None if watch is None else watch.weights
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor, attention)
         decision = decide(policy, gate)
-        if entered is not None:
-            decision.image_keep = entered
+        decision.add_removed(given)
         keep, present = decision.keep, self._present(decision, valid, layout, last_only)
         token_index, gathered = self._token_index(present, valid, seen)
         if gathered:
@@ -273,17 +271,22 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         return hidden
 
     def _cache_for(self, cache: Any, use_cache: bool | None) -> SparseContextCache | None:
+        policy = self.policy
         if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
-            return self.new_cache() if wanted and not self.training else None
+            if not wanted and policy.sequential:
+                raise UserError(f"use_cache: {policy.name} decides what leaves the KV cache, so it needs one")
+            return policy.new_cache(self.config.num_hidden_layers) if wanted and not self.training else None
         if not isinstance(cache, SparseContextCache):
             raise UserError(
                 f"past_key_values: {type(cache).__name__} can't hold a different context per layer; pass none, or model.new_cache()"
             )
-        if cache.sparse_layer != self.sparse_layer:
+        if cache.sparse_layer != policy.gate_layer:
             raise UserError(
-                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {self.sparse_layer}; start a new one"
+                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {policy.gate_layer}; start a new one"
             )
+        if cache.rule != policy.cache_rule:
+            raise UserError(f"past_key_values: made for another policy than {policy.name}; start a new one")
         return cache
 
     @staticmethod

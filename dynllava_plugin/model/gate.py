@@ -25,6 +25,14 @@ class Decision:
     image_score: torch.Tensor | None = None
     text_score: torch.Tensor | None = None
 
+    def add_removed(self, layout: TokenLayout) -> None:
+        """What was decided before the LLM, if anything was."""
+        if layout.removed is None:
+            return
+        self.image_keep = right_padded(~layout.removed[layout.image_mask], layout.image_mask)[0]
+        if layout.image_score is not None:
+            self.image_score = right_padded(layout.image_score.flatten(), layout.image_mask)[0]
+
 
 @dataclass
 class TrainingMasks:

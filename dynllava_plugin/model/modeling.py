@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -17,6 +19,8 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
 from dynllava_plugin.model.gate import TrainingMasks
+from dynllava_plugin.model.stepwise import score_step_by_step
+from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -68,7 +72,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     _supports_flex_attn = False
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
-        super().__init__(config)
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = DynamicLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
         self.gumbel_tau = 1.0
 
     def forward(
@@ -113,23 +120,21 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
-        embeds, layout = self._embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
+        layout = TokenLayout()
+        if labels is not None:
+            layout.output_mask = last_answer(labels)
+        elif not self.training:
+            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length)
+        self._check_policy(labels)
+        embeds = self._embed(
+            layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
+        )
         if self.training:
-            if self.config.sparsity.policy is not None:
-                raise UserError(
-                    f"policy: {self.config.sparsity.policy} is for inference; choose what to train by mode"
-                )
-            if labels is not None:
-                layout.output_mask = last_answer(labels)
             outputs = self._llm.forward_training(
                 embeds, attention_mask, position_ids, layout, self.gumbel_tau, gumbel_noise or (None, None)
             )
             return self._training_output(outputs, labels, num_items_in_batch)
 
-        if labels is not None:
-            layout.output_mask = last_answer(labels)
-        else:
-            self._mark_output(layout, embeds, past_key_values, prompt_length)
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self._llm(
             inputs_embeds=embeds,
@@ -205,8 +210,11 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         was_training = self.training
         self.eval()
         try:
-            embeds, layout = self._embed(input_ids, None, pixel_values, None)
-            layout.output_mask = last_answer(labels)
+            if self._llm.policy.sequential:
+                scores, greedy = score_step_by_step(self, input_ids, attention_mask, pixel_values, labels)
+                return (scores, greedy) if return_greedy else scores
+            layout = TokenLayout(output_mask=last_answer(labels))
+            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, None)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
             )
@@ -265,51 +273,69 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             logits[..., -self.config.placeholder_tokens :] = torch.finfo(logits.dtype).min
         return logits
 
+    def _check_policy(self, labels: torch.Tensor | None) -> None:
+        policy = self._llm.policy
+        if self.training and self.config.sparsity.policy is not None:
+            raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
+        if not self.training and labels is not None and policy.sequential:
+            raise UserError(
+                f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
+            )
+
     def _embed(
         self,
+        layout: TokenLayout,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         encoded: dict[str, Any] | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
-        """Token embeddings [B, L, d] with image features in their places, and where those are."""
+    ) -> torch.Tensor:
+        """Token embeddings [B, L, d] with image features in their places; notes in `layout` where those are."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         images = (encoded or {}).get("image")
         if images is None and pixel_values is not None:
             images = self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
         if images is None:
-            return inputs_embeds, TokenLayout()
+            return inputs_embeds
         if input_ids is None:
             raise UserError("inputs_embeds: images need input_ids, which say where they go")
         features = torch.stack(tuple(images.pooler_output)).to(inputs_embeds)  # [M, N, d]
-        image_mask = input_ids == self.config.image_token_id
+        layout.image_mask = image_mask = input_ids == self.config.image_token_id
+        layout.tokens_per_image = features.shape[1]
         places = int(image_mask.sum())
         if places != features.shape[0] * features.shape[1]:
             raise UserError(
                 f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
                 "give as many <image> places as images"
             )
-        embeds = inputs_embeds.masked_scatter(image_mask[..., None], features)
-        seeds, seed = None, self._llm.policy.image_seed
-        if seed is not None:
-            seeds = [_image_seed(image, seed) for image in features]
-        return embeds, TokenLayout(
-            image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds
-        )
+        policy = self._llm.policy
+        if policy.at_input and not self.training:
+            question = partial(mean_question, inputs_embeds, layout, attention_mask)
+            features = reduce_images(policy, features, layout, question)
+        if policy.image_seed is not None:
+            layout.image_seeds = [_image_seed(image, policy.image_seed) for image in features]
+        return inputs_embeds.masked_scatter(image_mask[..., None], features)
 
     @staticmethod
     def _mark_output(
-        layout: TokenLayout, embeds: torch.Tensor, cache: SparseContextCache | None, prompt_length: int | None
+        layout: TokenLayout,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        prompt_length: int | None,
     ) -> None:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         seen = cache.get_seq_length() if cache is not None else 0
-        length = embeds.shape[1]
+        batch, length = given.shape[:2]
         if prompt_length is None:
             prompt_length = seen if seen and length == 1 else seen + length
         start = max(prompt_length - seen, 0)
         if start < length:
-            columns = torch.arange(length, device=embeds.device) >= start
-            layout.output_mask = columns.expand(embeds.shape[0], -1)
+            columns = torch.arange(length, device=given.device) >= start
+            layout.output_mask = columns.expand(batch, -1)
             layout.output_start = start
 
     def _training_output(

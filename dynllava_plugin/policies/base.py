@@ -43,6 +43,8 @@ class TokenLayout:
     packed_positions : bool
         Whether the tokens behind a removed one move up (as where fewer image tokens are put into the prompt) or
         every token keeps its position id.
+    image_score : [M, N], optional
+        How much each image token spoke for entering, where `removed` says which did.
     """
 
     image_mask: torch.Tensor | None = None
@@ -52,6 +54,7 @@ class TokenLayout:
     image_seeds: list[int] | None = None
     removed: torch.Tensor | None = None
     packed_positions: bool = False
+    image_score: torch.Tensor | None = None
 
 
 @dataclass
@@ -108,30 +111,36 @@ class Patches:
     ----------
     hidden : [M, N, c]
         Patches that go to the projector.
-    cls : [M, c], optional
-        The class token's state of the same layer; None where that layer isn't a single one.
-    attention : float32 [M, N]
-        The class token's attention to the patches in the layer `vision_layer`, mean over heads.
+    cls : [M, c]
+        The class token's state of the same layer.
     query, key : [M, 1 + N, c]
-        Of the same layer before they are split into heads, the class token first.
+        Of the policy's `vision_layer`, before they are split into heads; the class token first.
     heads : int
     """
 
     hidden: torch.Tensor
-    cls: torch.Tensor | None
-    attention: torch.Tensor
+    cls: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
     heads: int
 
+    def cls_attention(self, heads: int | None = None) -> torch.Tensor:
+        """float32 [M, N]: the class token's attention to the patches, mean over `heads` (default: the tower's)."""
+        heads = heads or self.heads
+        width = self.query.shape[-1] // heads
+        query = self.query[:, 0].unflatten(-1, (heads, width)).float()
+        key = self.key.unflatten(-1, (heads, width)).float()
+        weights = torch.einsum("mhc,mnhc->mhn", query, key).mul(width**-0.5).softmax(-1)
+        return weights[..., 1:].mean(1)
+
 
 @dataclass
 class Reduced:
-    """Fewer image tokens: `tokens` [M, N, c] with the ones that stay in their places, `keep` bool [M, N], `score` [M, N]."""
+    """Fewer image tokens: `tokens` [M, N, c] in the places that `keep` bool [M, N] marks, in the order of places."""
 
     tokens: torch.Tensor
     keep: torch.Tensor
-    score: torch.Tensor | None = None
+    score: torch.Tensor | None = None  # [M, N]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +166,7 @@ class Policy:
         "selected"  # of `Patches`: the tower's layer the projector reads, or its "last" one
     )
     layer_argument: ClassVar[str] = "layer"
+    own_budget: ClassVar[bool] = False  # `keep` doesn't default to the model's rate
     follows: ClassVar[bool] = True  # in a combination, acts at the layer of the other part
 
     @property
@@ -182,6 +192,11 @@ class Policy:
     @property
     def attention_layer(self) -> int | None:
         """The layer whose last prompt row `Gate.attention` is, before the gate; None where it isn't needed."""
+        return None
+
+    @property
+    def cache_rule(self) -> object:
+        """What the KV cache must know of the policy (`SparseContextCache.rule`); None for one that lets nothing go."""
         return None
 
     def reduce_patches(self, patches: Patches) -> Reduced:

@@ -59,11 +59,6 @@ class Combined(Policy):
         return next((part.gate_layer for part in self.parts if not part.at_input), 1)
 
     @property
-    def at_input(self) -> bool:
-        """Whether nothing happens behind the input: then the gate's layer is of no consequence."""
-        return all(part.at_input for part in self.parts)
-
-    @property
     def packed_positions(self) -> bool:
         """As the image policy's."""
         return self._image.packed_positions
@@ -77,6 +72,11 @@ class Combined(Policy):
     def attention_layer(self) -> int | None:
         """As the image policy's."""
         return self._image.attention_layer
+
+    @property
+    def cache_rule(self) -> object:
+        """As the cache policy's."""
+        return self._owner(CACHE).cache_rule
 
     def reduce_patches(self, patches: Patches) -> Reduced:
         """As the image policy."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Policy
+from dynllava_plugin.policies.cdpruner import CDPruner
 from dynllava_plugin.policies.combined import Combined
+from dynllava_plugin.policies.divprune import DivPrune
+from dynllava_plugin.policies.downsample import Downsample
 from dynllava_plugin.policies.fastv import FastV
 from dynllava_plugin.policies.full import Full
+from dynllava_plugin.policies.h2o import H2O
 from dynllava_plugin.policies.learned import LearnedImage, LearnedImageText, LearnedText
+from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.random import RandomImage, RandomText
 from dynllava_plugin.policies.structure import Structure
+from dynllava_plugin.policies.visionzip import VisionZip
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 POLICIES: dict[str, type[Policy]] = {
@@ -23,9 +30,15 @@ POLICIES: dict[str, type[Policy]] = {
         LearnedImageText,
         LearnedText,
         FastV,
+        H2O,
         RandomImage,
         RandomText,
         Structure,
+        Downsample,
+        VisionZip,
+        DivPrune,
+        CDPruner,
+        PruMergePlus,
     )
 }
 LEARNED = "learned"  # image_text, or image where the checkpoint or its mode has no more
@@ -52,7 +65,7 @@ def policy_of(sparsity: SparsityConfig) -> Policy:
         name = sparsity.mode
         if name != "full" and sparsity.image_policy == "random":
             name = "random" if name == "image" else "random+text"
-    parts = name.split("+")
+    parts = _parts(name)
     if len(parts) == 1:
         return _one(name, arguments, sparsity)
     given = _distribute(name, parts, arguments)
@@ -115,7 +128,7 @@ def describe(name: str, arguments: dict[str, Any]) -> str:
 def arguments_of(name: str) -> list[str]:
     """What a policy's arguments are called; of a combination, all of its parts'."""
     found: list[str] = []
-    for part in name.split("+"):
+    for part in _parts(name):
         found += [field for field in _names(_class_of(part, SparsityConfig())) if field not in found]
     return found
 
@@ -130,6 +143,8 @@ def _one(name: str, arguments: dict[str, Any], sparsity: SparsityConfig) -> Poli
     if "keep" in known and len(budgets) > 1:
         raise UserError(f"{name}: {' and '.join(budgets)} say the same thing; give one")
     defaults = {key: getattr(sparsity, setting) for key, setting in SHARED.items() if key in known}
+    if policy.own_budget:
+        del defaults["keep"]
     made = policy(**{**defaults, **arguments})
     made.check()
     return made
@@ -142,6 +157,11 @@ def _class_of(name: str, sparsity: SparsityConfig) -> type[Policy]:
         known = ", ".join([*POLICIES, LEARNED])
         raise UserError(f"policy: unknown value {name!r}; choose one of {known}, or several joined by +")
     return POLICIES[name]
+
+
+def _parts(name: str) -> list[str]:
+    """``fastv+h2o`` -> both; the + that ends ``prumerge+`` belongs to it."""
+    return re.split(r"\+(?=[^+])", name)
 
 
 def _names(policy: type[Policy]) -> list[str]:

@@ -226,6 +226,7 @@ class SparseContextCache(Cache):
     def __init__(self, num_layers: int, sparse_layer: int) -> None:
         self.dense, self.sparse = ContextTrack(), ContextTrack()
         self.sparse_layer = sparse_layer
+        self.rule: object = None  # by which tokens leave the sparse layers later; None: they don't
         self.watch: Any = None  # sees queries and keys of the sparse layers, where a cache ranks by attention
         self._forget()
         super().__init__(
