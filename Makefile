@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo table-full test lint format clean
+.PHONY: help setup demo table-full bench-gpu test lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
@@ -29,6 +29,18 @@ demo: setup
 # The committed table: every test question instead of a sample (hours on 2 cores).
 table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
+
+# LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT), whole after each.
+OUT ?= results/efficiency-gpu
+BENCH_GPU = $(PYTHON) -m dynllava_plugin.bench all --resume --device cuda --dtype bfloat16 --repeats 5
+export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
+bench-gpu:
+	$(BENCH_GPU) --shape llava-1.5-7b --only prefill,decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/7b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,memory --batch 8 --at 1000,2000,4000 --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,decode --batch 1 --at 500 --path eager,static --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only nocache --batch 8 --at 0,500,1000 --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only memory,score --batch 1,8 --at 1000,2000 --json $(OUT)/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/7b.json
 
 test: setup
 	$(PY) -m pytest

@@ -22,12 +22,13 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.attention import MASKED_SOFTMAX
 from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
-from dynllava_plugin.sparsity.masked_softmax import context_matrix, masked_softmax_attention
+from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
 
 
@@ -45,7 +46,7 @@ class DynamicLlamaOutput(BaseModelOutputWithPast):
 
 
 class DynamicLlamaAttention(LlamaAttention):
-    """Llama attention that takes a learned context matrix in training and ragged KV-cache masks in decoding."""
+    """Llama attention that takes a learned context in training and ragged KV-cache masks in decoding."""
 
     def forward(
         self,
@@ -53,11 +54,11 @@ class DynamicLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: SparseContextCache | None = None,
-        context: torch.Tensor | None = None,
+        context: TrainingContext | None = None,
         watch: Watch | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`context` float [B, 1, L, L] (Eq. 7) selects the masked softmax; `attention_mask` is then bool [B, 1, L, L].
+        """A `context` selects the masked softmax (Eq. 7), which needs no `attention_mask`.
 
         `watch` sees the layer's queries and keys, for policies that rank tokens by attention.
         """
@@ -67,9 +68,6 @@ class DynamicLlamaAttention(LlamaAttention):
         key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if context is not None:
-            mixed = masked_softmax_attention(query, key, value, context, attention_mask, self.scaling)
-            return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if watch is not None:
@@ -77,6 +75,8 @@ class DynamicLlamaAttention(LlamaAttention):
         implementation = self.config._attn_implementation
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
+        if context is not None:
+            implementation, kwargs = MASKED_SOFTMAX, {**kwargs, "context": context}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         mixed, weights = attend(
             self,
@@ -219,7 +219,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid = self._valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
         if position_ids is None:
             position_ids = self._position_ids(attention_mask, valid, None)
-        causal = self._context_mask(None, inputs_embeds, valid, 0)
+        # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
+        behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
+        causal = self._context_mask(None, inputs_embeds, torch.ones_like(valid) if behind else valid, 0)
         if self.config.sparsity.mode == "full":
             hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
             return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
@@ -229,10 +231,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         masks = decide_training(
             hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
         )
-        visible = _causal(length, hidden.device) & valid[:, None, None, :]
-        context = context_matrix(masks.keep)
+        context = training_context(masks.keep, valid)
         hidden = self._run(
-            self.layers[self.sparse_layer :], hidden, visible, position_ids, None, context=context, **kwargs
+            self.layers[self.sparse_layer :], hidden, None, position_ids, None, context=context, **kwargs
         )
         return DynamicLlamaOutput(last_hidden_state=self.norm(hidden), masks=masks)
 
@@ -249,6 +250,37 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
     def new_cache(self) -> SparseContextCache:
         """An empty KV cache for this model."""
         return self.policy.new_cache(self.config.num_hidden_layers)
+
+    def static_step(
+        self,
+        inputs_embeds: torch.Tensor,
+        valid: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: SparseContextCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
+
+        Parameters
+        ----------
+        inputs_embeds : [B, 1, d]
+        valid : bool [B, 1]
+            False on padding.
+        position_ids : int64 [B, 1]
+
+        Returns
+        -------
+        [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
+        """
+        mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
+        hidden = self._run(self.layers[: self.sparse_layer], inputs_embeds, mask, position_ids, cache)
+        layout = TokenLayout(output_mask=valid)
+        gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
+        decision = decide(self.policy, gate)
+        mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
+        hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache)
+        cache.dense.commit_static()
+        cache.sparse.commit_static()
+        return self.norm(hidden), decision.keep
 
     def _run(
         self,
@@ -312,8 +344,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         # Layers before l hold every real token, so their length is the next position.
         if cache is None or cache.dense.lengths is None:
             return new
-        position_ids = new + cache.dense.lengths[:, None]
-        return position_ids if cache.removed is None else position_ids + cache.removed
+        return new + cache.next_positions()
 
     def _without_removed(
         self,
@@ -389,9 +420,14 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             mask = _causal(length, hidden.device) & (keep[:, None, None, :] | itself)
         if mask is None or self.config._attn_implementation != "eager":
             return mask
-        return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
-            ~mask, torch.finfo(hidden.dtype).min
-        )
+        return _additive(mask, hidden)
+
+
+def _additive(mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """A bool mask as what is added to the scores, in the dtype of `hidden`."""
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~mask, torch.finfo(hidden.dtype).min
+    )
 
 
 def _gather(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
 from dynllava_plugin.model.gate import TrainingMasks
+from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.stepwise import score_step_by_step
 from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
@@ -120,6 +121,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
+        if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
+            return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
         layout = TokenLayout()
         if labels is not None:
             layout.output_mask = last_answer(labels)
@@ -168,7 +171,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
-        Assisted decoding doesn't: dropped tokens can't be brought back.
+        Assisted decoding doesn't: dropped tokens can't be brought back. `cache_implementation="static"` decodes with steps of
+        one shape, as CUDA graphs where there is CUDA; with `compile_config` (transformers' `CompileConfig`) compiled, too.
         """
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
@@ -177,8 +181,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs.setdefault("prompt_length", prompt.shape[1])
         generation_config = kwargs.get("generation_config") or self.generation_config
         use_cache = kwargs.get("use_cache", generation_config.use_cache)
+        implementation = kwargs.pop("cache_implementation", None)
         if use_cache is not False and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self._llm.new_cache()
+            compiling = kwargs.pop("compile_config", None)
+            kwargs["past_key_values"] = self.new_cache(
+                implementation or "dynamic", compiling.to_dict() if compiling is not None else None
+            )
         return super().generate(inputs, **kwargs)
 
     @torch.no_grad()
@@ -189,6 +197,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_greedy: bool = False,
+        mm_encoder_outputs: dict[str, Any] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
@@ -200,6 +209,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
         return_greedy : bool
             Also return where the label is the most probable token.
+        mm_encoder_outputs : dict, optional
+            Image features, in place of `pixel_values`.
 
         Returns
         -------
@@ -211,10 +222,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.eval()
         try:
             if self._llm.policy.sequential:
-                scores, greedy = score_step_by_step(self, input_ids, attention_mask, pixel_values, labels)
+                scores, greedy = score_step_by_step(
+                    self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
+                )
                 return (scores, greedy) if return_greedy else scores
             layout = TokenLayout(output_mask=last_answer(labels))
-            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, None)
+            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
             )
@@ -259,13 +272,64 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.config.text_config.sparsity = settings
         return settings
 
-    def new_cache(self) -> SparseContextCache:
-        """An empty KV cache, to hand to `forward` or `generate`."""
+    def new_cache(
+        self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
+    ) -> SparseContextCache:
+        """An empty KV cache, to hand to `forward` or `generate`.
+
+        Parameters
+        ----------
+        implementation : "dynamic" | "static"
+            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA.
+        compile_options : dict, optional
+            Arguments of `torch.compile` for a static cache's steps.
+
+        Raises
+        ------
+        UserError
+            Another implementation.
+        """
+        if implementation == "static":
+            if self._llm.policy.sequential:
+                raise UserError(
+                    f"cache_implementation: {self._llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
+                )
+            layers = self.config.text_config.num_hidden_layers
+            return StaticCache(layers, self._llm.sparse_layer, compile_options=compile_options)
+        if implementation != "dynamic":
+            raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
         return self._llm.new_cache()
 
     @property
     def _llm(self) -> DynamicLlamaModel:
         return self.model.language_model
+
+    def _static_step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: StaticCache,
+    ) -> DynamicLlavaOutput:
+        """One output token a sample through the cache's captured or compiled step."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            valid = attention_mask[:, -1:].bool()
+        if position_ids is None:
+            position_ids = cache.next_positions()
+        if cache.moved_up is not None:
+            position_ids = position_ids - cache.moved_up
+
+        def step(
+            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            embeds = self.get_input_embeddings()(input_ids)
+            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache)
+            return self._logits(hidden), keep
+
+        inputs = input_ids, valid, position_ids.expand_as(input_ids)
+        logits, keep = cache.run(step, self.config.sparsity, *inputs)
+        return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden)

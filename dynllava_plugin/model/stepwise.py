@@ -16,6 +16,7 @@ def score_step_by_step(
     attention_mask: torch.Tensor | None,
     pixel_values: torch.Tensor | None,
     labels: torch.Tensor,
+    mm_encoder_outputs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `DynamicLlavaForConditionalGeneration.score` returns: log-probabilities, and where greedy decoding agrees."""
     output = last_answer(labels)
@@ -32,7 +33,11 @@ def score_step_by_step(
 
     prompt, there = _packed(valid & (columns < start[:, None]), left=True)
     out = model(
-        input_ids.gather(1, prompt), attention_mask=there.long(), pixel_values=pixel_values, use_cache=True
+        input_ids.gather(1, prompt),
+        attention_mask=there.long(),
+        pixel_values=pixel_values,
+        mm_encoder_outputs=mm_encoder_outputs,
+        use_cache=True,
     )
     # A prompt row predicts the token whose row comes next, as in `score`.
     index = torch.where(out.token_index >= 0, prompt.gather(1, out.token_index.clamp(min=0)), -1)

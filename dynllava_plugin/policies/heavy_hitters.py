@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dynllava_plugin.sparsity.cache import (
-    GROWTH_STEP,
     ContextTrack,
     RaggedLayer,
     SparseContextCache,
@@ -55,7 +54,7 @@ class HeavyHitterTrack(ContextTrack):
         self.recent = (self._pending + 1) // 2
         if first:
             self._pending_bound = int(self._pending.max())
-            self.capacity = self._pending_bound + GROWTH_STEP
+            self.capacity = self._pending_bound + self.growth_step
         return self.mask
 
     def budget(self, seen: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@ A cache has two `ContextTrack`s, one for each kind of layer. A track knows how m
 forward call, where new keys and values go; its layers carry the plan out. Samples are ragged: sample b owns the slots
 0..lengths[b]-1. A new token is written at slot lengths[b], sees slots 0..lengths[b], and stays only if lengths[b] then
 advances; a skipped token is overwritten by the next one. No step loops over samples.
+
+A static cache keeps its tensors where they are and lets a step attend a whole buffer behind a mask, so that a step has one shape
+and never waits for the device: what CUDA graphs and `torch.compile` need. It grows between steps, in larger steps.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 GROWTH_STEP = 64  # slots; appending copies the cache once every so many tokens
+MASK_ALIGNMENT = 8  # slots
+STATIC_GROWTH_STEP = 256  # slots; a static cache's growth also costs a new capture
 
 
 def packing_order(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +60,8 @@ class _Chunk:
 class ContextTrack:
     """How many tokens each sample holds in one kind of layer, and where the tokens of this call go."""
 
-    def __init__(self) -> None:
+    def __init__(self, growth_step: int = GROWTH_STEP) -> None:
+        self.growth_step = growth_step
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +91,7 @@ class ContextTrack:
             order, counts = packing_order(keep)
             self.plan = _Prefill(order=None if everything else order)
             self._pending, self._pending_bound = counts, order.shape[1]
-            self.capacity = order.shape[1] + GROWTH_STEP
+            self.capacity = order.shape[1] + self.growth_step
             return None
         if keep.shape[1] == 1:
             return self._begin_step(self.lengths, keep[:, 0])
@@ -121,7 +127,7 @@ class ContextTrack:
 
     def _reserve(self, slots: int) -> None:
         if slots > self.capacity:
-            self.capacity = slots + GROWTH_STEP
+            self.capacity = slots + self.growth_step
 
     def commit(self) -> None:
         """Advance the lengths after every layer has carried out the plan."""
@@ -132,6 +138,57 @@ class ContextTrack:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.lengths is not None:
             self.lengths = self.lengths.index_select(0, rows.to(self.lengths.device))
+
+
+class StaticTrack(ContextTrack):
+    """A track whose single-token steps have one shape and touch no host value: they see `capacity` slots behind a mask."""
+
+    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
+        first = self.lengths is None
+        mask = super().begin(keep)
+        if first:
+            self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        return mask
+
+    def reserve_step(self) -> bool:
+        """Count on one more token; whether the buffers have to grow for it.
+
+        The device is asked for the lengths only where the host's upper bound has reached the capacity.
+        """
+        grows = False
+        if self.bound >= self.capacity:
+            self.bound = int(self.lengths.max())  # type: ignore[union-attr]
+            # With few slots left every further question would come after fewer steps than the last.
+            grows = self.bound >= self.capacity - self.growth_step // 16
+            self.capacity += self.growth_step if grows else 0
+        self.bound += 1
+        return grows
+
+    def begin_static(self, keep: torch.Tensor) -> torch.Tensor:
+        """Plan a step for bool [B, 1] `keep`, in tensors alone; bool [B, 1, 1, capacity] of the slots the token sees."""
+        lengths = self.lengths
+        self.plan, self._pending = _Step(slots=lengths, bound=self.capacity), keep[:, 0]  # type: ignore[arg-type]
+        return (torch.arange(self.capacity, device=keep.device) <= lengths[:, None])[:, None, None]  # type: ignore[index]
+
+    def commit_static(self) -> None:
+        """Advance the lengths after a step, in place; the host's bound is the caller's affair."""
+        self.lengths.add_(self._pending)  # type: ignore[union-attr, arg-type]
+        self.plan = self._pending = None
+
+    def commit(self) -> None:
+        """Advance the lengths in place after a prefill or a chunk."""
+        lengths = self.lengths
+        super().commit()
+        if lengths is not None:
+            self.lengths = lengths.copy_(self.lengths)  # type: ignore[arg-type]
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Replace the samples by `rows`, in place where their number stays."""
+        lengths = self.lengths
+        super().index(rows)
+        if lengths is not None and self.lengths.shape == lengths.shape:  # type: ignore[union-attr]
+            self.lengths = lengths.copy_(self.lengths)  # type: ignore[arg-type]
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -169,7 +226,7 @@ class RaggedLayer(CacheLayerMixin):
                 packed = states if plan.order is None else _gather_tokens(states, plan.order)
                 buffer[:, :, : packed.shape[2]] = packed
             return key_states, value_states
-        self._grow()
+        self.grow()
         if isinstance(plan, _Step):
             rows = torch.arange(key_states.shape[0], device=key_states.device)
             self.keys[rows, :, plan.slots] = key_states[:, :, 0]
@@ -183,7 +240,8 @@ class RaggedLayer(CacheLayerMixin):
         self.values[plan.rows, :, plan.slots] = value_states[plan.rows, :, plan.columns]
         return attended
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Buffers of the track's capacity: new ones with the old contents where they are smaller."""
         missing = self.track.capacity - self.keys.shape[2]
         if missing > 0:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
@@ -192,8 +250,13 @@ class RaggedLayer(CacheLayerMixin):
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.is_initialized:
-            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
-            self.values = self.values.index_select(0, rows.to(self.values.device))
+            keys = self.keys.index_select(0, rows.to(self.keys.device))
+            values = self.values.index_select(0, rows.to(self.values.device))
+            if isinstance(self.track, StaticTrack) and keys.shape == self.keys.shape:
+                self.keys.copy_(keys)
+                self.values.copy_(values)
+            else:
+                self.keys, self.values = keys, values
 
     def reset(self) -> None:
         """Forget everything."""
@@ -221,10 +284,19 @@ class SparseContextCache(Cache):
         L, decoder layers.
     sparse_layer : int
         l: layers 0..l-1 hold every token, layers l..L-1 the kept ones.
+    growth_step : int
+        Slots by which the buffers grow.
+    static : bool
+        Steps of one shape that never wait for the device, see the module's text.
     """
 
-    def __init__(self, num_layers: int, sparse_layer: int) -> None:
-        self.dense, self.sparse = ContextTrack(), ContextTrack()
+    def __init__(
+        self, num_layers: int, sparse_layer: int, growth_step: int | None = None, static: bool = False
+    ) -> None:
+        track = StaticTrack if static else ContextTrack
+        growth_step = growth_step or (STATIC_GROWTH_STEP if static else GROWTH_STEP)
+        self.dense, self.sparse = track(growth_step), track(growth_step)
+        self.static = static
         self.sparse_layer = sparse_layer
         self.rule: object = None  # by which tokens leave the sparse layers later; None: they don't
         self.watch: Any = None  # sees queries and keys of the sparse layers, where a cache ranks by attention
@@ -251,12 +323,44 @@ class SparseContextCache(Cache):
         """End a forward call over `columns` new columns: decisions on its output (bool [B, q]) and image tokens ([B, N_img])."""
         self.dense.commit()
         self.sparse.commit()
+        self.note(columns, output_keep, image_keep)
+
+    def next_positions(self) -> torch.Tensor:
+        """int64 [B, 1]: the position id of each sample's next token, by the input's count."""
+        assert self.dense.lengths is not None
+        lengths = self.dense.lengths[:, None]
+        return lengths if self.removed is None else lengths + self.removed
+
+    def note(
+        self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
+    ) -> None:
+        """Host-side end of a call: its columns and its decisions on output (bool [B, q]) and image tokens ([B, N_img])."""
         self.seen += columns
         if output_keep is not None:
             self._output_keep.append(output_keep)
         if image_keep is not None:
             kept = image_keep.sum(1)
             self.images_kept = kept if self.images_kept is None else self.images_kept + kept
+
+    def reserve_step(self) -> None:
+        """Room for one more token in a static cache; before a step, outside any graph."""
+        grown = [
+            track.reserve_step() for track in (self.dense, self.sparse) if isinstance(track, StaticTrack)
+        ]
+        if any(grown):
+            for layer in self.layers:
+                layer.grow()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that a decode step reads and writes."""
+        buffers = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        return [
+            length for length in (self.dense.lengths, self.sparse.lengths) if length is not None
+        ] + buffers
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where `tensors` lie; another answer ends a captured step's life."""
+        return tuple(tensor.data_ptr() for tensor in self.tensors())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns processed so far, padding included; `kept_lengths` tells what is held."""
