@@ -1,4 +1,4 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava benchmarks`, `dynllava version`."""
+"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava bench PHASE`, `dynllava benchmarks`, `dynllava version`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     table.set_defaults(run=_table)
     benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
     benchmarks.set_defaults(run=_benchmarks)
+    commands.add_parser("bench", help="time and memory of each mode, with random weights", add_help=False)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:  # its flags need PyTorch, which the others needn't wait for
+        from dynllava_plugin.bench.command import main as bench
+
+        return bench(arguments[1:])
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

@@ -148,8 +148,8 @@ class Engine:
             count = int(counts[row])
             kept_image = cached = kept = None
             if context is not None:
-                dropped_image, output_keep = context
-                kept_image = int(image_tokens[row] - dropped_image[row])
+                images_kept, output_keep = context
+                kept_image = int(image_tokens[row] if images_kept is None else images_kept[row])
                 # The last token is never fed back; what follows a sample's end token is padding of the batch.
                 cached = count - 1
                 kept = cached if output_keep is None else int(output_keep[row, :cached].sum())
@@ -196,14 +196,9 @@ def _truncate(text: str, until: tuple[str, ...]) -> str:
     return text[: min(ends)].strip() if ends else text
 
 
-def _context_counts(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """From the cache: image tokens dropped, int64 [B], and output tokens kept, bool [B, T] (None: all)."""
+def _context_counts(cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """From the cache: image tokens kept, int64 [B], and output tokens kept, bool [B, T] (None: all)."""
     if cache is None or not hasattr(cache, "kept_lengths"):
         return None
-    lengths = cache.kept_lengths().cpu()
-    output_keep = cache.output_keep()
-    dropped = lengths[0] - lengths[-1]
-    if output_keep is None:
-        return dropped, None
-    output_keep = output_keep.cpu()
-    return dropped - (~output_keep).sum(1), output_keep
+    images, output = cache.images_kept, cache.output_keep()
+    return None if images is None else images.cpu(), None if output is None else output.cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pandas as pd
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, PERCENT, find_metrics, unit_of
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.policies.registry import arguments_of, describe, parse_policy
 
 LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
 MANIFEST_NAME = "dynllava_run.json"
@@ -58,6 +61,8 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
     """A run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
+    if sparsity.get("policy"):
+        return _policy_name(sparsity, default_rate)
     mode = str(sparsity.get("mode", "unknown"))
     if mode == "full":
         return mode
@@ -66,6 +71,17 @@ def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
         mode = str(sparsity["image_policy"]) if mode == "image_text" else f"{sparsity['image_policy']}_{mode}"
     rate = float(sparsity.get("vision_keep_rate", default_rate))
     return mode if rate == default_rate else f"{mode}@{100 * rate:g}%"
+
+
+def _policy_name(sparsity: dict[str, Any], default_rate: float) -> str:
+    """``fastv,k=3,r=0.75``; ``visionzip@10%`` where the keep rate is the model's setting."""
+    name, arguments = parse_policy(describe(str(sparsity["policy"]), sparsity.get("policy_args") or {}))
+    label = describe(name, arguments)
+    rate = float(sparsity.get("vision_keep_rate", default_rate))
+    budgeted = "keep" in arguments_of(name) and not {"keep", "r", "n"} & {
+        key.rpartition(".")[2] for key in arguments
+    }
+    return label if rate == default_rate or not budgeted else f"{label}@{100 * rate:g}%"
 
 
 def pivot(table: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +204,10 @@ def _common(manifest: dict[str, Any], model_args: str, path: Path) -> dict[str, 
         checkpoint = (manifest.get("settings") or {}).get("checkpoint", "unknown")
     else:
         pairs = dict(part.split("=", 1) for part in str(model_args).split(",") if "=" in part)
-        sparsity = {key: pairs[key] for key in ("mode", *SETTINGS) if key in pairs}
+        sparsity = {key: pairs[key] for key in ("mode", "policy", *SETTINGS) if key in pairs}
+        if "policy" in pairs:
+            settings = {field.name for field in fields(ModelSettings)} | {"batch_size"}
+            sparsity["policy_args"] = {key: pairs[key] for key in pairs if key not in settings}
         checkpoint = Path(pairs.get("pretrained", path.parent.name)).name
     return {
         "checkpoint": checkpoint,

@@ -17,6 +17,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.settings import DEFAULT_CHECKPOINT, ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
@@ -43,7 +44,7 @@ def _run(arguments: list[str]) -> int:
         print("\nAll other options are VLMEvalKit's:\n")
     sparsity_mode, kit_mode = _split_modes(own.mode or [])
     names = ("pretrained", "device", "dtype", "attn_implementation", "vision_keep_rate", "text_keep_rate")
-    values = {name: getattr(own, name) for name in (*names, "image_policy", "random_seed")}
+    values = {name: getattr(own, name) for name in (*names, "image_policy", "random_seed", "policy")}
     settings = ModelSettings.from_dict({**values, "mode": sparsity_mode})
     if own.batch_size < 1 or own.max_new_tokens < 1:
         raise UserError("--batch-size and --max-new-tokens must be positive")
@@ -114,6 +115,11 @@ def _own_parser() -> argparse.ArgumentParser:
         "--text_keep_rate",
         type=float,
         help="recorded with the run; the decision is learned",
+    )
+    add(
+        "--policy",
+        metavar="POLICY[,ARGUMENT=VALUE...]",
+        help=f"instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75; one of {', '.join(POLICIES)}",
     )
     add("--image-policy", "--image_policy", choices=IMAGE_POLICIES, help="who chooses the image tokens")
     add("--random-seed", "--random_seed", type=int, help="of --image-policy random")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -16,8 +18,12 @@ from transformers.models.llava.modeling_llava import (
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
-from dynllava_plugin.model.gate import TokenLayout, TrainingMasks
+from dynllava_plugin.model.gate import TrainingMasks
 from dynllava_plugin.model.static_decoding import StaticCache
+from dynllava_plugin.model.stepwise import score_step_by_step
+from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.policies import TokenLayout
+from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
@@ -67,7 +73,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     _supports_flex_attn = False
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
-        super().__init__(config)
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = DynamicLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
         self.gumbel_tau = 1.0
 
     def forward(
@@ -114,19 +123,21 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
             return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
-        embeds, layout = self._embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
+        layout = TokenLayout()
+        if labels is not None:
+            layout.output_mask = last_answer(labels)
+        elif not self.training:
+            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length)
+        self._check_policy(labels)
+        embeds = self._embed(
+            layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
+        )
         if self.training:
-            if labels is not None:
-                layout.output_mask = last_answer(labels)
             outputs = self._llm.forward_training(
                 embeds, attention_mask, position_ids, layout, self.gumbel_tau, gumbel_noise or (None, None)
             )
             return self._training_output(outputs, labels, num_items_in_batch)
 
-        if labels is not None:
-            layout.output_mask = last_answer(labels)
-        else:
-            self._mark_output(layout, embeds, past_key_values, prompt_length)
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self._llm(
             inputs_embeds=embeds,
@@ -210,8 +221,13 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         was_training = self.training
         self.eval()
         try:
-            embeds, layout = self._embed(input_ids, None, pixel_values, mm_encoder_outputs)
-            layout.output_mask = last_answer(labels)
+            if self._llm.policy.sequential:
+                scores, greedy = score_step_by_step(
+                    self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
+                )
+                return (scores, greedy) if return_greedy else scores
+            layout = TokenLayout(output_mask=last_answer(labels))
+            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
             )
@@ -231,12 +247,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return scores, greedy
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
-        """Change the mode, a keep rate, l or the image policy of the loaded model.
+        """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
 
         Raises
         ------
         UserError
-            An unknown setting, a value out of range, or a predictor size, which the weights fix.
+            An unknown setting or policy, a value out of range, or a predictor size, which the weights fix.
         """
         current = self.config.sparsity
         fixed = (
@@ -251,8 +267,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 raise UserError(
                     f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
                 )
-        settings = current.replace(**changes)
-        settings.validate(self.config.text_config.num_hidden_layers)
+        settings = current.replace(**policy_changes(changes))
+        check_policy(settings, self.config.text_config.num_hidden_layers)
         self.config.text_config.sparsity = settings
         return settings
 
@@ -274,6 +290,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             Another implementation.
         """
         if implementation == "static":
+            if self._llm.policy.sequential:
+                raise UserError(
+                    f"cache_implementation: {self._llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
+                )
             layers = self.config.text_config.num_hidden_layers
             return StaticCache(layers, self._llm.sparse_layer, compile_options=compile_options)
         if implementation != "dynamic":
@@ -296,13 +316,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if attention_mask is not None:
             valid = attention_mask[:, -1:].bool()
         if position_ids is None:
-            position_ids = cache.dense.lengths[:, None]
+            position_ids = cache.next_positions()
+        if cache.moved_up is not None:
+            position_ids = position_ids - cache.moved_up
+        policy = self._llm.policy
 
         def step(
             input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             embeds = self.get_input_embeddings()(input_ids)
-            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache)
+            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache, policy)
             return self._logits(hidden), keep
 
         inputs = input_ids, valid, position_ids.expand_as(input_ids)
@@ -315,51 +338,69 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             logits[..., -self.config.placeholder_tokens :] = torch.finfo(logits.dtype).min
         return logits
 
+    def _check_policy(self, labels: torch.Tensor | None) -> None:
+        policy = self._llm.policy
+        if self.training and self.config.sparsity.policy is not None:
+            raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
+        if not self.training and labels is not None and policy.sequential:
+            raise UserError(
+                f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
+            )
+
     def _embed(
         self,
+        layout: TokenLayout,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         encoded: dict[str, Any] | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
-        """Token embeddings [B, L, d] with image features in their places, and where those are."""
+    ) -> torch.Tensor:
+        """Token embeddings [B, L, d] with image features in their places; notes in `layout` where those are."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         images = (encoded or {}).get("image")
         if images is None and pixel_values is not None:
             images = self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
         if images is None:
-            return inputs_embeds, TokenLayout()
+            return inputs_embeds
         if input_ids is None:
             raise UserError("inputs_embeds: images need input_ids, which say where they go")
         features = torch.stack(tuple(images.pooler_output)).to(inputs_embeds)  # [M, N, d]
-        image_mask = input_ids == self.config.image_token_id
+        layout.image_mask = image_mask = input_ids == self.config.image_token_id
+        layout.tokens_per_image = features.shape[1]
         places = int(image_mask.sum())
         if places != features.shape[0] * features.shape[1]:
             raise UserError(
                 f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
                 "give as many <image> places as images"
             )
-        embeds = inputs_embeds.masked_scatter(image_mask[..., None], features)
-        seeds = None
-        if self.config.sparsity.image_policy == "random":
-            seeds = [_image_seed(image, self.config.sparsity.random_seed) for image in features]
-        return embeds, TokenLayout(
-            image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds
-        )
+        policy = self._llm.policy
+        if policy.at_input and not self.training:
+            question = partial(mean_question, inputs_embeds, layout, attention_mask)
+            features = reduce_images(policy, features, layout, question)
+        if policy.image_seed is not None:
+            layout.image_seeds = [_image_seed(image, policy.image_seed) for image in features]
+        return inputs_embeds.masked_scatter(image_mask[..., None], features)
 
     @staticmethod
     def _mark_output(
-        layout: TokenLayout, embeds: torch.Tensor, cache: SparseContextCache | None, prompt_length: int | None
+        layout: TokenLayout,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        prompt_length: int | None,
     ) -> None:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         seen = cache.get_seq_length() if cache is not None else 0
-        length = embeds.shape[1]
+        batch, length = given.shape[:2]
         if prompt_length is None:
             prompt_length = seen if seen and length == 1 else seen + length
         start = max(prompt_length - seen, 0)
         if start < length:
-            columns = torch.arange(length, device=embeds.device) >= start
-            layout.output_mask = columns.expand(embeds.shape[0], -1)
+            columns = torch.arange(length, device=given.device) >= start
+            layout.output_mask = columns.expand(batch, -1)
             layout.output_start = start
 
     def _training_output(

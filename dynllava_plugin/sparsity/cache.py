@@ -12,6 +12,7 @@ and never waits for the device: what CUDA graphs and `torch.compile` need. It gr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -297,23 +298,49 @@ class SparseContextCache(Cache):
         self.dense, self.sparse = track(growth_step), track(growth_step)
         self.static = static
         self.sparse_layer = sparse_layer
-        self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
-        self._output_keep: list[torch.Tensor] = []
+        self.rule: object = None  # by which tokens leave the sparse layers later; None: they don't
+        self.watch: Any = None  # sees queries and keys of the sparse layers, where a cache ranks by attention
+        self._forget()
         super().__init__(
             layers=[RaggedLayer(self.dense if i < sparse_layer else self.sparse) for i in range(num_layers)]
         )
 
-    def commit(self, columns: int, output_keep: torch.Tensor | None) -> None:
-        """End a forward call over `columns` new columns whose output tokens (bool [B, q]) were kept or skipped."""
+    def _forget(self) -> None:
+        self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
+        self.removed: torch.Tensor | None = None  # int64 [B, 1] image tokens that never entered the LLM
+        self.moved_up: torch.Tensor | None = None  # by how much later tokens' position ids are less for it
+        self.images_kept: torch.Tensor | None = None  # int64 [B] image tokens behind the policy's decision
+        self._output_keep: list[torch.Tensor] = []
+
+    def note_removed(self, count: torch.Tensor, packed: bool) -> None:
+        """Image tokens int64 [B, 1] that don't enter the LLM; with `packed` positions what follows moves up."""
+        self.removed = count if self.removed is None else self.removed + count
+        self.moved_up = self.removed if packed else None
+
+    def commit(
+        self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
+    ) -> None:
+        """End a forward call over `columns` new columns: decisions on its output (bool [B, q]) and image tokens ([B, N_img])."""
         self.dense.commit()
         self.sparse.commit()
-        self.note(columns, output_keep)
+        self.note(columns, output_keep, image_keep)
 
-    def note(self, columns: int, output_keep: torch.Tensor | None) -> None:
-        """Host-side end of a call: its columns and its decisions on output tokens (bool [B, q])."""
+    def next_positions(self) -> torch.Tensor:
+        """int64 [B, 1]: the position id of each sample's next token, by the input's count."""
+        assert self.dense.lengths is not None
+        lengths = self.dense.lengths[:, None]
+        return lengths if self.removed is None else lengths + self.removed
+
+    def note(
+        self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
+    ) -> None:
+        """Host-side end of a call: its columns and its decisions on output (bool [B, q]) and image tokens ([B, N_img])."""
         self.seen += columns
         if output_keep is not None:
             self._output_keep.append(output_keep)
+        if image_keep is not None:
+            kept = image_keep.sum(1)
+            self.images_kept = kept if self.images_kept is None else self.images_kept + kept
 
     def reserve_step(self) -> None:
         """Room for one more token in a static cache; before a step, outside any graph."""
@@ -360,6 +387,9 @@ class SparseContextCache(Cache):
         for part in (self.dense, self.sparse, *self.layers):
             part.index(beam_idx)
         self._output_keep = [keep.index_select(0, beam_idx.to(keep.device)) for keep in self._output_keep]
+        for name in ("removed", "moved_up", "images_kept"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.index_select(0, beam_idx.to(value.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples `indices` (int64) only."""
@@ -377,7 +407,7 @@ class SparseContextCache(Cache):
             layer.reset()
         for track in (self.dense, self.sparse):
             track.reset()
-        self.seen, self._output_keep = 0, []
+        self._forget()
 
     def crop(self, *args: int, **kwargs: int) -> None:
         """Impossible: a skipped token is gone, so an earlier state can't be restored."""

@@ -36,6 +36,7 @@ from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
+from dynllava_plugin.policies.registry import check_policy, policy_changes
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def load_model(
     attn_implementation : str, optional
         ``"eager"``, ``"sdpa"`` or ``"flash_attention_2"``; default: transformers' choice.
     **sparsity_overrides
-        Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``.
+        Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``; or a policy with its arguments,
+        ``policy="fastv", k=3, r=0.75`` (also as one text, ``policy="fastv,k=3,r=0.75"``).
 
     Returns
     -------
@@ -107,8 +109,8 @@ class _Checkpoint:
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
         text: Any = self.config.text_config
-        text.sparsity = text.sparsity.replace(**sparsity_overrides)
-        text.sparsity.validate(num_layers=text.num_hidden_layers)
+        text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
+        self.policy = check_policy(text.sparsity, text.num_hidden_layers)
         self.tokenizer = read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
             _add_placeholders(self.directory, self.config, self.tokenizer)
@@ -127,12 +129,11 @@ class _Checkpoint:
         fresh = self.layout in (ORIGINAL, LLAVA_HF)
         optional = [name for name in expected if self._may_be_absent(name, fresh)]
         check_weights(self.directory, tensors, expected, optional)
-        sparsity = self.config.sparsity
-        if fresh and sparsity.mode != "full":
+        if fresh and self.policy.predictors:
             logger.warning(
                 "%s has no predictors: %s mode starts from untrained ones (train them, or use mode='full')",
                 self.directory,
-                sparsity.mode,
+                self.policy.name,
             )
         return self._build(tensors, _device(device), _dtype(dtype, self.config, tensors), attn_implementation)
 
