@@ -60,6 +60,7 @@ MODES = {
         Mode("full", "full context", {"mode": "full"}),
         Mode("image", "Dynamic-LLaVA I", {"mode": "image"}, split=2, image_predictor=True),
         Mode("image_text", "Dynamic-LLaVA I|T", {"mode": "image_text"}, 2, None, True, True),
+        Mode("fastv", "FastV (k=3, r=0.75)", {"policy": "fastv,k=3,r=0.75"}, split=3, keep_rate=0.25),
     )
 }
 

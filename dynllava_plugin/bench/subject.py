@@ -68,7 +68,7 @@ class Subject:
 
     def switch(self, mode: Mode) -> None:
         """Bring the model into a mode."""
-        self.model.set_sparsity(**{"mode": "full", **mode.sparsity})
+        self.model.set_sparsity(**{"mode": "full", "policy": None, "policy_args": {}, **mode.sparsity})
 
     def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
         """A batch of prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to one and a half times the length."""
