@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
+
+# Commands with a module of their own: `add_arguments(parser)` and `run(args)`.
+SUBCOMMANDS = (
+    (
+        "compare",
+        "dynllava_plugin.compare.command",
+        "policies on one checkpoint: accuracy, equivalent tokens, time",
+    ),
+    (
+        "show",
+        "dynllava_plugin.visualize.command",
+        "a picture of what each policy keeps of an image and its answer",
+    ),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     table.set_defaults(run=_table)
     benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
     benchmarks.set_defaults(run=_benchmarks)
+    for name, module, text in SUBCOMMANDS:
+        command = commands.add_parser(name, help=text)
+        import_module(module).add_arguments(command)
+        command.set_defaults(run=import_module(module).run)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
     args = parser.parse_args(arguments)
