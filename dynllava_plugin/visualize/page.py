@@ -71,8 +71,9 @@ def _section(explanation: Explanation) -> str:
         words.append(
             f'<span class="token{"" if kept else " dropped"}" data-tip="{tip}">{escape(token)}</span>'
         )
+    note = "<br>".join(escape(line) for line in summary(explanation))
     return (
-        f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{escape(summary(explanation))}</p>'
+        f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
         f'<div class="image"><img alt="the image as the model saw it" src="{_data_url(explanation.image)}">'
         f'{"".join(patches)}</div>\n<p class="answer">{"".join(words)}</p></section>'
     )

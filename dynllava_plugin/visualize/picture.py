@@ -44,12 +44,15 @@ def _panel(explanation: Explanation, size: int) -> Image.Image:
     width = size + 2 * MARGIN
     words = _wrapped(explanation.tokens, explanation.text_keep, font, size)
     asked = _wrapped([f" {word}" for word in explanation.question.split()], None, small, size)
-    height = 3 * MARGIN + 2 * LINE + size + LINE * (len(words) + len(asked)) + MARGIN
+    notes = summary(explanation)
+    height = 4 * MARGIN + LINE * (1 + len(notes) + len(words) + len(asked)) + size
     panel = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(panel)
     pen.text((MARGIN, MARGIN), explanation.policy, fill=KEPT, font=font)
-    pen.text((MARGIN, MARGIN + LINE), summary(explanation), fill=NOTE, font=small)
-    top = MARGIN + 2 * LINE + 4
+    top = MARGIN + LINE
+    for note in notes:
+        pen.text((MARGIN, top), note, fill=NOTE, font=small)
+        top += LINE
     panel.paste(greyed(explanation, size), (MARGIN, top))
     top += size + MARGIN
     for line in asked:
@@ -61,12 +64,14 @@ def _panel(explanation: Explanation, size: int) -> Image.Image:
     return panel
 
 
-def summary(explanation: Explanation) -> str:
-    """How much stayed, in one line."""
+def summary(explanation: Explanation) -> list[str]:
+    """How much stayed, in lines that fit above an image."""
     kept, total = int(explanation.image_keep.sum()), len(explanation.image_keep)
-    text = f"{kept} of {total} image tokens, {explanation.equivalent_tokens:.1f} equivalent"
     dropped = int((~explanation.text_keep).sum())
-    return f"{text}; {dropped} of {len(explanation.tokens)} output tokens dropped"
+    return [
+        f"image tokens: {kept} of {total} kept, {explanation.equivalent_tokens:.1f} equivalent",
+        f"output tokens: {dropped} of {len(explanation.tokens)} dropped",
+    ]
 
 
 def _wrapped(
