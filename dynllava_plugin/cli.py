@@ -1,20 +1,36 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava bench PHASE`, `dynllava benchmarks`, `dynllava version`."""
+"""The command `dynllava`: evaluation, tables, benchmarks, comparison of policies, pictures, versions."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
 
+# Modules with `add_arguments(parser)` and `run(args)`. They import PyTorch, which the other commands needn't wait for.
+COMMANDS = {
+    "bench": ("dynllava_plugin.bench.command", "time and memory of each mode, with random weights"),
+    "compare": (
+        "dynllava_plugin.compare.command",
+        "policies on one checkpoint: accuracy, equivalent tokens, time",
+    ),
+    "show": ("dynllava_plugin.visualize.command", "a picture of what a policy keeps of an image and its answer"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="dynllava", description="Dynamic-LLaVA: tables, benchmarks, versions."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="dynllava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if arguments[:1] == [name]:
+            loaded = import_module(module)
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
     table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
     table.add_argument(
         "results", type=Path, metavar="RESULTS_DIR", help="folder that holds both harnesses' output"
@@ -31,14 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     table.set_defaults(run=_table)
     benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
     benchmarks.set_defaults(run=_benchmarks)
-    commands.add_parser("bench", help="time and memory of each mode, with random weights", add_help=False)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["bench"]:  # its flags need PyTorch, which the others needn't wait for
-        from dynllava_plugin.bench.command import main as bench
-
-        return bench(arguments[1:])
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

@@ -172,6 +172,7 @@ def test_generate(case):
     assert torch.equal(cached, MODEL.generate(**batch, **arguments)), "the same again"
     if case.cacheless:
         assert torch.equal(cached, MODEL.generate(**batch, **arguments, use_cache=False))
+        assert torch.equal(cached, MODEL.generate(**batch, **arguments, cache_implementation="static"))
     alone = MODEL.generate(**batch_of(samples[:1]), **arguments)
     assert torch.equal(cached[0, -8:], alone[0, -8:])
     beams = MODEL.generate(**batch, **arguments, num_beams=2)
@@ -227,6 +228,8 @@ def test_what_a_sequential_policy_cannot_do_is_said():
         MODEL(ids, labels=ids)
     with pytest.raises(UserError, match="past_key_values: made for another policy than h2o"):
         MODEL(ids, past_key_values=SparseContextCache(5, 2))
+    with pytest.raises(UserError, match="cache_implementation: h2o lets tokens go"):
+        MODEL.generate(ids, cache_implementation="static")
     cache = MODEL(ids).past_key_values
     use("h2o,r=0.9")
     with pytest.raises(UserError, match="past_key_values: made for another policy"):

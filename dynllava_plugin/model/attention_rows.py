@@ -10,7 +10,7 @@ from dynllava_plugin.policies import TokenLayout
 
 
 class Watch(Protocol):
-    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] before they are attended."""
+    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended."""
 
     def __call__(
         self,

@@ -70,8 +70,6 @@ class DynamicLlamaAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if watch is not None:
-            watch(self.layer_idx, query, key, attention_mask, self.scaling)
         implementation = self.config._attn_implementation
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
@@ -88,6 +86,8 @@ class DynamicLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
+        if watch is not None:  # afterwards: it may let go of what was just attended
+            watch(self.layer_idx, query, key, attention_mask, self.scaling)
         return self.o_proj(mixed.reshape(batch, length, -1)), weights
 
 

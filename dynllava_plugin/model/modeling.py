@@ -50,6 +50,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
         Image tokens that stay, right padded over samples; None without images or in mode "full".
     text_keep : bool [B, T]
         Output tokens that stay as context; at inference T counts from the first output column of the batch.
+    image_score, text_score : float [B, N_img], [B, T]
+        At inference how much each token spoke for staying, on the policy's own scale; None where it has none.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -58,6 +60,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     token_index: torch.Tensor | None = None
     image_keep: torch.Tensor | None = None
     text_keep: torch.Tensor | None = None
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
 
 
 class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -165,6 +169,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             token_index=outputs.token_index,
             image_keep=outputs.decision.image_keep,
             text_keep=outputs.decision.text_keep,
+            image_score=outputs.decision.image_score,
+            text_score=outputs.decision.text_score,
         )
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
