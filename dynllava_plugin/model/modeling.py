@@ -110,7 +110,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask : int [B, L], or [B, cached + L] behind a cache
             0 on padding, at either end.
         pixel_values : [M, 3, H, W]
-            The batch's images in the order of their places.
+            The batch's images in the order of their places. In training a batch without images may come with one
+            that no place refers to: it changes nothing, and gives every parameter a gradient (of 0).
         labels : int64 [B, L]
             -100 is ignored. The last answer (the last run of labels) is the output text; its tokens may be dropped.
         gumbel_noise : (image [B, N_img, 2], text [B, longest answer, 2]), right padded
@@ -376,7 +377,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         layout.image_mask = image_mask = input_ids == self.config.image_token_id
         layout.tokens_per_image = features.shape[1]
         places = int(image_mask.sum())
-        if places != features.shape[0] * features.shape[1]:
+        # In training one image without a place stands in for none: every process of a sharded run has to go
+        # through the same modules, whatever its samples.
+        stands_in = self.training and places == 0 and len(features) == 1
+        if places != features.shape[0] * features.shape[1] and not stands_in:
             raise UserError(
                 f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
                 "give as many <image> places as images"
