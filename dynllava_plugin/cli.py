@@ -1,36 +1,21 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava benchmarks`, `dynllava version`."""
+"""The command `dynllava`: evaluation suites, tables, benchmarks, data sets, versions."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import table_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="dynllava", description="Dynamic-LLaVA: tables, benchmarks, versions."
+        prog="dynllava", description="Dynamic-LLaVA: evaluation suites, tables, benchmarks, versions."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
-    table.add_argument(
-        "results", type=Path, metavar="RESULTS_DIR", help="folder that holds both harnesses' output"
-    )
-    table.add_argument(
-        "--format",
-        choices=("markdown", "csv", "latex"),
-        default="markdown",
-        help="csv: one figure a row; the others: one mode a row (default: %(default)s)",
-    )
-    table.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the figures, one a record, to FILE"
-    )
-    table.set_defaults(run=_table)
-    benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
-    benchmarks.set_defaults(run=_benchmarks)
+    table_command.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
     args = parser.parse_args(arguments)
@@ -42,35 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dynllava table ... | head`
         sys.stderr.close()
         return 0
-
-
-def _table(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.files import write_text
-    from dynllava_plugin.evaluation.tables import read_results, render
-
-    table = read_results(args.results)
-    if args.json:
-        try:
-            write_text(args.json, table.to_json(orient="records", indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
-    print(render(table, args.format), end="")
-    return 0
-
-
-def _benchmarks(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-
-    print("| benchmark | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics |\n|---|---|---|---|")
-    for item in BENCHMARKS:
-        tasks = dict.fromkeys(metric.lmms_eval[0] for metric in item.metrics if metric.lmms_eval)
-        datasets = dict.fromkeys(metric.vlmevalkit[0] for metric in item.metrics if metric.vlmevalkit)
-        metrics = ", ".join(metric.name for metric in item.metrics) + (
-            " (needs a judge)" if item.judge else ""
-        )
-        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (tasks, datasets)]
-        print(f"| {item.name} | {cells[0]} | {cells[1]} | {metrics} |")
-    return 0
 
 
 def _version(args: argparse.Namespace) -> int:
