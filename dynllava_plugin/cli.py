@@ -7,6 +7,7 @@ import sys
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import table_command
+from dynllava_plugin.evaluation.minis import command as mini_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="dynllava", description="Dynamic-LLaVA: evaluation suites, tables, benchmarks, versions."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    table_command.add_parser(commands)
+    for module in (mini_command, table_command):
+        module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
     args = parser.parse_args(arguments)

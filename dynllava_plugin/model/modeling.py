@@ -17,6 +17,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
 from dynllava_plugin.model.gate import TokenLayout, TrainingMasks
+from dynllava_plugin.model.outputs import ScoreDetails
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
@@ -83,6 +84,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, Any] | None = None,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
         prompt_length: int | None = None,
+        output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -103,6 +105,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             Training noise; drawn where None.
         prompt_length : int
             Columns from here on are output text; set by `generate`. A single token behind a cache is output text anyway.
+        output_mask : bool [B, prompt]
+            Inference: tokens of the prompt that are output text as well, the earlier answers of a conversation; what the
+            text predictor drops of them is no context for later rounds. With labels, in place of their last run.
         num_items_in_batch : int
             Labels of the whole accumulated batch, the divisor of lm_loss.
 
@@ -111,6 +116,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
+        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+            mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
         embeds, layout = self._embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
         if self.training:
             if labels is not None:
@@ -121,9 +128,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return self._training_output(outputs, labels, num_items_in_batch)
 
         if labels is not None:
-            layout.output_mask = last_answer(labels)
+            layout.output_mask = last_answer(labels) if output_mask is None else output_mask.bool()
         else:
-            self._mark_output(layout, embeds, past_key_values, prompt_length)
+            self._mark_output(layout, embeds, past_key_values, prompt_length, output_mask)
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self._llm(
             inputs_embeds=embeds,
@@ -170,15 +177,13 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs["past_key_values"] = self._llm.new_cache()
         return super().generate(inputs, **kwargs)
 
-    @torch.no_grad()
     def score(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        return_greedy: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
         Parameters
@@ -187,20 +192,39 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
-        return_greedy : bool
-            Also return where the label is the most probable token.
 
         Returns
         -------
-        float32 [B, L], 0 where the label is -100; with `return_greedy` a bool [B, L] too.
+        float32 [B, L], 0 where the label is -100.
+        """
+        return self.score_details(input_ids, attention_mask, pixel_values, labels).log_probs
+
+    @torch.no_grad()
+    def score_details(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> ScoreDetails:
+        """As `score`, with the decisions behind it.
+
+        Parameters
+        ----------
+        output_mask : bool [B, L]
+            Output text in place of the last run of labels, e.g. every answer of a conversation.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
         """
         if labels is None or labels.shape != input_ids.shape:
             raise UserError("labels: score needs labels of the shape of input_ids")
         was_training = self.training
         self.eval()
         try:
-            embeds, layout = self._embed(input_ids, None, pixel_values, None)
-            layout.output_mask = last_answer(labels)
+            embeds, layout = self._embed(input_ids, None, pixel_values, mm_encoder_outputs)
+            layout.output_mask = last_answer(labels) if output_mask is None else output_mask.bool()
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
             )
@@ -213,11 +237,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         columns = outputs.token_index[:, 1:][wanted]
         scores = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         scores[rows, columns] = label_log_probs(logits, target[wanted])
-        if not return_greedy:
-            return scores
         greedy = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
         greedy[rows, columns] = logits.argmax(-1) == target[wanted]
-        return scores, greedy
+        return ScoreDetails(scores, greedy, outputs.decision.image_keep, outputs.decision.text_keep)
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the mode, a keep rate, l or the image policy of the loaded model.
@@ -294,7 +316,11 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @staticmethod
     def _mark_output(
-        layout: TokenLayout, embeds: torch.Tensor, cache: SparseContextCache | None, prompt_length: int | None
+        layout: TokenLayout,
+        embeds: torch.Tensor,
+        cache: SparseContextCache | None,
+        prompt_length: int | None,
+        output_mask: torch.Tensor | None,
     ) -> None:
         seen = cache.get_seq_length() if cache is not None else 0
         length = embeds.shape[1]
@@ -305,6 +331,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             columns = torch.arange(length, device=embeds.device) >= start
             layout.output_mask = columns.expand(embeds.shape[0], -1)
             layout.output_start = start
+        if output_mask is not None and not seen:
+            # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
+            mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            mask[:, : output_mask.shape[1]] = output_mask.bool()
+            layout.output_mask = mask if layout.output_mask is None else mask | layout.output_mask
+            layout.output_start = 0
 
     def _training_output(
         self,
