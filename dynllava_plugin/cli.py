@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import table_command
+from dynllava_plugin.evaluation.minis import command as mini_command
 
 # Modules with `add_arguments(parser)` and `run(args)`. They import PyTorch, which the other commands needn't wait for.
 COMMANDS = {
@@ -16,7 +17,10 @@ COMMANDS = {
         "dynllava_plugin.compare.command",
         "policies on one checkpoint: accuracy, equivalent tokens, time",
     ),
-    "show": ("dynllava_plugin.visualize.command", "a picture of what a policy keeps of an image and its answer"),
+    "show": (
+        "dynllava_plugin.visualize.command",
+        "a picture of what a policy keeps of an image and its answer",
+    ),
 }
 
 
@@ -25,28 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="dynllava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, text) in COMMANDS.items():
+    for name, (module_name, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if arguments[:1] == [name]:
-            loaded = import_module(module)
+            loaded = import_module(module_name)
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
-    table.add_argument(
-        "results", type=Path, metavar="RESULTS_DIR", help="folder that holds both harnesses' output"
-    )
-    table.add_argument(
-        "--format",
-        choices=("markdown", "csv", "latex"),
-        default="markdown",
-        help="csv: one figure a row; the others: one mode a row (default: %(default)s)",
-    )
-    table.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the figures, one a record, to FILE"
-    )
-    table.set_defaults(run=_table)
-    benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
-    benchmarks.set_defaults(run=_benchmarks)
+    for module in (mini_command, table_command):
+        module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
     args = parser.parse_args(arguments)
@@ -58,35 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dynllava table ... | head`
         sys.stderr.close()
         return 0
-
-
-def _table(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.files import write_text
-    from dynllava_plugin.evaluation.tables import read_results, render
-
-    table = read_results(args.results)
-    if args.json:
-        try:
-            write_text(args.json, table.to_json(orient="records", indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
-    print(render(table, args.format), end="")
-    return 0
-
-
-def _benchmarks(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-
-    print("| benchmark | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics |\n|---|---|---|---|")
-    for item in BENCHMARKS:
-        tasks = dict.fromkeys(metric.lmms_eval[0] for metric in item.metrics if metric.lmms_eval)
-        datasets = dict.fromkeys(metric.vlmevalkit[0] for metric in item.metrics if metric.vlmevalkit)
-        metrics = ", ".join(metric.name for metric in item.metrics) + (
-            " (needs a judge)" if item.judge else ""
-        )
-        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (tasks, datasets)]
-        print(f"| {item.name} | {cells[0]} | {cells[1]} | {metrics} |")
-    return 0
 
 
 def _version(args: argparse.Namespace) -> int:

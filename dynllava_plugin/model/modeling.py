@@ -24,6 +24,7 @@ from dynllava_plugin.model.stepwise import score_step_by_step
 from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
+from dynllava_plugin.model.outputs import ScoreDetails
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
@@ -97,6 +98,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, Any] | None = None,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
         prompt_length: int | None = None,
+        output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -118,6 +120,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             Training noise; drawn where None.
         prompt_length : int
             Columns from here on are output text; set by `generate`. A single token behind a cache is output text anyway.
+        output_mask : bool [B, prompt]
+            Inference: tokens of the prompt that are output text as well, the earlier answers of a conversation; what the
+            text predictor drops of them is no context for later rounds. With labels, in place of their last run.
         num_items_in_batch : int
             Labels of the whole accumulated batch, the divisor of lm_loss.
 
@@ -126,13 +131,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
+        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+            mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
         if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
             return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
         layout = TokenLayout()
         if labels is not None:
-            layout.output_mask = last_answer(labels)
+            given = None if self.training else output_mask
+            layout.output_mask = last_answer(labels) if given is None else given.bool()
         elif not self.training:
-            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length)
+            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
         self._check_policy(labels)
         embeds = self._embed(
             layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
@@ -196,16 +204,13 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         return super().generate(inputs, **kwargs)
 
-    @torch.no_grad()
     def score(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        return_greedy: bool = False,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
         Parameters
@@ -214,26 +219,49 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
-        return_greedy : bool
-            Also return where the label is the most probable token.
-        mm_encoder_outputs : dict, optional
-            Image features, in place of `pixel_values`.
 
         Returns
         -------
-        float32 [B, L], 0 where the label is -100; with `return_greedy` a bool [B, L] too.
+        float32 [B, L], 0 where the label is -100.
+        """
+        return self.score_details(input_ids, attention_mask, pixel_values, labels).log_probs
+
+    @torch.no_grad()
+    def score_details(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> ScoreDetails:
+        """As `score`, with the decisions behind it.
+
+        Parameters
+        ----------
+        output_mask : bool [B, L]
+            Output text in place of the last run of labels, e.g. every answer of a conversation.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
         """
         if labels is None or labels.shape != input_ids.shape:
             raise UserError("labels: score needs labels of the shape of input_ids")
         was_training = self.training
         self.eval()
         try:
+            layout = TokenLayout(
+                output_mask=last_answer(labels) if output_mask is None else output_mask.bool()
+            )
             if self._llm.policy.sequential:
+                if not torch.equal(layout.output_mask, last_answer(labels)):
+                    raise UserError(
+                        f"output_mask: {self._llm.policy.name} is scored token by token, one answer at a time"
+                    )
                 scores, greedy = score_step_by_step(
                     self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
                 )
-                return (scores, greedy) if return_greedy else scores
-            layout = TokenLayout(output_mask=last_answer(labels))
+                return ScoreDetails(scores, greedy, None, layout.output_mask)
             embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
@@ -247,11 +275,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         columns = outputs.token_index[:, 1:][wanted]
         scores = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         scores[rows, columns] = label_log_probs(logits, target[wanted])
-        if not return_greedy:
-            return scores
         greedy = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
         greedy[rows, columns] = logits.argmax(-1) == target[wanted]
-        return scores, greedy
+        return ScoreDetails(scores, greedy, outputs.decision.image_keep, outputs.decision.text_keep)
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
@@ -400,6 +426,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         inputs_embeds: torch.Tensor | None,
         cache: SparseContextCache | None,
         prompt_length: int | None,
+        output_mask: torch.Tensor | None,
     ) -> None:
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
@@ -412,6 +439,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             columns = torch.arange(length, device=given.device) >= start
             layout.output_mask = columns.expand(batch, -1)
             layout.output_start = start
+        if output_mask is not None and not seen:
+            # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
+            mask = torch.zeros(batch, length, dtype=torch.bool, device=given.device)
+            mask[:, : output_mask.shape[1]] = output_mask.bool()
+            layout.output_mask = mask if layout.output_mask is None else mask | layout.output_mask
+            layout.output_start = 0
 
     def _training_output(
         self,
