@@ -178,6 +178,8 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor, attention)
         decision = decide(policy, gate)
         decision.add_removed(given)
+        if columns is not None and decision.text_keep is not None:
+            decision.text_keep = _at_columns(decision.text_keep, columns, length)[:, given.output_start :]
         keep, present = decision.keep, self._present(decision, valid, layout, last_only)
         token_index, gathered = self._token_index(present, valid, seen)
         if gathered:
@@ -441,6 +443,13 @@ def _gather(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return values.gather(
         1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
     )
+
+
+def _at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """bool [B, n] of the last n of `columns` int64 [B, L'] (-1 is none) -> [B, length], True in those columns."""
+    columns = columns[:, columns.shape[1] - values.shape[1] :]
+    spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
+    return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
 
 
 def _causal(length: int, device: torch.device) -> torch.Tensor:
