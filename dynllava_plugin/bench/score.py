@@ -14,8 +14,9 @@ ANSWER = 160  # tokens
 
 
 @torch.inference_mode()
-def score(run: Run, answer: int = ANSWER) -> None:
+def score(run: Run) -> None:
     """Both ways for every mode and batch size, with the largest difference of a log-probability."""
+    answer = ANSWER
     for batch in run.batches:
         if run.has("score", batch=batch, length=answer):
             continue

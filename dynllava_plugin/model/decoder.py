@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
+from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
 
@@ -121,6 +123,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
         )
         self.gradient_checkpointing = False
+        self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
         self.post_init()
 
     def forward(
@@ -247,7 +250,10 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
     @property
     def policy(self) -> Policy:
         """Who decides what stays, by the settings in force."""
-        return policy_of(self.config.sparsity)
+        settings = self.config.sparsity
+        if self._policy is None or self._policy[0] != settings:
+            self._policy = copy.deepcopy(settings), policy_of(settings)
+        return self._policy[1]
 
     def new_cache(self) -> SparseContextCache:
         """An empty KV cache for this model."""

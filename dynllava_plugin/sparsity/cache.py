@@ -11,13 +11,16 @@ and never waits for the device: what CUDA graphs and `torch.compile` need. It gr
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-GROWTH_STEP = 64  # slots; appending copies the cache once every so many tokens
+from dynllava_plugin.sparsity.buffers import grown, zeros
+
+GROWTH_STEP = 64  # slots
 MASK_ALIGNMENT = 8  # slots
 STATIC_GROWTH_STEP = 256  # slots; a static cache's growth also costs a new capture
 
@@ -205,10 +208,8 @@ class RaggedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty buffers of the track's capacity, in the states' dtype and on their device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads, _, width = key_states.shape
-        # Zeros, because an unused slot's weight of 0 times a stray NaN would still be NaN.
-        self.keys = key_states.new_zeros(batch, heads, self.track.capacity, width)
-        self.values = value_states.new_zeros(batch, heads, self.track.capacity, value_states.shape[3])
+        self.keys = zeros(key_states, self.track.capacity)
+        self.values = zeros(value_states, self.track.capacity)
         self.is_initialized = True
 
     def update(
@@ -241,11 +242,18 @@ class RaggedLayer(CacheLayerMixin):
         return attended
 
     def grow(self) -> None:
-        """Buffers of the track's capacity: new ones with the old contents where they are smaller."""
-        missing = self.track.capacity - self.keys.shape[2]
-        if missing > 0:
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+        """Make the buffers as large as the track's capacity where they are smaller."""
+        capacity = self.track.capacity
+        if capacity > self.keys.shape[2]:
+            self.keys, self.values = grown(self.keys, capacity), grown(self.values, capacity)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
+        """Copies what is held, not the address space behind it."""
+        memo[id(self)] = new = copy.copy(self)
+        for name, value in vars(self).items():
+            held = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value, memo)
+            setattr(new, name, held)
+        return new
 
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
