@@ -138,3 +138,7 @@ def _write_manifest(folder: Path, judge: Judge | None, more: dict[str, object]) 
     if judge is not None:
         more["judge"] = {"model": judge.model, "url": judge.url, "unanswered": {}}
     write_json(folder / MANIFEST_NAME, RECORD.to_dict(VLMEVALKIT, **more))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -91,7 +91,7 @@ class Asker:
         self.items: list[Item] = []
 
     def ask(
-        self, images: int, per_image: int = 1, kind: str = MIXED, choices: bool = False, **common: str
+        self, images: int, per_image: int = 1, kind: str = MIXED, choices: bool = False, **common: Any
     ) -> None:
         """Add `per_image` different questions about each of `images` further images."""
         for _ in range(images):
@@ -118,7 +118,7 @@ class Asker:
                     )
                 )
 
-    def pair(self, images: int, **common: str) -> None:
+    def pair(self, images: int, **common: Any) -> None:
         """Add two questions about each of `images` further images, one to be answered yes and one no."""
         for _ in range(images):
             tile = self._tiles.pop()
