@@ -160,7 +160,7 @@ class DynamicLlavaTrainer(Trainer):
         with self.measures.paused():
             metrics = self.evaluation.measure(self.dynamic, self.processing_class, self.accelerator, sharded)
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:

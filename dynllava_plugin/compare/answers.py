@@ -11,6 +11,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_metrics
 from dynllava_plugin.evaluation.engine import Engine
+from dynllava_plugin.evaluation.images import load_image
 from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Request
@@ -118,7 +119,10 @@ class Harness:
 
 
 def _inputs(engine: Engine, request: Request) -> dict[str, Any]:
-    return dict(engine._inputs([request], [request.prompt]))
+    """As the model takes them, the images as pixels: a policy's work in the vision tower belongs to its time."""
+    images = [load_image(image, request.name) for image in request.images]
+    inputs = engine.processor(images=images or None, text=[request.prompt], padding=True, return_tensors="pt")
+    return dict(inputs.to(engine.model.device, engine.model.dtype))
 
 
 def _add_questions(figure: Figure, samples: list[dict[str, Any]], key: str, factor: float) -> None:

@@ -84,7 +84,15 @@ def to_markdown(table: pd.DataFrame) -> str:
     lines: list[str] = []
     for (benchmark, metric), group in table.groupby(["benchmark", "metric"], sort=False):
         lines += [f"### {benchmark}, {metric}", ""]
-        head = ["policy", "keep", metric, "95%", "behind full (paired 95%)", "n", "equivalent tokens"]
+        head: list[Any] = [
+            "policy",
+            "keep",
+            metric,
+            "95%",
+            "behind full (paired 95%)",
+            "n",
+            "equivalent tokens",
+        ]
         head += ["prefill GFLOPs", "prefill ms"]
         extra = [("output kept", "kept_output_share", "{:.0%}"), ("cache KiB", "cache_kib", "{:.1f}")]
         extra = [item for item in extra if group[item[1]].notna().any()]

@@ -28,7 +28,7 @@ from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
-from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
+from dynllava_plugin.sparsity.cache import SparseContextCache, StaticTrack, packing_order
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
@@ -282,6 +282,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         -------
         [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
         """
+        assert isinstance(cache.dense, StaticTrack) and isinstance(cache.sparse, StaticTrack)
         mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
         split = policy.gate_layer
         hidden = self._run(self.layers[:split], inputs_embeds, mask, position_ids, cache)

@@ -77,8 +77,9 @@ class HeavyHitterLayer(RaggedLayer):
     """Keys, values, the attention each token has received (float32 [B, H_kv, capacity]) and its order number (int32)."""
 
     track: HeavyHitterTrack
-    received: torch.Tensor | None = None
-    number: torch.Tensor | None = None
+    received: Any = None  # tensors from the prompt on
+    number: Any = None
+    _prompt: Any = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
