@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import table_command
 from dynllava_plugin.evaluation.minis import command as mini_command
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             loaded = import_module(module_name)
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    for module in (suite_command, table_command, mini_command):
+    for module in (suite_command, table_command, mini_command, checkpoint_command):
         module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)

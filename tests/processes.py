@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-import train.finetune  # noqa: F401  what the fork server is there to have imported
+import train.finetune
 
 torch.set_num_threads(1)
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -64,9 +65,7 @@ def run(*jobs: Job) -> list[Done]:
         process.join()
     outputs = [job.log.read_text(errors="replace") if job.log.exists() else "" for job in jobs]
     assert not hung, "a process hung:\n" + "\n".join(outputs)
-    return [
-        Done(process.exitcode or 0, output) for process, output in zip(processes, outputs, strict=True)
-    ]
+    return [Done(process.exitcode or 0, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def side_by_side(
@@ -146,15 +145,24 @@ def terminate_in_step(step: int) -> None:
     DynamicLlavaTrainer.compute_loss = interrupted  # type: ignore[method-assign]
 
 
-def fill_disk_at(file: str) -> None:
-    """Whatever writes this file, the last of a path's parts, finds the disk full."""
+def fill_disk_at(step: int, limit: int | None = None) -> None:
+    """The disk is full when this step's checkpoint is saved.
+
+    Its optimizer.pt is written to /dev/full, or no file may grow beyond `limit` bytes.
+    """
     from train.trainer import DynamicLlavaTrainer
 
-    folder, name = os.path.split(file)
     save = DynamicLlavaTrainer.save_model
 
     def full(self: Any, output_dir: str, **kwargs: Any) -> None:
-    XX
+        if output_dir.endswith(f"checkpoint-{step}"):
+            os.makedirs(output_dir)
+            if limit is None:
+                os.symlink("/dev/full", os.path.join(output_dir, "optimizer.pt"))
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        save(self, output_dir, **kwargs)
+
     DynamicLlavaTrainer.save_model = full  # type: ignore[method-assign]
 
 

@@ -144,18 +144,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, uninterrupted, tmp_pa
     assert same(weights(uninterrupted[0]), weights(folder))
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(flags, uninterrupted, tmp_path, file):
+@pytest.mark.parametrize("limit", [None, 50_000])
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(flags, uninterrupted, tmp_path, limit):
     folder = tmp_path / "out"
-    (done,) = run(job(flags, folder, processes.fill_disk_at, f"checkpoint-4/{file}"))
-    assert done.status == 2
+    (done,) = run(job(flags, folder, processes.fill_disk_at, 4, limit))
+    assert done.status == 2, done.output
     (error,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert "checkpoint-4 could not be saved" in error and "GB are free there" in error
-    assert file == "optimizer.pt" or "No space left" in error  # PyTorch's writer doesn't say so
     assert f"{folder / 'checkpoint-2'} is whole" in error
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (folder / ".saving").exists()
-    if file == "optimizer.pt":
+    if limit is None:
         (done,) = run(job(flags, folder))
         assert done.status == 0 and "checkpoint-2\n" in done.output
         assert same(weights(uninterrupted[0]), weights(folder))

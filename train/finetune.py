@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run as a file: find `train` and `dynllava_plugin` from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import IntervalStrategy, set_seed
+from transformers.utils import strtobool
 
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
+from train.adapters import add_adapter
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
 from train.data import Collator, ConversationDataset, blank_image
+from train.held_out import HeldOut
 from train.images import check_images
 from train.interruption import Interruption
 from train.mixture import Mixture, open_mixture
 from train.outputs import PARTIAL_MODEL, CsvLog, make_savable, prepare_output_dir, save_model
 from train.run_record import RunRecord, describe
+from train.sharding import whole_weights
 from train.skipped import SkippedSamples
 from train.trainer import DynamicLlavaTrainer, freeze
 
@@ -51,6 +56,10 @@ def train(
     UserError
         Something a user can fix.
     """
+    if data_args.held_out and args.eval_strategy == "no":
+        args.eval_strategy = IntervalStrategy.STEPS
+    if args.eval_strategy != "no" and not data_args.held_out:
+        raise UserError(f"--eval_strategy {args.eval_strategy}: nothing to evaluate; add --held_out N")
     with args.main_process_first(local=True, desc="reading the data"):
         mixture, left_out = open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
         if args.local_process_index == 0:
@@ -69,12 +78,7 @@ def train(
     for note in notes:
         say(args, note)
 
-    set_seed(args.seed)  # fresh predictors
-    model, processor = load_model(
-        model_args.model_name_or_path, device="cpu", dtype=torch.float32, **model_args.sparsity()
-    )
-    freeze(model)
-    make_savable(model)
+    model, processor, dtype = build_model(model_args, args, adapter_args)
     skipped = SkippedSamples(output_dir / "skipped.jsonl")
     if args.process_index == 0 and checkpoint is None:
         skipped.path.unlink(missing_ok=True)
@@ -88,6 +92,9 @@ def train(
         data_args.strict,
         skipped,
     )
+    evaluation = None
+    if held_out is not None:
+        evaluation = HeldOut(held_out, data_args.image_folder, args.per_device_eval_batch_size)
     with Interruption() as interruption:
         trainer = DynamicLlavaTrainer(
             model=model,
@@ -97,6 +104,8 @@ def train(
             processing_class=processor,
             callbacks=[CsvLog(output_dir / "train_log.csv")],
             interruption=interruption,
+            eval_dataset=held_out,
+            evaluation=evaluation,
         )
         say(
             args,
@@ -118,7 +127,7 @@ def train(
         with saying_what_is_left(
             "the model", output_dir, output_dir / PARTIAL_MODEL, trainer.args.should_save
         ):
-            save_model(trainer, output_dir, args.bf16)
+            save_model(trainer, output_dir, dtype)
     if trainer.is_world_process_zero():
         record.write(finished=True)
         counts = skipped.counts()
@@ -126,6 +135,35 @@ def train(
         note = f"; skipped samples: {sum(counts.values())} ({words}), see {skipped.path}" if counts else ""
         say(args, f"saved {output_dir}{note}")
     return 0
+
+
+def build_model(
+    model_args: ModelArguments, args: RecipeArguments, adapter_args: AdapterArguments
+) -> tuple[Any, Any, torch.dtype]:
+    """The model with what is trained in it, its processor, and the dtype to save it in.
+
+    Trained weights are float32, and autocast computes in bfloat16 under `--bf16`; DeepSpeed keeps its own float32
+    copy of bfloat16 weights, and the frozen LLM under an adapter needs no float32.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    lean = args.deepspeed is not None or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+    set_seed(args.seed)  # fresh predictors
+    with whole_weights():
+        model, processor = load_model(
+            model_args.model_name_or_path,
+            device="cpu",
+            dtype=dtype if lean or adapter_args.lora_rank else torch.float32,
+            **model_args.sparsity(),
+        )
+    make_savable(model)
+    if not adapter_args.lora_rank:
+        freeze(model)
+        return model, processor, dtype
+    adapted = add_adapter(model, adapter_args, dtype)
+    name = model_args.model_name_or_path
+    base = str(Path(name).resolve()) if Path(name).is_dir() else name
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted, processor, dtype
 
 
 def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:

@@ -179,8 +179,8 @@ def _write(path: Path, target: Path) -> None:
 
     texts = pa.list_(pa.large_string())
     schema = pa.schema(
-        [("id", pa.string()), ("images", pa.list_(pa.string())), ("questions", texts), ("answers", texts)]
-        + [("characters", pa.int64()), ("problem", pa.string())]
+        {"id": pa.string(), "images": pa.list_(pa.string()), "questions": texts, "answers": texts}
+        | {"characters": pa.int64(), "problem": pa.string()}
     )
     schema = schema.with_metadata({"digest": _digest(path)})
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dynllava_plugin.errors import UserError
+from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
 
 PARTIAL_MODEL = ".model"
 LAST = "config.json"  # without it a folder is no checkpoint
@@ -87,23 +89,35 @@ def make_savable(model: Any) -> None:
         model.generation_config.do_sample = True
 
 
-def save_model(trainer: Any, output_dir: Path, bf16: bool) -> None:
+def save_model(trainer: Any, output_dir: Path, dtype: torch.dtype) -> None:
     """Save model and processor so that `load_model(output_dir)` finds all of them or nothing.
 
     They are written to a folder beside their place, then moved with `config.json` last: without it the folder
-    is no checkpoint. A run with `--bf16` keeps float32 weights while it trains and saves bfloat16. Called on every
-    process, since sharded weights have to be gathered.
+    is no checkpoint. A run with LoRA saves adapter and predictors instead of the model. Called on every process,
+    since sharded weights have to be gathered.
+
+    Parameters
+    ----------
+    trainer : DynamicLlavaTrainer
+    output_dir : Path
+    dtype : torch.dtype
+        Of the file; a run keeps float32 weights while it trains.
     """
     temporary = output_dir / PARTIAL_MODEL
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    weights = gather_weights(trainer, dtype)
+    adapted = is_adapted(trainer.model)
+    weights = gather_weights(trainer, dtype, ADAPTER_PARTS if adapted else ("",))
     if trainer.args.should_save:
         shutil.rmtree(temporary, ignore_errors=True)
-        trainer.dynamic.save_pretrained(temporary, state_dict=weights)
+        temporary.mkdir()
+        if adapted:
+            save_adapter(trainer.model, weights, temporary)
+            trainer.dynamic.config.save_pretrained(temporary)
+        else:
+            trainer.dynamic.save_pretrained(temporary, state_dict=weights)
         trainer.processing_class.save_pretrained(temporary)
         _state_dtype(temporary / LAST, str(dtype).removeprefix("torch."))
         (output_dir / LAST).unlink(missing_ok=True)
-        for stale in output_dir.glob("*.safetensors*"):
+        for stale in [*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter_config.json")]:
             stale.unlink()
         for path in sorted(temporary.iterdir(), key=lambda path: (path.name == LAST, path.name)):
             os.replace(path, output_dir / path.name)
@@ -111,17 +125,20 @@ def save_model(trainer: Any, output_dir: Path, bf16: bool) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def gather_weights(trainer: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The whole model's state dict on the process that saves, its floating tensors as `dtype`; {} elsewhere.
+def gather_weights(trainer: Any, dtype: torch.dtype, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The state dict, of names with any of `parts`, on the process that saves; {} elsewhere.
 
-    Every process takes part: sharded weights are put together one tensor at a time.
+    Every process takes part: sharded weights are put together one tensor at a time. Floating tensors are `dtype`.
     """
     if trainer.is_deepspeed_enabled:
         found = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     else:
-        found = trainer.dynamic.state_dict()
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        found = model.state_dict()
     weights = {}
     for name, tensor in found.items():
+        if not any(part in name for part in parts):
+            continue
         if isinstance(tensor, DTensor):
             tensor = tensor.to(trainer.args.device).full_tensor()
         if trainer.args.should_save:

@@ -34,13 +34,12 @@ class HeavyHitterTrack(ContextTrack):
     def reset(self) -> None:
         """Hold nothing."""
         super().reset()
-        self.seen: torch.Tensor | None = None  # int64 [B] tokens that entered
-        self.arriving: torch.Tensor | None = None  # bool [B, q] of this call
-        self.mask: torch.Tensor | None = (
-            None  # bool [B, 1, q, K] of this call, None where everything may be seen
-        )
-        self.full: torch.Tensor | None = None  # int64 [B] tokens held before this call's eviction
-        self.recent: torch.Tensor | None = None  # int64 [B] of those that stay, the ones safe for being new
+        # Tensors from the first call on.
+        self.seen: Any = None  # int64 [B] tokens that entered
+        self.arriving: Any = None  # bool [B, q] of this call
+        self.mask: torch.Tensor | None = None  # bool [B, 1, q, K], None where everything may be seen
+        self.full: Any = None  # int64 [B] tokens held before this call's eviction
+        self.recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
 
     def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
         """As `ContextTrack.begin`; then plan how many of the tokens each sample holds must go."""
@@ -107,17 +106,18 @@ class HeavyHitterLayer(RaggedLayer):
         length = query.shape[2]
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         received = self._received(query, key, causal & track.arriving[:, None, None], scaling)
-        states = self._prompt
+        keys, values = self._prompt
         if order is not None:
             received = received.gather(2, order[:, None].expand(-1, received.shape[1], -1))
-            states = tuple(_gather_tokens(part, order) for part in states)
+            keys, values = _gather_tokens(keys, order), _gather_tokens(values, order)
         number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
-        self._keep_best(*states, received, number, track.full)
+        self._keep_best(keys, values, received, number, track.full)
         self.is_initialized = True
         self._prompt = None
 
     def _add_step(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         track = self.track
+        assert track.lengths is not None and track._pending is not None
         self._grow_marks()
         rows = torch.arange(query.shape[0], device=query.device)
         last, bound = track.lengths, key.shape[2]
@@ -174,6 +174,7 @@ class HeavyHitterLayer(RaggedLayer):
     ) -> None:
         """Fill the buffers with the recent tokens and heaviest others of the first `held` [B] slots."""
         track = self.track
+        assert track._pending is not None
         batch, heads, length = received.shape
         slots = torch.arange(length, device=received.device)
         there = (slots < held[:, None])[:, None]
