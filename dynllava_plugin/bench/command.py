@@ -20,6 +20,7 @@ from dynllava_plugin.bench.score import ANSWER, score
 from dynllava_plugin.bench.shapes import SHAPES, shape_named
 from dynllava_plugin.bench.subject import Subject, check_rates, check_tokens, estimated_bytes
 from dynllava_plugin.bench.timing import find_device, require_memory
+from dynllava_plugin.bench.train import add_train, run_train
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--only", default=",".join(PHASES), help="comma-separated phases (default: %(default)s)"
             )
         _add_flags(phase)
+    add_train(phases)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
+    if args.phase == "train":
+        return run_train(args)
     names = _names("--only", args.only, PHASES)
     shape, device = shape_named(args.shape), find_device(args.device)
     modes, paths, dtype = (

@@ -18,7 +18,11 @@ import torch
 from dynllava_plugin.bench.masked_cases import AttentionInputs, AttentionShape, attention_inputs
 from dynllava_plugin.sparsity import masked_softmax
 from dynllava_plugin.sparsity.masked_softmax import masked_softmax_attention, training_context
-from dynllava_plugin.sparsity.masked_softmax_plain import plain_masked_softmax
+from dynllava_plugin.sparsity.masked_softmax_plain import (
+    context_matrix,
+    plain_masked_softmax,
+    visible_matrix,
+)
 
 NAMES = ("out", "query", "key", "value", "keep")
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -45,7 +49,9 @@ def results(inputs: AttentionInputs, plain: bool, dtype: torch.dtype | None = No
     scaling = inputs.query.shape[-1] ** -0.5
     query, key, value, keep = (x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs.leaves)
     if plain:
-        out = plain_masked_softmax(query, key, value, keep, inputs.valid, scaling)
+        out = plain_masked_softmax(
+            query, key, value, context_matrix(keep), visible_matrix(inputs.valid), scaling
+        )
     else:
         out = masked_softmax_attention(query, key, value, training_context(keep, inputs.valid), scaling)
     gradients = torch.autograd.grad(out, (query, key, value, keep), inputs.upstream.to(out.dtype))
