@@ -26,7 +26,15 @@ from train.held_out import HeldOut
 from train.images import check_images
 from train.interruption import Interruption
 from train.mixture import Mixture, open_mixture
-from train.outputs import PARTIAL_MODEL, CsvLog, make_savable, prepare_output_dir, save_model
+from train.outputs import (
+    EVALUATION_COLUMNS,
+    PARTIAL_MODEL,
+    TRAINING_COLUMNS,
+    CsvLog,
+    make_savable,
+    prepare_output_dir,
+    save_model,
+)
 from train.run_record import RunRecord, describe
 from train.sharding import whole_weights
 from train.skipped import SkippedSamples
@@ -95,6 +103,9 @@ def train(
     evaluation = None
     if held_out is not None:
         evaluation = HeldOut(held_out, data_args.image_folder, args.per_device_eval_batch_size)
+    logs = [CsvLog(output_dir / "train_log.csv", TRAINING_COLUMNS, "lm_loss")]
+    if evaluation is not None:
+        logs.append(CsvLog(output_dir / "eval_log.csv", EVALUATION_COLUMNS, "eval_ppl"))
     with Interruption() as interruption:
         trainer = DynamicLlavaTrainer(
             model=model,
@@ -102,7 +113,7 @@ def train(
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id, blank_image(processor)),
             processing_class=processor,
-            callbacks=[CsvLog(output_dir / "train_log.csv")],
+            callbacks=logs,
             interruption=interruption,
             eval_dataset=held_out,
             evaluation=evaluation,

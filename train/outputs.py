@@ -20,19 +20,31 @@ from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
 
 PARTIAL_MODEL = ".model"
 LAST = "config.json"  # without it a folder is no checkpoint
-COLUMNS = (
+TRAINING_COLUMNS = (
     *("step", "epoch", "seconds", "loss", "lm_loss", "image_keep_loss", "text_keep_loss"),
     *("image_keep_rate", "image_keep_rate_std", "text_keep_rate", "text_keep_rate_std", "tau"),
     *("lr_llm", "lr_predictor", "grad_norm", "samples_per_second", "tokens_per_second"),
     *("peak_memory_gib", "hours_left"),
 )
+EVALUATION_COLUMNS = (
+    *("step", "epoch", "seconds", "eval_accuracy", "eval_ppl", "eval_kept_image_share"),
+    *("eval_kept_output_share", "eval_samples", "eval_seconds"),
+)
 
 
 class CsvLog(TrainerCallback):
-    """`train_log.csv`: one row per logged step, one column per quantity (empty: no long answer in it)."""
+    """A log as a table: one row per logged step, one column per quantity (empty: not there in this row).
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Parameters
+    ----------
+    path : Path
+    columns : sequence of str
+    belongs : str
+        A quantity that makes a line of Trainer's log a row of this table.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], belongs: str) -> None:
+        self.path, self.columns, self.belongs = path, columns, belongs
         self.start = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,15 +59,16 @@ class CsvLog(TrainerCallback):
         rows = [row for row in rows if int(row["step"]) <= state.global_step]
         temporary = self.path.with_name(f".{self.path.name}")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
+            kept = [[row.get(name) for name in self.columns] for row in rows]
+            csv.writer(file).writerows([self.columns, *kept])
         os.replace(temporary, self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a row."""
-        if state.is_world_process_zero and "lm_loss" in logs:
+        if state.is_world_process_zero and self.belongs in logs:
             row = {**logs, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([row.get(name, "") for name in COLUMNS])
+                csv.writer(file).writerow([row.get(name, "") for name in self.columns])
 
 
 def prepare_output_dir(output_dir: str, overwrite: bool) -> Path:
