@@ -1,4 +1,4 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava benchmarks`, `dynllava version`."""
+"""The command `dynllava`: table, compare, show, bench, benchmarks, version."""
 
 from __future__ import annotations
 
@@ -50,8 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         import_module(module).add_arguments(command)
         command.set_defaults(run=import_module(module).run)
+    commands.add_parser("bench", help="time and memory of each mode, with random weights", add_help=False)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:  # its flags need PyTorch, which the others needn't wait for
+        from dynllava_plugin.bench.command import main as bench
+
+        return bench(arguments[1:])
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

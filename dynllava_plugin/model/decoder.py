@@ -257,6 +257,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid: torch.Tensor,
         position_ids: torch.Tensor,
         cache: SparseContextCache,
+        policy: Policy,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
 
@@ -266,18 +267,20 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid : bool [B, 1]
             False on padding.
         position_ids : int64 [B, 1]
+        policy : Policy
+            `self.policy`, looked up outside what is compiled.
 
         Returns
         -------
         [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
         """
         mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
-        hidden = self._run(self.layers[: self.sparse_layer], inputs_embeds, mask, position_ids, cache)
+        hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
         layout = TokenLayout(output_mask=valid)
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
-        decision = decide(self.policy, gate)
+        decision = decide(policy, gate)
         mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
-        hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache)
+        hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
         cache.dense.commit_static()
         cache.sparse.commit_static()
         return self.norm(hidden), decision.keep

@@ -325,12 +325,13 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             position_ids = cache.next_positions()
         if cache.moved_up is not None:
             position_ids = position_ids - cache.moved_up
+        policy = self._llm.policy
 
         def step(
             input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             embeds = self.get_input_embeddings()(input_ids)
-            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache)
+            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache, policy)
             return self._logits(hidden), keep
 
         inputs = input_ids, valid, position_ids.expand_as(input_ids)

@@ -74,7 +74,7 @@ def forward(
             query, key, value, out, lse, cap, packing,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             heads, heads // key.shape[1], length, scaling * _LOG2_E, max_exponent * _LOG2_E,
-            **_constants(dim, query.dtype, tile),
+            **constants(dim, query.dtype, tile),
         )  # fmt: skip
     return out, lse, cap
 
@@ -107,7 +107,7 @@ def backward(
             query, key, value, out, upstream, lse, delta, grad_query, packing,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             *upstream.stride()[:3], *grad_query.stride()[:3],
-            heads, *shape, **_constants(dim, query.dtype, tiles.query),
+            heads, *shape, **constants(dim, query.dtype, tiles.query),
         )  # fmt: skip
         strides = (
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *upstream.stride()[:3],
@@ -115,16 +115,17 @@ def backward(
         )  # fmt: skip
         kernels._kept_kernel[(triton.cdiv(length, tiles.kept.columns) * batch * kv_heads,)](
             query, key, value, upstream, lse, delta, grad_key, grad_value, grad_keep, packing,
-            *strides, kv_heads, *shape, **_constants(dim, query.dtype, tiles.kept),
+            *strides, kv_heads, *shape, **constants(dim, query.dtype, tiles.kept),
         )  # fmt: skip
         kernels._dropped_kernel[(triton.cdiv(length, tiles.dropped.columns) * batch * kv_heads,)](
             query, key, value, upstream, lse, cap, delta, grad_key, grad_value, grad_keep, packing,
-            *strides, kv_heads, *shape, NEED_KEEP=need_keep, **_constants(dim, query.dtype, tiles.dropped),
+            *strides, kv_heads, *shape, NEED_KEEP=need_keep, **constants(dim, query.dtype, tiles.dropped),
         )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_keep.sum(1)
 
 
-def _constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
     return dict(
         D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
