@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+import textwrap
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +290,26 @@ def test_settings_and_modes_name_policies():
     assert policy(mode="image_text", vision_keep_rate=0.3).keep == 0.3
     assert policy(policy="random", vision_keep_rate=0.25).keep == 0.25
     MODEL.set_sparsity(mode="image_text", vision_keep_rate=0.3)
+
+
+def test_the_guides_example_is_a_policy(monkeypatch):
+    """CONTRIBUTING.md's file, with its registry line, in prefill and without a cache."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    code = textwrap.dedent(text.split("```python\n")[1].split("```")[0])
+    module = types.ModuleType("center")
+    monkeypatch.setitem(sys.modules, "center", module)
+    exec(
+        compile(code.replace("from __future__ import annotations", ""), "center.py", "exec"), module.__dict__
+    )
+    monkeypatch.setitem(POLICIES, "center", module.Center)
+    assert 'Case("center,keep=0.25", 4' in text
+    use("center,keep=0.25")
+    _, samples = some_samples()
+    with torch.no_grad():
+        kept = MODEL(**batch_of(samples)).image_keep
+    middle = [5, 6, 9, 10]
+    assert kept[0, :16].nonzero()[:, 0].tolist() == middle
+    assert kept[1].nonzero()[:, 0].tolist() == [*middle, *(16 + place for place in middle)]
 
 
 def test_policies_are_not_trained():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -60,13 +59,13 @@ class Harness:
     """lmms-eval around one engine."""
 
     def __init__(self, tasks: Sequence[str], limit: int | None) -> None:
-        from lmms_eval.tasks import TaskManager
+        from loguru import logger
 
-        from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
-
-        logging.getLogger("lmms-eval").setLevel(logging.ERROR)
+        logger.disable("lmms_eval")  # its progress bars say enough
         self.tasks, self.limit = list(tasks), limit
-        self._manager = TaskManager("ERROR", include_path=str(TASKS_FOLDER), model_name="dynllava")
+        self._manager = _tasks_known(all_of_them=False)
+        if any(task not in self._manager.all_tasks for task in self.tasks):
+            self._manager = _tasks_known(all_of_them=True)  # hundreds of files: half a minute
         unknown = [task for task in self.tasks if task not in self._manager.all_tasks]
         if unknown:
             raise UserError(
@@ -116,6 +115,16 @@ class Harness:
             prompt = conversation_prompt([(found.doc_to_text(doc), None)], len(visuals), f"{task} {index}")
             requests.append(Request(prompt, tuple(visuals), f"{task} {index}"))
         return requests
+
+
+def _tasks_known(all_of_them: bool) -> Any:
+    from lmms_eval.tasks import TaskManager
+
+    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
+
+    return TaskManager(
+        "ERROR", include_path=str(TASKS_FOLDER), include_defaults=all_of_them, model_name="dynllava"
+    )
 
 
 def _inputs(engine: Engine, request: Request) -> dict[str, Any]:
