@@ -26,6 +26,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import MASKED_SOFTMAX
 from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
+from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
@@ -75,6 +76,11 @@ class DynamicLlamaAttention(LlamaAttention):
         if watch is not None:
             watch(self.layer_idx, query, key, attention_mask, self.scaling)
         implementation = self.config._attn_implementation
+        if "flash" in implementation and past_key_values is not None:
+            slots = past_key_values.step_slots(self.layer_idx)
+            mixed = flash_step(query, key, value, slots, self.scaling)
+            if mixed is not None:
+                return self.o_proj(mixed.reshape(batch, length, -1)), None
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
         if context is not None:
