@@ -280,20 +280,19 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             False on padding.
         position_ids : int64 [B, 1]
         policy : Policy
-            `self.policy`, looked up before anything is captured.
+            `self.policy`, looked up outside what is compiled.
 
         Returns
         -------
         [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
         """
         mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
-        split = policy.gate_layer
-        hidden = self._run(self.layers[:split], inputs_embeds, mask, position_ids, cache)
+        hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
         layout = TokenLayout(output_mask=valid)
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
         decision = decide(policy, gate)
         mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
-        hidden = self._run(self.layers[split:], hidden, mask, position_ids, cache)
+        hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
         cache.dense.commit_static()
         cache.sparse.commit_static()
         return self.norm(hidden), decision.keep
