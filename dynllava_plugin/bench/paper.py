@@ -24,7 +24,7 @@ def paper_figures() -> dict[tuple[str, str, str], float]:
 
 
 def views(rows: list[dict[str, Any]]) -> str:
-    """Markdown: Table 4 and Table 14 for every shape and device in `rows`, without the columns that nothing was measured for."""
+    """Markdown: the layout of Tables 4 and 14 for every shape and device in `rows`, without columns that nothing was measured for."""
     parts = []
     for shape, device in dict.fromkeys((row["shape"], row["device"]) for row in rows):
         here = [row for row in rows if (row["shape"], row["device"]) == (shape, device)]

@@ -26,6 +26,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import MASKED_SOFTMAX
 from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
+from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache, StaticTrack, packing_order
@@ -73,6 +74,11 @@ class DynamicLlamaAttention(LlamaAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
+        if "flash" in implementation and past_key_values is not None:
+            slots = past_key_values.step_slots(self.layer_idx)
+            mixed = flash_step(query, key, value, slots, self.scaling)
+            if mixed is not None:
+                return self.o_proj(mixed.reshape(batch, length, -1)), None
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
         if context is not None:
@@ -276,7 +282,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             False on padding.
         position_ids : int64 [B, 1]
         policy : Policy
-            `self.policy`, looked up before anything is captured.
+            `self.policy`, looked up outside what is compiled.
 
         Returns
         -------
@@ -284,13 +290,12 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         """
         assert isinstance(cache.dense, StaticTrack) and isinstance(cache.sparse, StaticTrack)
         mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
-        split = policy.gate_layer
-        hidden = self._run(self.layers[:split], inputs_embeds, mask, position_ids, cache)
+        hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
         layout = TokenLayout(output_mask=valid)
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
         decision = decide(policy, gate)
         mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
-        hidden = self._run(self.layers[split:], hidden, mask, position_ids, cache)
+        hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
         cache.dense.commit_static()
         cache.sparse.commit_static()
         return self.norm(hidden), decision.keep

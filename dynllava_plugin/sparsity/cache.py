@@ -359,6 +359,11 @@ class SparseContextCache(Cache):
             for layer in self.layers:
                 layer.grow()
 
+    def step_slots(self, layer_idx: int) -> torch.Tensor | None:
+        """int64 [B]: where a layer's new tokens lie during a single-token step; None during any other call."""
+        plan = self.layers[layer_idx].track.plan
+        return plan.slots if isinstance(plan, _Step) else None
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that a decode step reads and writes."""
         buffers = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
