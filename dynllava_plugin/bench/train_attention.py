@@ -38,15 +38,20 @@ def ours(inputs: AttentionInputs) -> None:
 
 def plain(inputs: AttentionInputs) -> None:
     """The full matrix, its masks included."""
-    matrices = context_matrix(inputs.keep), visible_matrix(inputs.valid)
-    out = plain_masked_softmax(*inputs.leaves[:3], *matrices, inputs.query.shape[-1] ** -0.5)
+    context, visible = context_matrix(inputs.keep), visible_matrix(inputs.valid)
+    scaling = inputs.query.shape[-1] ** -0.5
+    out = plain_masked_softmax(inputs.query, inputs.key, inputs.value, context, visible, scaling)
     torch.autograd.grad(out, inputs.leaves, inputs.upstream)
 
 
 def sdpa(inputs: AttentionInputs) -> None:
     """Causal attention over all tokens, without masks to learn: what a layer before l runs."""
     out = functional.scaled_dot_product_attention(
-        *inputs.leaves[:3], is_causal=True, enable_gqa=inputs.query.shape[1] != inputs.key.shape[1]
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        is_causal=True,
+        enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
     )
     torch.autograd.grad(out, inputs.leaves[:3], inputs.upstream)
 
@@ -77,7 +82,8 @@ def model_attention(implementation: str) -> Iterator[None]:
         if last[0] is not context:
             valid = context.packing[:, 2] != PADDING
             last[:] = context, (context_matrix(context.keep), visible_matrix(valid))
-        mixed = plain_masked_softmax(query, key, value, *last[1], kwargs["scaling"])
+        matrix, visible = last[1]
+        mixed = plain_masked_softmax(query, key, value, matrix, visible, kwargs["scaling"])
         return mixed.transpose(1, 2), None
 
     if implementation == "plain":

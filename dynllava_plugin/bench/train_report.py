@@ -23,7 +23,7 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
     write_text(folder / "table.csv", table.to_csv(index=False))
     write_text(folder / "table.md", markdown(rows))
     write_json(folder / "machine.json", {"host": host(), "versions": versions()})
-    if (table.get("phase") == "attention").any():
+    if "phase" in table and (table["phase"] == "attention").any():
         draw(table[table["phase"] == "attention"], folder / "chart.png")
 
 

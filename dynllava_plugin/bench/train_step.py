@@ -148,13 +148,14 @@ def _bias(predictor: Any, rate: float) -> None:
 
 def _batch(settings: StepSettings, config: DynamicLlavaConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, settings.shape.vocab, (settings.batch, settings.length), generator=generator)
+    shape = settings.batch, settings.length
+    ids = torch.randint(2, settings.shape.vocab, shape, generator=generator, device="cpu")
     start = min(SYSTEM_TOKENS, settings.text // 4)
     ids[:, start : start + IMAGE_TOKENS] = IMAGE_ID
     labels = ids.clone()
     labels[:, : settings.length - settings.text // 2] = -100
     size = config.vision_config.image_size
-    pixels = torch.randn(settings.batch, 3, size, size, generator=generator)
+    pixels = torch.randn(settings.batch, 3, size, size, generator=generator, device="cpu")
     device = settings.device
     return {
         "input_ids": ids.to(device),

@@ -76,7 +76,7 @@ class DynamicLlamaAttention(LlamaAttention):
         implementation = self.config._attn_implementation
         if "flash" in implementation and past_key_values is not None:
             slots = past_key_values.step_slots(self.layer_idx)
-            mixed = flash_step(query, key, value, slots, self.scaling)
+            mixed = None if watch is not None else flash_step(query, key, value, slots, self.scaling)
             if mixed is not None:
                 return self.o_proj(mixed.reshape(batch, length, -1)), None
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
