@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about five minutes; most of it downloads PyTorch)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch>=2.6" "torchvision>=0.21"
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,train,dev]"
 	@touch $(READY)
 
 demo: setup
