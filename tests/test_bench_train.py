@@ -126,15 +126,12 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 
 def test_peak_memory_of_a_process():
-    """Inputs are not counted, output and gradients are; the full matrix needs several matrices."""
+    """Several full matrices, but not the inputs and not the process."""
     shape = AttentionShape(1024, 1, 2, 2, 16)
-    matrix, device = 4 * 2 * 1024**2, torch.device("cpu")
-    plain = train_memory.attention_peak(shape, "all", "plain", device)
-    ours = train_memory.attention_peak(shape, "all", "ours", device)
-    if plain is None:
+    peak = train_memory.attention_peak(shape, "all", "plain", torch.device("cpu"))
+    if peak is None:
         pytest.skip("only Linux can reset the high-water mark of a process")
-    assert 4 * matrix < plain < 12 * matrix
-    assert 4 * shape.length * 2 * 16 * 4 * 0.5 < ours < plain / 2
+    assert 4 <= peak / (4 * 2 * 1024**2) <= 12
 
 
 def test_both_attentions_train_the_same_model():

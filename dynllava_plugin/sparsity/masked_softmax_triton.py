@@ -12,8 +12,8 @@ import triton
 from dynllava_plugin.sparsity import masked_softmax_kernels as kernels
 from dynllava_plugin.sparsity.masked_softmax_blocks import empty_gradient, empty_output
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 
 
@@ -35,6 +35,12 @@ class Tiles:
     query: Tile
     kept: Tile
     dropped: Tile
+
+
+def takes(query: torch.Tensor) -> bool:
+    """Whether the kernels compute attention for such a CUDA tensor."""
+    new_enough = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return new_enough and query.dtype in _DTYPES and query.shape[-1] <= _MAX_HEAD_DIM
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
