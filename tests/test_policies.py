@@ -183,6 +183,24 @@ def test_generate(case):
     assert beams.shape == cached.shape
 
 
+@pytest.mark.parametrize("text", ["fastv,k=2,r=0.5", "cdpruner,n=6"])
+def test_what_follows_an_answer_decides_nothing(text):
+    """Tokens behind the scored answer (an end token without a label) don't change what the question kept."""
+    use(text)
+    rng, samples = some_samples(8)
+    answers = answers_for(rng, samples)
+    batch = batch_of(samples, left=True, labels=answers.tolist())
+    expected = MODEL.score(**batch)
+    tail = torch.tensor([[7, 9]] * len(samples))
+    longer = {
+        "input_ids": torch.cat([batch["input_ids"], tail], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(tail)], 1),
+        "pixel_values": batch["pixel_values"],
+        "labels": torch.cat([batch["labels"], torch.full_like(tail, -100)], 1),
+    }
+    torch.testing.assert_close(MODEL.score(**longer)[:, :-2], expected, **CLOSE)
+
+
 def test_seeds_decide_chance():
     _, samples = some_samples(4)
     kept = []
@@ -273,6 +291,17 @@ def test_what_is_wrong_is_one_line(text, message):
     with pytest.raises(UserError, match=message) as error:
         MODEL.set_sparsity(policy=text)
     assert "\n" not in str(error.value)
+
+
+def test_features_of_another_policy_are_refused():
+    _, samples = some_samples()
+    batch = batch_of(samples)
+    for before, after in (("full", "visionzip"), ("prumerge+", "image")):
+        use(before)
+        encoded = {"image": MODEL.model.get_image_features(batch["pixel_values"], return_dict=True)}
+        use(after)
+        with pytest.raises(UserError, match="mm_encoder_outputs: image features"):
+            MODEL(batch["input_ids"], batch["attention_mask"], mm_encoder_outputs=encoded)
 
 
 def test_settings_and_modes_name_policies():

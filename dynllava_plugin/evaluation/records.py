@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.evaluation.answers import Answer, mean_counts
+from dynllava_plugin.evaluation.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.policies import Policy, policy_of
 
 MANIFEST_NAME = "dynllava_run.json"
 _PACKAGES = ("dynllava-plugin", "torch", "transformers", "lmms-eval", "ms-vlmeval", "nltk")
@@ -34,12 +37,14 @@ class RunRecord:
         self.started = time.time()
         self.settings: dict[str, Any] | None = None
         self.sparsity: dict[str, Any] | None = None
+        self._costs: tuple[DecoderShape, Policy] | None = None
         self._answers: dict[str, list[Answer]] = defaultdict(list)
 
     def note_model(self, settings: ModelSettings, model: Any) -> None:
         """The model that was loaded; its sparsity settings are those in force, not only the overrides."""
         self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
         self.sparsity = model.config.sparsity.to_dict()
+        self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
 
     def note_answers(self, benchmark: str, answers: Sequence[Answer]) -> None:
         """Answers to questions of `benchmark` (the harness's name)."""
@@ -51,12 +56,16 @@ class RunRecord:
             "harness": harness,
             "settings": self.settings,
             "sparsity": self.sparsity,
-            "tokens": {name: mean_counts(answers) for name, answers in self._answers.items()},
+            "tokens": {name: self._counts(answers) for name, answers in self._answers.items()},
             "seconds": round(time.time() - self.started, 1),
             "versions": versions(),
             "host": host(),
             **more,
         }
+
+    def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
+        counts = mean_counts(answers)
+        return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
 
 
 RECORD = RunRecord()

@@ -17,9 +17,17 @@ from dynllava_plugin.policies.registry import arguments_of, describe, parse_poli
 
 LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
 MANIFEST_NAME = "dynllava_run.json"
-_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]")
+_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
 _MODE_ORDER = ("full", "image", "image_text", "random")
-COUNTS = ("image_tokens", "kept_image_tokens", "generated_tokens", "kept_tokens", "kept_output_share")
+COUNTS = (
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "kept_tokens",
+    "kept_output_share",
+    "equivalent_tokens",
+    "prefill_gflops",
+)
 SETTINGS = ("vision_keep_rate", "image_policy")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "n", *SETTINGS, *COUNTS, "seconds", "file")
@@ -129,6 +137,9 @@ def _add_counts(chosen: pd.DataFrame, out: dict[tuple[str, str], dict[str, Any]]
         if len(with_image):
             total, kept = with_image["image_tokens"].mean(), with_image["kept_image_tokens"].mean()
             cells[_COUNT_COLUMNS[0]] = f"{kept:.0f} of {total:.0f}"
+            for title, column in zip(_COUNT_COLUMNS[2:], COUNTS[5:], strict=True):
+                if with_image[column].notna().any():
+                    cells[title] = f"{with_image[column].mean():.3g}"
         long = rows[(rows["generated_tokens"] >= 20) & rows["kept_output_share"].notna()]
         if len(long):
             cells[_COUNT_COLUMNS[1]] = 100 * long["kept_output_share"].mean()

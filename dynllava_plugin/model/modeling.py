@@ -21,7 +21,7 @@ from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
 from dynllava_plugin.model.gate import TrainingMasks
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.stepwise import score_step_by_step
-from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.model.vision import EXTRA, DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -382,6 +382,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 "give as many <image> places as images"
             )
         policy = self._llm.policy
+        width = inputs_embeds.shape[-1] + (EXTRA if policy.reduces_patches and not self.training else 0)
+        if features.shape[-1] != width:
+            raise UserError(
+                f"mm_encoder_outputs: image features {features.shape[-1]} wide, {policy.name} needs {width}; "
+                "encode the images under the policy that is in force"
+            )
         if policy.at_input and not self.training:
             question = partial(mean_question, inputs_embeds, layout, attention_mask)
             features = reduce_images(policy, features, layout, question)
