@@ -10,6 +10,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_metrics
 from dynllava_plugin.evaluation.engine import Engine
+from dynllava_plugin.evaluation.images import load_image
 from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Request
@@ -102,7 +103,7 @@ class Harness:
 
     def single_inputs(self, engine: Engine, task: str, count: int) -> list[dict[str, Any]]:
         """`model(...)` arguments of the task's first samples, each alone."""
-        return [_inputs(engine, request) for request in self._requests(task, count)]
+        return [model_inputs(engine, [request]) for request in self._requests(task, count)]
 
     def _requests(self, task: str, count: int) -> list[Request]:
         from lmms_eval.tasks import get_task_dict
@@ -126,8 +127,15 @@ def _tasks_known(all_of_them: bool) -> Any:
     )
 
 
-def _inputs(engine: Engine, request: Request) -> dict[str, Any]:
-    return dict(engine._inputs([request], [request.prompt]))
+def model_inputs(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+    """`model(...)` arguments of a batch of prompts, padded on the left."""
+    images = [load_image(image, request.name) for request in requests for image in request.images]
+    texts = [request.prompt for request in requests]
+    inputs = engine.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+    inputs = inputs.to(engine.model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(engine.model.dtype)
+    return dict(inputs)
 
 
 def _add_questions(figure: Figure, samples: list[dict[str, Any]], key: str, factor: float) -> None:
