@@ -15,10 +15,11 @@ from dynllava_plugin.cli import main
 from dynllava_plugin.compare import answers, command
 from dynllava_plugin.compare.answers import Figure, task_names
 from dynllava_plugin.compare.bootstrap import interval, resampled_means
-from dynllava_plugin.compare.costs import cache_bytes, context_of
+from dynllava_plugin.compare.costs import cache_bytes
 from dynllava_plugin.compare.report import draw, make_table, to_markdown
 from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, Subject, subjects
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.prefill_costs import context_of
 from dynllava_plugin.policies import POLICIES, policy_of
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample

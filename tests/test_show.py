@@ -38,7 +38,7 @@ def tiny() -> tuple[Any, Any]:
     return model, processor
 
 
-def explained(tiny: tuple[Any, Any], picture: Path, policy: str, tokens: int = 12) -> Explanation:
+def explained(tiny: tuple[Any, Any], picture: Path, policy: str, tokens: int = 7) -> Explanation:
     tiny[0].set_sparsity(policy=policy)
     return explain(*tiny, picture, QUESTION, max_new_tokens=tokens)
 

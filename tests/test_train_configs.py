@@ -105,9 +105,10 @@ def launched(name: str, monkeypatch) -> dict[str, str]:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     command = ["--config_file", str(CONFIGS / "accelerate" / name), "train/finetune.py", "preset.yaml"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         return prepare_deepspeed_cmd_env(args)[1]
     return prepare_multi_gpu_env(args)
 

@@ -103,7 +103,7 @@ class Harness:
 
     def single_inputs(self, engine: Engine, task: str, count: int) -> list[dict[str, Any]]:
         """`model(...)` arguments of the task's first samples, each alone."""
-        return [_inputs(engine, request) for request in self._requests(task, count)]
+        return [model_inputs(engine, [request]) for request in self._requests(task, count)]
 
     def _requests(self, task: str, count: int) -> list[Request]:
         from lmms_eval.tasks import get_task_dict
@@ -127,11 +127,15 @@ def _tasks_known(all_of_them: bool) -> Any:
     )
 
 
-def _inputs(engine: Engine, request: Request) -> dict[str, Any]:
-    """As the model takes them, the images as pixels: a policy's work in the vision tower belongs to its time."""
-    images = [load_image(image, request.name) for image in request.images]
-    inputs = engine.processor(images=images or None, text=[request.prompt], padding=True, return_tensors="pt")
-    return dict(inputs.to(engine.model.device, engine.model.dtype))
+def model_inputs(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+    """`model(...)` arguments of a batch of prompts, padded on the left."""
+    images = [load_image(image, request.name) for request in requests for image in request.images]
+    texts = [request.prompt for request in requests]
+    inputs = engine.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+    inputs = inputs.to(engine.model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(engine.model.dtype)
+    return dict(inputs)
 
 
 def _add_questions(figure: Figure, samples: list[dict[str, Any]], key: str, factor: float) -> None:

@@ -106,10 +106,12 @@ def _costs(
     engine: Any, policy: Any, figures: Sequence[Any], args: argparse.Namespace, task: str
 ) -> dict[str, Any]:
     """By benchmark: what the table calls costs."""
-    from dynllava_plugin.compare.costs import prefill_costs
     from dynllava_plugin.compare.long_answers import reference_cache_kib
+    from dynllava_plugin.evaluation.prefill_costs import prefill_costs
+    from dynllava_plugin.flops import DecoderShape
 
-    costs = {figure.benchmark: prefill_costs(engine.model, policy, figure.counts) for figure in figures}
+    shape = DecoderShape.of(engine.model.config.text_config)
+    costs: dict[str, Any] = {f.benchmark: prefill_costs(shape, policy, f.counts) for f in figures}
     if task.startswith(LONG):
         costs.setdefault(LONG, {})["cache_kib"] = reference_cache_kib(engine, args.limit)
     return costs

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin.compare.answers import model_inputs
 from dynllava_plugin.compare.costs import cache_bytes
 from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.prompting import conversation_prompt
@@ -25,7 +26,7 @@ def reference_cache_kib(engine: Any, limit: int | None) -> float:
         prompts.append(Request(prompt, (row["image"],), row["id"]))
         size = len(_ids(engine, prompt))
         answers.append(_ids(engine, f"{prompt} {row['answer']}")[size:])
-    inputs = engine._inputs(prompts, [request.prompt for request in prompts])
+    inputs = model_inputs(engine, prompts)
     width = max(len(answer) for answer in answers)
     padded = [answer + [tokenizer.pad_token_id] * (width - len(answer)) for answer in answers]
     mask = [[1] * len(answer) + [0] * (width - len(answer)) for answer in answers]

@@ -22,7 +22,7 @@ from dynllava_plugin.model.gate import TrainingMasks
 from dynllava_plugin.model.outputs import ScoreDetails
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.stepwise import score_step_by_step
-from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.model.vision import EXTRA, DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -211,6 +211,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
@@ -220,12 +221,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
 
         Returns
         -------
         float32 [B, L], 0 where the label is -100.
         """
-        return self.score_details(input_ids, attention_mask, pixel_values, labels).log_probs
+        return self.score_details(
+            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs
+        ).log_probs
 
     @torch.no_grad()
     def score_details(
@@ -422,6 +427,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 "give as many <image> places as images"
             )
         policy = self._llm.policy
+        width = inputs_embeds.shape[-1] + (EXTRA if policy.reduces_patches and not self.training else 0)
+        if features.shape[-1] != width:
+            raise UserError(
+                f"mm_encoder_outputs: image features {features.shape[-1]} wide, {policy.name} needs {width}; "
+                "encode the images under the policy that is in force"
+            )
         if policy.at_input and not self.training:
             question = partial(mean_question, inputs_embeds, layout, attention_mask)
             features = reduce_images(policy, features, layout, question)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynllava_plugin.compare.costs import prefill_costs
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.flops import DecoderShape
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def explain(
         image=_as_seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor),
         grid=(side, side),
         tokens=_pieces(processor.tokenizer, answer),
-        equivalent_tokens=prefill_costs(model, policy, counts)["equivalent_tokens"],
+        equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
+            "equivalent_tokens"
+        ],
         **decisions,
     )
 
