@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pandas as pd
 import pytest
 import torch
 
-from dynllava_plugin.bench import command, timing
+from dynllava_plugin.bench import command, loading, timing
 from dynllava_plugin.bench.command import PHASES, main
 from dynllava_plugin.bench.modes import MODES, modes_named
 from dynllava_plugin.bench.paper import paper_figures
@@ -47,6 +49,13 @@ def subject():
     return Subject(shape, torch.device("cpu"), torch.float32, 16, 8, 0.25, 0.5)
 
 
+def in_this_process(what, folder, cold):
+    """What a child process of `bench load` does, without another import of PyTorch."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        loading._child(what, folder)
+    return json.loads(printed.getvalue())
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """Rows and folder of `bench all`."""
@@ -54,6 +63,7 @@ def everything(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynllava_plugin.bench.shapes.VOCABULARY", 300)
         patch.setattr("dynllava_plugin.bench.score.ANSWER", 6)
+        patch.setattr(loading, "_in_a_process", in_this_process)
         arguments = [
             "all",
             *TINY,
@@ -74,6 +84,7 @@ def test_every_phase_and_mode_has_its_rows(everything):
     rows, _ = everything
     found = {(row["phase"], row["mode"]) for row in rows}
     assert found >= {(phase, mode) for phase in PHASES for mode in MODES if phase != "load"}
+    assert {row["path"] for row in rows if row["phase"] == "load"} == {"cold", "warm"}
     for row in rows:
         assert row["shape"] == "4x256x4" and row["device"] == "cpu" and row["image_tokens"] == 16
         if row["phase"] != "memory":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.bench.decode import batching, decode, steps_measured
+from dynllava_plugin.bench.loading import load
 from dynllava_plugin.bench.memory import STEPS, memory
 from dynllava_plugin.bench.modes import MODES, modes_named
 from dynllava_plugin.bench.passes import nocache, prefill
@@ -31,6 +32,7 @@ PHASES: dict[str, Callable[[Run], None]] = {
     "nocache": nocache,
     "score": score,
     "memory": memory,
+    "load": load,
 }
 SEVERAL_CACHES = ("decode", "batching")  # phases whose modes hold their caches side by side
 
@@ -164,7 +166,7 @@ def _check_memory(
     most = 0.0
     weights, _ = estimated_bytes(shape, contexts[:1], 1, 1, dtype.itemsize)
     for name in names:
-        if name == "memory":
+        if name in ("memory", "load"):
             continue
         new = {"prefill": 0, "score": ANSWER}.get(name, plan.lengths[-1] + max(steps_measured(plan), STEPS))
         held = contexts * len(plan.paths) if name in SEVERAL_CACHES else contexts[:1]

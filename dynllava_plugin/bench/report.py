@@ -36,7 +36,7 @@ SECTIONS = {
     ),
     "load": (
         "Loading a checkpoint against reading it with safetensors alone",
-        ("median_s", "baseline_s", "peak_bytes", "needed_bytes"),
+        ("path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes"),
     ),
 }
 HEADINGS = {

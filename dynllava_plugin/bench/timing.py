@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -93,6 +95,15 @@ def require_memory(needed: float, device: torch.device, what: str) -> None:
         raise UserError(
             f"{what}: needs about {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free; "
             "take a smaller --shape, --batch or --new-tokens"
+        )
+
+
+def require_disk(needed: float, folder: Path) -> None:
+    """Refuse a checkpoint that the disk can't hold."""
+    free = shutil.disk_usage(folder).free
+    if needed * 1.1 > free:
+        raise UserError(
+            f"load: needs {needed / 2**30:.1f} GiB in {folder}, which has {free / 2**30:.1f} GiB free; set TMPDIR"
         )
 
 
