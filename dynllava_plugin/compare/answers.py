@@ -152,6 +152,7 @@ def _loaded(engine: Engine, settings: ModelSettings) -> Any:
     """lmms-eval's model around an engine that is there already and stays."""
     from lmms_eval.api.model import lmms
 
+    from dynllava_plugin.evaluation.journal import Journal
     from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
 
     class Loaded(DynamicLlava):
@@ -161,6 +162,7 @@ def _loaded(engine: Engine, settings: ModelSettings) -> Any:
             self.engine = engine
             RECORD.note_model(settings, engine.model)
             self.batch_size = engine.batch_size
+            self._journal = Journal(None)
 
         def clean(self) -> None:
             """The engine serves the next policy too."""
