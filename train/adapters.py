@@ -53,7 +53,7 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
     config = LoraConfig(
         task_type=None,
         r=args.lora_rank,
-        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,
+        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,  # type: ignore[arg-type]
         lora_dropout=args.lora_dropout,
         target_modules=rf"{re.escape(DECODER)}\..*\.({targets})",
         modules_to_save=trained,

@@ -59,7 +59,7 @@ def damage(folder: Path) -> str | None:
 
 def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole (None: there is none), and a line for each newer one that isn't."""
-    notes = []
+    notes: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
         problem = damage(folder)
         if problem is None:

@@ -158,9 +158,8 @@ class DynamicLlavaTrainer(Trainer):
         sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
-        if (
-            self.is_fsdp_enabled
-        ):  # whose root gathers its weights for `forward` (and, by Trainer, `generate`) only
+        if self.is_fsdp_enabled:
+            # Its root gathers its weights for `forward` (and, by Trainer, `generate`) only.
             if not isinstance(self.dynamic, FSDPModule):
                 raise UserError(
                     "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
@@ -169,7 +168,7 @@ class DynamicLlavaTrainer(Trainer):
         with self.measures.paused():
             metrics = self.evaluation.measure(self.dynamic, self.processing_class, self.accelerator, sharded)
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
