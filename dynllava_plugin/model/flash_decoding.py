@@ -51,6 +51,6 @@ def flash_step(
         query.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        cache_seqlens=(slots + 1).to(torch.int32),  # type: ignore[operator]
+        cache_seqlens=(slots + 1).to(torch.int32),  # type: ignore[operator, union-attr]
         softmax_scale=scaling,
     )

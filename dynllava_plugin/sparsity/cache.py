@@ -359,6 +359,11 @@ class SparseContextCache(Cache):
             for layer in self.layers:
                 layer.grow()
 
+    def static_tracks(self) -> tuple[StaticTrack, StaticTrack]:
+        """Both tracks of a static cache."""
+        assert isinstance(self.dense, StaticTrack) and isinstance(self.sparse, StaticTrack)
+        return self.dense, self.sparse
+
     def step_slots(self, layer_idx: int) -> torch.Tensor | None:
         """int64 [B]: where a layer's new tokens lie during a single-token step; None during any other call."""
         plan = self.layers[layer_idx].track.plan
