@@ -1,44 +1,46 @@
-"""The command `dynllava`: `dynllava table RESULTS_DIR`, `dynllava bench PHASE`, `dynllava benchmarks`, `dynllava version`."""
+"""The command `dynllava`: evaluation, tables, benchmarks, comparison of policies, pictures, versions."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from importlib import import_module
 
+from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import table_command
+from dynllava_plugin.evaluation.minis import command as mini_command
+from dynllava_plugin.evaluation.suite import command as suite_command
+
+# Modules with `add_arguments(parser)` and `run(args)`. They import PyTorch, which the other commands needn't wait for.
+COMMANDS = {
+    "bench": ("dynllava_plugin.bench.command", "time and memory of each mode, with random weights"),
+    "compare": (
+        "dynllava_plugin.compare.command",
+        "policies on one checkpoint: accuracy, equivalent tokens, time",
+    ),
+    "show": (
+        "dynllava_plugin.visualize.command",
+        "a picture of what a policy keeps of an image and its answer",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="dynllava", description="Dynamic-LLaVA: tables, benchmarks, versions."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="dynllava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="one table over lmms-eval's and VLMEvalKit's results")
-    table.add_argument(
-        "results", type=Path, metavar="RESULTS_DIR", help="folder that holds both harnesses' output"
-    )
-    table.add_argument(
-        "--format",
-        choices=("markdown", "csv", "latex"),
-        default="markdown",
-        help="csv: one figure a row; the others: one mode a row (default: %(default)s)",
-    )
-    table.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the figures, one a record, to FILE"
-    )
-    table.set_defaults(run=_table)
-    benchmarks = commands.add_parser("benchmarks", help="what each benchmark is called in each harness")
-    benchmarks.set_defaults(run=_benchmarks)
-    commands.add_parser("bench", help="time and memory of each mode, with random weights", add_help=False)
+    for name, (module_name, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if arguments[:1] == [name]:
+            loaded = import_module(module_name)
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
+    for module in (suite_command, table_command, mini_command, checkpoint_command):
+        module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["bench"]:  # its flags need PyTorch, which the others needn't wait for
-        from dynllava_plugin.bench.command import main as bench
-
-        return bench(arguments[1:])
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
@@ -48,35 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dynllava table ... | head`
         sys.stderr.close()
         return 0
-
-
-def _table(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.files import write_text
-    from dynllava_plugin.evaluation.tables import read_results, render
-
-    table = read_results(args.results)
-    if args.json:
-        try:
-            write_text(args.json, table.to_json(orient="records", indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
-    print(render(table, args.format), end="")
-    return 0
-
-
-def _benchmarks(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-
-    print("| benchmark | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics |\n|---|---|---|---|")
-    for item in BENCHMARKS:
-        tasks = dict.fromkeys(metric.lmms_eval[0] for metric in item.metrics if metric.lmms_eval)
-        datasets = dict.fromkeys(metric.vlmevalkit[0] for metric in item.metrics if metric.vlmevalkit)
-        metrics = ", ".join(metric.name for metric in item.metrics) + (
-            " (needs a judge)" if item.judge else ""
-        )
-        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (tasks, datasets)]
-        print(f"| {item.name} | {cells[0]} | {cells[1]} | {metrics} |")
-    return 0
 
 
 def _version(args: argparse.Namespace) -> int:

@@ -164,9 +164,7 @@ def test_upstream_checkout_is_found(tmp_path: Path) -> None:
     (tmp_path / "vlmeval").mkdir()
     (tmp_path / "vlmeval" / "__init__.py").touch()
     (tmp_path / "run.py").write_text("def main():\n    return 'upstream'\n")
-    code = (
-        "from dynllava_plugin.evaluation.vlmevalkit_command import _import_kit; print(_import_kit().main())"
-    )
+    code = "from dynllava_plugin.evaluation.vlmevalkit_setup import import_kit; print(import_kit().main())"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "upstream", done.stderr
@@ -197,47 +195,50 @@ class Questions:
         return []
 
 
-def kit_model(batches: list[int], size: int = 3) -> Any:
-    """The adapter with a model that answers with the question itself."""
+def kit_model(calls: list[int], size: int = 1) -> Any:
+    """The adapter with a model that answers with the question itself; it looks four batches ahead."""
     from dynllava_plugin.evaluation.answers import Answer
+    from dynllava_plugin.evaluation.journal import Journal
     from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
 
     class Echo:
         batch_size = size
+        seconds = model_seconds = 0.0
 
         def generate(self, requests: list, generation: Any) -> list[Answer]:
-            batches.append(len(requests))
+            calls.append(len(requests))
             return [
                 Answer(r.prompt.split("USER: ")[1].split(" ASSISTANT")[0], 1, 0, 0, 1, 0, 0) for r in requests
             ]
 
     model = KitModel.__new__(KitModel)
-    model.engine, model.max_new_tokens = Echo(), 8
+    model.engine, model.max_new_tokens, model.prompts = Echo(), 8, "llava"
+    model._journal = Journal(None)
     return model
 
 
 def test_vlmevalkit_looks_ahead_and_answers_the_same() -> None:
-    batches: list[int] = []
-    model, dataset = kit_model(batches), Questions(8)
+    calls: list[int] = []
+    model, dataset = kit_model(calls), Questions(9)
     model.set_dump_image(dataset.dump_image)
-    rows = [dataset.data.iloc[i] for i in range(8)]
+    rows = [dataset.data.iloc[i] for i in range(9)]
     answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows]
-    assert answers == list(dataset.data["question"]) and batches == [3, 3, 2]
+    assert answers == list(dataset.data["question"]) and calls == [4, 4, 1]
 
-    batches.clear()
+    calls.clear()
     model.set_dump_image(dataset.dump_image)  # a resumed run: the first rows were answered before
     answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows[3:]]
-    assert answers == list(dataset.data["question"])[3:] and batches == [3, 2]
+    assert answers == list(dataset.data["question"])[3:] and calls == [4, 2]
 
 
 def test_vlmevalkit_stops_looking_ahead_where_it_guesses_wrong() -> None:
-    batches: list[int] = []
-    model, dataset = kit_model(batches), Questions(6)
+    calls: list[int] = []
+    model, dataset = kit_model(calls), Questions(9)
     model.set_dump_image(dataset.dump_image)
-    for row in (0, 3, 4, 5, 1):
+    for row in (0, 3, 7, 4, 1):
         prompt = dataset.build_prompt(dataset.data.iloc[row])
         assert model.generate(prompt, "Questions")["prediction"] == f"is it {row}?"
-    assert batches == [3, 1, 1, 1, 1]
+    assert calls == [4, 1, 1, 1]
 
 
 def test_vlmevalkit_refuses_video() -> None:

@@ -20,7 +20,11 @@ from dynllava_plugin.sparsity.masked_softmax import (
     masked_softmax_attention,
     training_context,
 )
-from dynllava_plugin.sparsity.masked_softmax_plain import plain_masked_softmax
+from dynllava_plugin.sparsity.masked_softmax_plain import (
+    context_matrix,
+    plain_masked_softmax,
+    visible_matrix,
+)
 from tests.tiny_random import batch_of, random_model, random_sample
 
 SCALING = 0.7
@@ -56,7 +60,7 @@ def ours(leaves, valid):
 
 
 def plain(leaves, valid):
-    return plain_masked_softmax(*leaves, valid, SCALING)
+    return plain_masked_softmax(*leaves[:3], context_matrix(leaves[3]), visible_matrix(valid), SCALING)
 
 
 def with_gradients(attend, leaves, valid, upstream):

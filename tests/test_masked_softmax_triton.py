@@ -18,9 +18,8 @@ from dynllava_plugin.sparsity.masked_softmax_triton import Tile, constants  # no
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 CASES = [
-    dict(seed=0, batch=2, heads=[4, 2], length=37, dim=16, rate=0.5, padding="left", dtype="float32"),
-    dict(seed=1, batch=2, heads=[1, 1], length=53, dim=24, rate=0.0, padding="whole sample", dtype="float32"),
-    dict(seed=2, batch=1, heads=[3, 1], length=48, dim=16, rate=1.0, padding="right", dtype="float32"),
+    dict(seed=0, batch=2, heads=[2, 1], length=37, dim=16, rate=0.5, padding="left", dtype="float32"),
+    dict(seed=1, batch=2, heads=[1, 1], length=41, dim=24, rate=0.0, padding="whole sample", dtype="float32"),
     dict(
         seed=3,
         batch=1,
@@ -30,9 +29,9 @@ CASES = [
         rate=0.3,
         padding="anywhere",
         dtype="float32",
-        spread=8.0,
+        spread=8,
     ),
-    dict(seed=4, batch=1, heads=[2, 1], length=40, dim=16, rate=0.3, padding="none", dtype="float16"),
+    dict(seed=4, batch=1, heads=[1, 1], length=40, dim=16, rate=1.0, padding="right", dtype="float16"),
     dict(seed=5, batch=1, heads=[1, 1], length=1, dim=16, rate=0.0, padding="none", dtype="float32"),
 ]
 

@@ -74,7 +74,7 @@ def turn(states, cos, sin):
     return states * cos + torch.cat([-states[:, half:], states[:, :half]], -1) * sin
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, side=st.integers(2, 7), share=st.floats(0.05, 1))
 def test_downsample_averages_cells(seed, side, share):
     policy = Downsample(r=share)
@@ -95,7 +95,7 @@ def test_downsample_averages_cells(seed, side, share):
         torch.testing.assert_close(reduced.tokens[image][reduced.keep[image]], torch.stack(expected))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, tokens=st.integers(1, 14), share=st.floats(0.05, 1))
 def test_divprune_takes_the_farthest(seed, tokens, share):
     features = drawn(seed, 2, tokens, 4)
@@ -115,7 +115,7 @@ def test_divprune_takes_the_farthest(seed, tokens, share):
     assert torch.equal(reduced.tokens, features)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, tokens=st.integers(2, 10), size=st.integers(1, 5))
 def test_cdpruner_raises_the_determinant_most(seed, tokens, size):
     """Each item taken is the one with which the kernel's minor has the largest determinant."""
@@ -165,7 +165,7 @@ def plain_cls_attention(query, key, heads):
     return total[1:]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, tokens=st.integers(4, 20), n=st.integers(1, 12), packed=st.booleans())
 def test_visionzip_merges_what_the_class_token_does_not_look_at(seed, tokens, n, packed):
     patches = patches_of(seed, tokens)
@@ -203,7 +203,7 @@ def test_visionzip_merges_what_the_class_token_does_not_look_at(seed, tokens, n,
         torch.testing.assert_close(reduced.tokens[image][reduced.keep[image]], torch.stack(expected), **CLOSE)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=seeds,
     tokens=st.integers(6, 24),
@@ -324,7 +324,7 @@ def plain_h2o(sample, tokens, r, start_layer):
 @pytest.mark.parametrize("r", [0.3, 0.75])
 def test_h2o_lets_go_what_the_plain_version_lets_go(r):
     rng, samples = some_samples(11)
-    steps = 12
+    steps = 8
     answers = torch.tensor([[rng.randrange(3, 80) for _ in range(steps)] for _ in samples])
     MODEL.set_sparsity(policy="h2o", r=r, start_layer=2)
     logits, cache = step_by_step(MODEL, batch_of(samples), answers)

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import masked_softmax_attention, training_context
-from dynllava_plugin.sparsity.masked_softmax_plain import plain_masked_softmax
+from dynllava_plugin.sparsity.masked_softmax_plain import (
+    context_matrix,
+    plain_masked_softmax,
+    visible_matrix,
+)
 from dynllava_plugin.sparsity.objective import keep_loss, lm_loss
 from dynllava_plugin.sparsity.selection import (
     gumbel_keep_mask,
@@ -132,7 +136,10 @@ def test_masked_softmax_is_softmax_over_what_is_kept(seed, batch, length, heads,
     expected = eq_7(query, key, value, keep, valid, 0.7)
     context = training_context(keep.double(), valid)
     torch.testing.assert_close(masked_softmax_attention(query, key, value, context, 0.7), expected)
-    torch.testing.assert_close(plain_masked_softmax(query, key, value, keep.double(), valid, 0.7), expected)
+    torch.testing.assert_close(
+        plain_masked_softmax(query, key, value, context_matrix(keep.double()), visible_matrix(valid), 0.7),
+        expected,
+    )
 
 
 def test_masked_softmax_survives_extreme_scores():

@@ -23,6 +23,7 @@ from dynllava_plugin.bench.score import ANSWER, score
 from dynllava_plugin.bench.shapes import SHAPES, shape_named
 from dynllava_plugin.bench.subject import Subject, check_rates, check_tokens, estimated_bytes
 from dynllava_plugin.bench.timing import find_device, require_memory
+from dynllava_plugin.bench.train import add_train, run_train
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge = phases.add_parser(REPORT, help="table and plots of rows measured earlier, on any machine")
     merge.add_argument("files", nargs="+", type=Path, metavar="ROWS.json", help="as written by --json")
     merge.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
+    add_train(phases)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if args.phase == REPORT:
         report(args.files, args.output)
         return 0
+    if args.phase == "train":
+        return run_train(args)
     names = _names("--only", args.only, PHASES)
     shape, device = shape_named(args.shape), find_device(args.device)
     modes, paths, dtype = (

@@ -34,6 +34,9 @@ class Rows:
         Fields of every row of this run: shape, device, dtype, rates.
     """
 
+    keys: tuple[str, ...] = KEYS
+    columns: tuple[str, ...] = COLUMNS
+
     def __init__(self, path: Path | None, resume: bool, common: dict[str, Any]) -> None:
         self.path, self.common = path, common
         self.rows: list[dict[str, Any]] = []
@@ -50,9 +53,9 @@ class Rows:
     def add(self, **values: Any) -> dict[str, Any]:
         """A row, in place of an older one about the same."""
         row = {**self.common, **values}
-        about = {key: row.get(key) for key in KEYS}
-        row = {name: row[name] for name in COLUMNS if name in row}
-        self.rows = [old for old in self.rows if {key: old.get(key) for key in KEYS} != about]
+        about = {key: row.get(key) for key in self.keys}
+        row = {name: row[name] for name in self.columns if name in row}
+        self.rows = [old for old in self.rows if {key: old.get(key) for key in self.keys} != about]
         self.rows.append(row)
         if self.path is not None:
             self._write()

@@ -1,12 +1,39 @@
-"""The benchmarks: our name for each, and where each harness says which figure of it."""
+"""The benchmarks: our name for each, and where each harness says which figure of it.
+
+Adapters, suite, tables and docs read this registry and nothing else, so that a benchmark is one row here.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.text_metrics import METEOR, METEOR_WITHOUT_SYNONYMS
 
 PERCENT = "%"
+LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
+HARNESSES = (LMMS_EVAL, VLMEVALKIT)
+
+
+class Place(NamedTuple):
+    """Where a harness reports a figure.
+
+    Attributes
+    ----------
+    task : str
+        lmms-eval's task or VLMEvalKit's dataset.
+    key : str
+        In lmms-eval's results file, or in VLMEvalKit's `status.json`.
+    factor : float
+        Brings the harness's figure to the metric's unit.
+    """
+
+    task: str
+    key: str
+    factor: float = 1
 
 
 @dataclass(frozen=True)
@@ -17,20 +44,28 @@ class Metric:
     ----------
     name : str
         Our name.
-    lmms_eval : tuple of (task, key, factor) or None
-        Where lmms-eval's results file has it, and what brings it to `unit`.
-    vlmevalkit : tuple of (dataset, key, factor) or None
-        The same in VLMEvalKit's `status.json`.
+    lmms_eval, vlmevalkit : Place or None
+        None where the harness doesn't report it.
     unit : str
         ``%``, or empty for perplexity and scores.
     higher_is_better : bool
+    paper : str
+        The same figure's name in the paper's tables (`paper_results.csv`); empty where the paper has none.
+    paper_factor : float
+        Brings the paper's figure to `unit`.
     """
 
     name: str
-    lmms_eval: tuple[str, str, float] | None
-    vlmevalkit: tuple[str, str, float] | None
+    lmms_eval: Place | None = None
+    vlmevalkit: Place | None = None
     unit: str = PERCENT
     higher_is_better: bool = True
+    paper: str = ""
+    paper_factor: float = 1
+
+    def place(self, harness: str) -> Place | None:
+        """Where `harness` reports it."""
+        return self.lmms_eval if harness == LMMS_EVAL else self.vlmevalkit
 
 
 @dataclass(frozen=True)
@@ -41,60 +76,269 @@ class Benchmark:
     ----------
     name : str
     metrics : tuple of Metric
+    split : str
+        What is evaluated.
     judge : bool
         Whether a harness needs a judge model to score it.
+    server : bool
+        Whether only a server has the answers: a run ends with a submission file.
+    lmms_eval_tasks : tuple of str
+        What `--tasks` gets; by default the metrics' tasks.
+    repo : str
+        The hub repository of lmms-eval's task; empty for our own data.
+    paper_table : str
+        The paper's table that has it: ``1``, ``3``, ``12``, or empty.
+    note : str
+        Where a figure isn't like for like with the paper's or between the harnesses.
     """
 
     name: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = ()
+    split: str = ""
     judge: bool = False
+    server: bool = False
+    lmms_eval_tasks: tuple[str, ...] = ()
+    repo: str = ""
+    paper_table: str = ""
+    note: str = ""
+
+    def tasks(self, harness: str) -> list[str]:
+        """What the harness is asked to run; empty where it doesn't have the benchmark."""
+        if harness == LMMS_EVAL and self.lmms_eval_tasks:
+            return list(self.lmms_eval_tasks)
+        places = (metric.place(harness) for metric in self.metrics)
+        return list(dict.fromkeys(place.task for place in places if place))
 
 
-def _accuracy(
+def _one(
     name: str,
     lmms_eval: tuple[str, str, float] | None,
     vlmevalkit: tuple[str, str, float] | None,
+    *,
+    repo: str,
+    split: str,
     metric: str = "accuracy",
+    unit: str = PERCENT,
+    paper: str = "acc",
+    table: str = "1",
     judge: bool = False,
+    note: str = "",
 ) -> Benchmark:
-    return Benchmark(name, (Metric(metric, lmms_eval, vlmevalkit),), judge)
+    """A benchmark of one headline figure."""
+    places = [Place(*place) if place else None for place in (lmms_eval, vlmevalkit)]
+    figure = Metric(metric, places[0], places[1], unit=unit, paper=paper)
+    return Benchmark(name, (figure,), split=split, judge=judge, repo=repo, paper_table=table, note=note)
 
 
-_DESCRIBE = "easy_vqa_describe_answer"
+def _submission(name: str, task: str, repo: str) -> Benchmark:
+    return Benchmark(
+        name,
+        (Metric("submission", Place(task, "submission")),),
+        split="test",
+        server=True,
+        repo=repo,
+        note="the run writes the file to upload",
+    )
+
+
+def _long_answers(name: str, task: str, dataset: str, paper_table: str, split: str) -> Benchmark:
+    """Perplexity of the reference, METEOR of the answer, and what the output costs in both runs (Table 3)."""
+    ppl, answer = f"{task}_ppl", f"{task}_answer"
+
+    def cost(metric: str, paper: str) -> list[Metric]:
+        return [
+            Metric(
+                f"{metric}_{run}_run",
+                Place(source, metric),
+                Place(dataset, f"{metric}_{run}_run"),
+                unit="",
+                higher_is_better=False,
+                paper=f"{paper}_{run}_run" if paper else "",
+            )
+            for run, source in (("ppl", ppl), ("meteor", answer))
+        ]
+
+    metrics = [
+        Metric("ppl", Place(ppl, "ppl"), Place(dataset, "ppl"), unit="", higher_is_better=False, paper="ppl")
+    ]
+    for meteor in (METEOR, METEOR_WITHOUT_SYNONYMS):
+        same = "meteor" if meteor == METEOR else ""
+        metrics.append(
+            Metric(meteor, Place(answer, meteor, 100), Place(dataset, meteor), paper=same, paper_factor=100)
+        )
+    metrics += cost("kv_mib", "kv_mib")
+    # The paper counts an output token in layers >= l only where it stays as context.
+    metrics += cost("decode_tflops_kept", "decode_tflops")
+    metrics += cost("decode_tflops", "")
+    return Benchmark(name, tuple(metrics), split=split, paper_table=paper_table)
+
+
+_E = "lmms-lab-encoder/"
+_DESCRIBE = "easy_vqa_describe"
 BENCHMARKS: tuple[Benchmark, ...] = (
-    _accuracy("easy_vqa", ("easy_vqa", "exact_match", 100), ("EasyVQA", "Overall", 1)),
-    _accuracy("easy_vqa_scenes", ("easy_vqa_scenes", "exact_match", 100), ("EasyVQA_Scenes", "Overall", 1)),
     Benchmark(
-        "easy_vqa_describe",
+        "easy_vqa",
+        (Metric("accuracy", Place("easy_vqa", "exact_match", 100), Place("EasyVQA", "Overall")),),
+        split="test",
+    ),
+    Benchmark(
+        "easy_vqa_scenes",
+        (
+            Metric(
+                "accuracy",
+                Place("easy_vqa_scenes", "exact_match", 100),
+                Place("EasyVQA_Scenes", "Overall"),
+            ),
+        ),
+        split="test",
+    ),
+    Benchmark(
+        _DESCRIBE,
         (
             Metric(
                 "ppl",
-                ("easy_vqa_describe_ppl", "ppl", 1),
-                ("EasyVQA_Describe", "ppl", 1),
+                Place("easy_vqa_describe_ppl", "ppl"),
+                Place("EasyVQA_Describe", "ppl"),
                 unit="",
                 higher_is_better=False,
             ),
-            Metric(METEOR, (_DESCRIBE, METEOR, 100), ("EasyVQA_Describe", METEOR, 1)),
-            Metric(
-                METEOR_WITHOUT_SYNONYMS,
-                (_DESCRIBE, METEOR_WITHOUT_SYNONYMS, 100),
-                ("EasyVQA_Describe", METEOR_WITHOUT_SYNONYMS, 1),
+            *(
+                Metric(name, Place("easy_vqa_describe_answer", name, 100), Place("EasyVQA_Describe", name))
+                for name in (METEOR, METEOR_WITHOUT_SYNONYMS)
             ),
         ),
+        split="test",
     ),
-    # The paper's twelve, by the harnesses' own tasks and datasets.
-    _accuracy("VQAv2", ("vqav2_val", "exact_match", 100), None),
-    _accuracy("GQA", ("gqa", "exact_match", 100), ("GQA_TestDev_Balanced", "Overall", 1)),
-    _accuracy("VizWiz", ("vizwiz_vqa_val", "exact_match", 100), ("VizWiz", "Overall", 1)),
-    _accuracy("SciQA", ("scienceqa_img", "exact_match", 100), ("ScienceQA_TEST", "Overall", 100)),
-    _accuracy("TextVQA", ("textvqa_val", "exact_match", 100), ("TextVQA_VAL", "Overall", 1)),
-    _accuracy("POPE", ("pope", "pope_f1_score", 100), ("POPE", "Overall", 1), metric="f1"),
-    _accuracy("MMBench", ("mmbench_en_dev_static", "gpt_eval_score", 1), ("MMBench_DEV_EN", "Overall", 100)),
-    _accuracy("SEED", ("seedbench", "seed_image", 100), ("SEEDBench_IMG", "Overall", 100)),
-    _accuracy("MM-Vet", ("mmvet", "gpt_eval_score", 1), ("MMVet", "Overall", 1), "score", judge=True),
-    _accuracy("MMVP", ("mmvp", "mmvp_pair_accuracy", 100), ("MMVP", "Overall", 100), metric="pair_accuracy"),
-    _accuracy("RealWorldQA", ("realworldqa", "exact_match", 100), ("RealWorldQA", "Overall", 100)),
-    _accuracy("CVBench-2D", ("cv_bench_2d", "cv_bench_acc", 100), ("CV-Bench-2D", "Overall", 100)),
+    # The paper's twelve, MME and LLaVA-Wild, by the harnesses' own tasks and datasets.
+    _one(
+        "VQAv2",
+        ("vqav2_val", "exact_match", 100),
+        ("VQAv2_VAL", "Overall", 1),
+        repo=f"{_E}VQAv2",
+        split="validation",
+        note="the paper reports test-dev (server); here the validation split",
+    ),
+    _one(
+        "GQA",
+        ("gqa", "exact_match", 100),
+        ("GQA_TestDev_Balanced", "Overall", 1),
+        repo=f"{_E}GQA",
+        split="testdev balanced",
+    ),
+    _one(
+        "VizWiz",
+        ("vizwiz_vqa_val", "exact_match", 100),
+        ("VizWiz", "Overall", 1),
+        repo=f"{_E}VizWiz-VQA",
+        split="val",
+        table="12",
+        note="the paper reports test-dev (server); here the validation split",
+    ),
+    _one(
+        "SciQA",
+        ("scienceqa_img", "exact_match", 100),
+        ("ScienceQA_TEST", "Overall", 100),
+        repo=f"{_E}ScienceQA",
+        split="test, with image",
+    ),
+    _one(
+        "TextVQA",
+        ("textvqa_val", "exact_match", 100),
+        ("TextVQA_VAL", "Overall", 1),
+        repo=f"{_E}textvqa",
+        split="validation",
+        note="LLaVA-1.5's own prompt lists the image's OCR tokens; the harnesses' prompts don't",
+    ),
+    _one(
+        "POPE",
+        ("pope", "pope_f1_score", 100),
+        ("POPE", "Overall", 1),
+        metric="f1",
+        paper="f1",
+        repo=f"{_E}POPE",
+        split="test",
+        note="F1 of all three categories pooled; LLaVA's script averages the categories' F1",
+    ),
+    _one(
+        "MME",
+        ("mme", "mme_perception_score", 1),
+        ("MME", "perception", 1),
+        metric="perception",
+        unit="",
+        paper="perception",
+        repo=f"{_E}MME",
+        split="test",
+    ),
+    _one(
+        "MMBench",
+        ("mmbench_en_dev_static", "gpt_eval_score", 1),
+        ("MMBench_DEV_EN", "Overall", 100),
+        repo=f"{_E}MMBench",
+        split="en, dev",
+        note="answers are matched by rules, no judge",
+    ),
+    _one(
+        "SEED",
+        ("seedbench", "seed_image", 100),
+        ("SEEDBench_IMG", "Overall", 100),
+        repo=f"{_E}SEED-Bench",
+        split="test, images",
+    ),
+    _one(
+        "MM-Vet",
+        ("mmvet", "gpt_eval_score", 1),
+        ("MMVet", "Overall", 1),
+        metric="score",
+        paper="score",
+        table="12",
+        judge=True,
+        repo=f"{_E}MMVet",
+        split="test",
+    ),
+    _one(
+        "LLaVA-Wild",
+        ("llava_in_the_wild", "gpt_eval_llava_all", 1),
+        ("LLaVABench", "Relative Score (main)", 1),
+        metric="score",
+        paper="score",
+        table="12",
+        judge=True,
+        repo=f"{_E}llava-bench-in-the-wild",
+        split="train (its only one)",
+    ),
+    _one(
+        "MMVP",
+        ("mmvp", "mmvp_pair_accuracy", 100),
+        ("MMVP", "Overall", 100),
+        metric="pair_accuracy",
+        repo="lmms-lab-eval/MMVP",
+        split="train (its only one)",
+    ),
+    _one(
+        "RealWorldQA",
+        ("realworldqa", "exact_match", 100),
+        ("RealWorldQA", "Overall", 100),
+        repo=f"{_E}RealWorldQA",
+        split="test",
+    ),
+    _one(
+        "CVBench-2D",
+        ("cv_bench_2d", "cv_bench_acc", 100),
+        ("CV-Bench-2D", "Overall", 100),
+        repo="nyu-visionx/CV-Bench",
+        split="2D, test",
+        note="lmms-eval takes the mean over questions, VLMEvalKit the mean over the two sources",
+    ),
+    # Answers that only a server has.
+    _submission("VQAv2-test", "vqav2_test", f"{_E}VQAv2"),
+    _submission("VizWiz-test", "vizwiz_vqa_test", f"{_E}VizWiz-VQA"),
+    _submission("TextVQA-test", "textvqa_test", f"{_E}textvqa"),
+    # Long answers, from `dynllava build-lvis`.
+    _long_answers("LVIS-VQA single", "lvis_vqa_single", "LVIS_VQA_Single", "3", "1,000 samples of one round"),
+    _long_answers(
+        "LVIS-VQA multi", "lvis_vqa_multi", "LVIS_VQA_Multi", "3", "1,000 samples of more than seven rounds"
+    ),
+    _long_answers("ShareGPT4V-VQA", "sharegpt4v_vqa", "ShareGPT4V_VQA", "3", "captions of 300 words or more"),
 )
 
 
@@ -103,10 +347,37 @@ def find_metrics(harness: str, task: str) -> list[tuple[Benchmark, Metric, str, 
     found = []
     for benchmark in BENCHMARKS:
         for metric in benchmark.metrics:
-            place = metric.lmms_eval if harness == "lmms-eval" else metric.vlmevalkit
-            if place is not None and place[0] == task:
-                found.append((benchmark, metric, place[1], place[2]))
+            place = metric.place(harness)
+            if place is not None and place.task == task:
+                found.append((benchmark, metric, place.key, place.factor))
     return found
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of our name, of a harness's task, or of a harness's dataset.
+
+    Raises
+    ------
+    UserError
+        Naming the nearest ones.
+    """
+    names: dict[str, Benchmark] = {}
+    for benchmark in BENCHMARKS:
+        for known in (*benchmark.tasks(LMMS_EVAL), *benchmark.tasks(VLMEVALKIT)):
+            names.setdefault(known.lower(), benchmark)
+    names |= {benchmark.name.lower(): benchmark for benchmark in BENCHMARKS}
+    if name.lower() in names:
+        return names[name.lower()]
+    raise UserError(f"{name}: no such benchmark; {_nearest(name, (item.name for item in BENCHMARKS))}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    spelled = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
+    close = close or [item for item in spelled if name.lower() in item]
+    if close:
+        return "did you mean " + " or ".join(spelled[item] for item in close) + "?"
+    return "`dynllava benchmarks` lists them"
 
 
 def unit_of(metric: str) -> str:

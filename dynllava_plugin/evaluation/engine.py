@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer, Score
-from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.costs import DecoderShape, output_cost
+from dynllava_plugin.evaluation.features import ImageFeatures
+from dynllava_plugin.evaluation.histories import read_histories
+from dynllava_plugin.evaluation.prefetch import Preparation, Prepared
 from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 DEFAULT_BATCH_SIZE = 8
+# A window is sorted by length and by image, decoded while the one before it is answered.
+_WINDOW_BATCHES, _WINDOW = 16, 256
+Result = TypeVar("Result", Answer, Score)
 
 
 class Engine:
@@ -23,15 +31,23 @@ class Engine:
     Parameters
     ----------
     model : DynamicLlavaForConditionalGeneration
-    processor : LlavaProcessor
+    processor : DynamicLlavaProcessor
     batch_size : int
         Samples in one forward pass. It never changes an answer.
+
+    Attributes
+    ----------
+    seconds, model_seconds : float
+        In `generate` and `score` so far, and of those inside the model.
     """
 
     def __init__(self, model: Any, processor: Any, batch_size: int = DEFAULT_BATCH_SIZE) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a positive integer")
         self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.features = ImageFeatures(model)
+        self.shape = DecoderShape.of(model)
+        self.seconds = self.model_seconds = 0.0
         eos = model.generation_config.eos_token_id
         eos = processor.tokenizer.eos_token_id if eos is None else eos
         self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
@@ -55,17 +71,18 @@ class Engine:
         self,
         requests: Sequence[Request],
         generation: Generation | None = None,
-        on_batch: Callable[[int], None] | None = None,
+        on_batch: Callable[[list[int], list[Answer]], None] | None = None,
     ) -> list[Answer]:
         """Answers in request order.
 
         Parameters
         ----------
         requests : sequence of Request
+            May build an item when it is indexed: that is done in the background, a window ahead.
         generation : Generation, optional
             Greedy, at most 1,024 new tokens, where None.
         on_batch : callable, optional
-            Told the number of samples after each batch, for a progress bar.
+            Told the places in `requests` and the answers after each batch.
 
         Raises
         ------
@@ -73,132 +90,218 @@ class Engine:
             For a request with a bad image, or with other than one image for each ``<image>``.
         """
         generation = generation or Generation.from_task(None)
-        answers: list[Answer | None] = [None] * len(requests)
-        for indices in self._batches(requests):
-            batch = [requests[index] for index in indices]
-            for index, answer in zip(indices, self._generate_batch(batch, generation), strict=True):
-                answers[index] = answer
-            if on_batch:
-                on_batch(len(indices))
-        return [answer for answer in answers if answer is not None]
+        return self._all(requests, lambda batch: self._generate_batch(batch, generation), on_batch)
 
     @torch.inference_mode()
     def score(
-        self, requests: Sequence[Request], on_batch: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_batch: Callable[[list[int], list[Score]], None] | None = None,
     ) -> list[Score]:
-        """Scores of each request's continuation, in request order, each in one parallel pass.
+        """Scores of each request's continuation, and of its earlier answers, in request order.
+
+        One parallel pass a batch. Where a request has earlier answers, each is a round of its score.
 
         Raises
         ------
         UserError
             As `generate`, and for an empty continuation.
         """
-        scores: list[Score | None] = [None] * len(requests)
-        for indices in self._batches(requests):
-            batch = [requests[index] for index in indices]
-            for index, score in zip(indices, self._score_batch(batch), strict=True):
-                scores[index] = score
-            if on_batch:
-                on_batch(len(indices))
-        return [score for score in scores if score is not None]
+        return self._all(requests, self._score_batch, on_batch)
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        # Longest first: padding is small, and the batch that needs the most memory comes first.
-        order = sorted(
-            range(len(requests)), key=lambda i: -len(requests[i].prompt) - len(requests[i].continuation)
-        )
+    def _all(
+        self,
+        requests: Sequence[Request],
+        work: Callable[[list[Prepared]], list[Result]],
+        on_batch: Callable[[list[int], list[Result]], None] | None,
+    ) -> list[Result]:
+        started = time.perf_counter()
+        results: list[Result | None] = [None] * len(requests)
+        size = max(self.batch_size, min(_WINDOW_BATCHES * self.batch_size, _WINDOW))
+        for window in Preparation(self.processor).windows(requests, size):
+            for batch in self._batches(window):
+                found = work(batch)
+                for item, result in zip(batch, found, strict=True):
+                    results[item.index] = result
+                if on_batch:
+                    on_batch([item.index for item in batch], found)
+        self.seconds += time.perf_counter() - started
+        return [result for result in results if result is not None]
+
+    def _batches(self, window: list[Prepared]) -> Iterator[list[Prepared]]:
+        """Questions about one image together, longest first: little padding, and the largest batch first."""
+        groups: dict[tuple[bytes, ...], list[Prepared]] = {}
+        for item in sorted(window, key=lambda item: -_length(item.request)):
+            images = tuple(image.key for image in item.images) or (item.index.to_bytes(8, "big"),)
+            groups.setdefault(images, []).append(item)
+        order = [item for group in groups.values() for item in group]
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def _inputs(self, batch: Sequence[Request], texts: list[str]) -> dict[str, torch.Tensor]:
-        images = []
-        for request in batch:
-            markers = request.prompt.count(IMAGE_TOKEN)
-            if markers != len(request.images):
-                found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
-                raise UserError(f"{request.name}: the prompt has {found}")
-            images += [load_image(image, request.name) for image in request.images]
-        inputs = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return inputs
+    @contextmanager
+    def _model_time(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.model_seconds += time.perf_counter() - started
 
-    def _generate_batch(self, batch: Sequence[Request], generation: Generation) -> list[Answer]:
-        inputs = self._inputs(batch, [request.prompt for request in batch])
-        width = inputs["input_ids"].shape[1]
-        pad = self.processor.tokenizer.pad_token_id
-        output = self.model.generate(
-            **inputs, **generation.kwargs, pad_token_id=pad, return_dict_in_generate=True
-        )
+    def _inputs(self, batch: list[Prepared], texts: list[str]) -> tuple[dict[str, torch.Tensor], Any]:
+        """`input_ids` and `attention_mask` [B, L], padded on the left, and the images' features."""
+        with self._model_time():
+            features = self.features.of([image for item in batch for image in item.images])
+        if features is not None:
+            tokens = features["image"].pooler_output.shape[1]
+            texts = [
+                self.processor.prepare_text(text).replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens) for text in texts
+            ]
+        else:
+            texts = [self.processor.prepare_text(text) for text in texts]
+        inputs = self.processor.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}, features
+
+    def _token_count(self, text: str) -> int:
+        return len(self.processor.tokenizer(self.processor.prepare_text(text))["input_ids"])
+
+    def _columns(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Character spans as token spans, counted from the end (negative; 0 is the end itself).
+
+        Counted from the end because images, which stand before them, become many tokens, and padding is left.
+        """
+        total = self._token_count(text)
+        return [(self._token_count(text[:s]) - total, self._token_count(text[:e]) - total) for s, e in spans]
+
+    def _earlier_answers(self, ids: torch.Tensor, batch: list[Prepared]) -> torch.Tensor | None:
+        """bool [B, L] of the prompts' own output text; None where no prompt has any."""
+        if not any(item.request.output_spans for item in batch):
+            return None
+        mask, width = torch.zeros_like(ids, dtype=torch.bool), ids.shape[1]
+        for row, item in enumerate(batch):
+            for start, end in self._columns(item.request.prompt, item.request.output_spans):
+                mask[row, width + start : width + end] = True
+        return mask
+
+    def _generate_batch(self, batch: list[Prepared], generation: Generation) -> list[Answer]:
+        inputs, features = self._inputs(batch, [item.request.prompt for item in batch])
+        ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
+        earlier = self._earlier_answers(ids, batch)
+        more = {} if earlier is None else {"output_mask": earlier}
+        with self._model_time():
+            output = self.model.generate(
+                **inputs,
+                **generation.kwargs,
+                **more,
+                mm_encoder_outputs=features or {},
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+            )
         tokens = output.sequences[:, width:].cpu()  # [B, T]
         ended = torch.isin(tokens, self.eos_ids)
         # Tokens up to and with the first end token; all of them where none came.
         counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])  # [B]
-        prompt_tokens = inputs["attention_mask"].sum(1).cpu()
-        image_tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).cpu()
+        prompt_tokens = inputs["attention_mask"].sum(1).tolist()
+        image_tokens = (ids == self.model.config.image_token_id).sum(1).tolist()
         texts = self.processor.tokenizer.batch_decode(
             [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)],
             skip_special_tokens=True,
         )
         one_history = generation.kwargs.get("num_beams", 1) == 1
-        context = _context_counts(output.past_key_values) if one_history else None
+        steps = tokens.shape[1] - 1  # the last token is never fed back
+        histories = read_histories(output.past_key_values, steps, earlier) if one_history else None
         answers = []
         for row, text in enumerate(texts):
             count = int(counts[row])
-            kept_image = cached = kept = None
-            if context is not None:
-                images_kept, output_keep = context
-                kept_image = int(image_tokens[row] if images_kept is None else images_kept[row])
-                # The last token is never fed back; what follows a sample's end token is padding of the batch.
+            kept_image = cached = kept = cost = None
+            if histories is not None:
                 cached = count - 1
-                kept = cached if output_keep is None else int(output_keep[row, :cached].sum())
+                history = histories[row]
+                keep = history.keep[:cached]  # the rest is padding of the batch behind the sample's end
+                kept = sum(keep)
+                dropped_image = prompt_tokens[row] - history.context - history.dropped_answers
+                # Where the cache lets prompt tokens go later, its length no longer tells.
+                noted = output.past_key_values.images_kept
+                kept_image = image_tokens[row] - dropped_image if noted is None else int(noted[row])
+                cost = output_cost(self.shape, prompt_tokens[row], history.context, keep)
             answers.append(
                 Answer(
                     text=_truncate(text, generation.until),
-                    prompt_tokens=int(prompt_tokens[row]),
-                    image_tokens=int(image_tokens[row]),
+                    prompt_tokens=prompt_tokens[row],
+                    image_tokens=image_tokens[row],
                     kept_image_tokens=kept_image,
                     generated_tokens=count,
                     cached_tokens=cached,
                     kept_tokens=kept,
+                    cost=cost,
                 )
             )
         return answers
 
-    def _text_length(self, text: str) -> int:
-        return len(self.processor.tokenizer(self.processor.prepare_text(text))["input_ids"])
-
-    def _score_batch(self, batch: Sequence[Request]) -> list[Score]:
-        texts, sizes = [], []
-        for request in batch:
+    def _score_batch(self, batch: list[Prepared]) -> list[Score]:
+        texts, spans = [], []
+        for item in batch:
+            request = item.request
             texts.append(request.prompt + request.continuation)
-            size = self._text_length(texts[-1]) - self._text_length(request.prompt)
-            if size < 1:
+            ends = (*request.output_spans, (len(request.prompt), len(texts[-1])))
+            spans.append(self._columns(texts[-1], ends))
+            if any(start == end for start, end in spans[-1]):
                 raise UserError(f"{request.name}: the text to score is empty")
-            sizes.append(size)
-        inputs = self._inputs(batch, texts)
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for row, size in enumerate(sizes):  # left padding: the continuation ends the row
-            labels[row, -size:] = inputs["input_ids"][row, -size:]
-        logprobs, greedy = self.model.score(**inputs, labels=labels, return_greedy=True)  # [B, L] each
-        wanted = labels != -100
-        totals = logprobs.double().sum(1).tolist()
-        all_greedy = (greedy | ~wanted).all(1).tolist()
-        return [
-            Score(total, size, bool(hit)) for total, size, hit in zip(totals, sizes, all_greedy, strict=True)
-        ]
+        inputs, features = self._inputs(batch, texts)
+        ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
+        wanted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, columns in enumerate(spans):
+            for start, end in columns:
+                wanted[row, width + start : width + end] = True
+        labels = ids.masked_fill(~wanted, -100)
+        with self._model_time():
+            found = self.model.score_details(
+                **inputs, labels=labels, output_mask=wanted, mm_encoder_outputs=features
+            )
+        logprobs, greedy = found.log_probs.double().cpu(), (found.greedy | ~wanted).cpu()
+        keep, wanted = found.text_keep.cpu(), wanted.cpu()
+        prompt = inputs["attention_mask"].cpu()
+        image = (ids == self.model.config.image_token_id).cpu()
+        kept_images = found.image_keep.sum(1).tolist() if found.image_keep is not None else None
+        scores = []
+        for row, columns in enumerate(spans):
+            dropped = int(image[row].sum()) - kept_images[row] if kept_images is not None else 0
+            rounds = []
+            for start, end in columns:
+                place = slice(width + start, width + end)
+                before = slice(0, width + start)
+                dense = int(prompt[row, before].sum())
+                lost = int((wanted[row, before] & ~keep[row, before]).sum())
+                stays = keep[row, place].tolist()
+                rounds.append(
+                    Score(
+                        logprob=float(logprobs[row, place].sum()),
+                        tokens=end - start,
+                        is_greedy=bool(greedy[row, place].all()),
+                        kept_tokens=sum(stays),
+                        cost=output_cost(self.shape, dense, dense - dropped - lost, stays),
+                    )
+                )
+            scores.append(rounds[0] if len(rounds) == 1 else _joined(rounds))
+        return scores
+
+
+def _length(request: Request) -> int:
+    return len(request.prompt) + len(request.continuation)
+
+
+def _joined(rounds: list[Score]) -> Score:
+    """A conversation's score from its rounds'."""
+    costs = [score.cost for score in rounds if score.cost is not None]
+    return Score(
+        logprob=sum(score.logprob for score in rounds),
+        tokens=sum(score.tokens for score in rounds),
+        is_greedy=all(score.is_greedy for score in rounds),
+        kept_tokens=sum(score.kept_tokens for score in rounds),
+        cost=sum(costs[1:], costs[0]),
+        rounds=tuple(rounds),
+    )
 
 
 def _truncate(text: str, until: tuple[str, ...]) -> str:
     text = text.strip()
     ends = [position for position in (text.find(stop) for stop in until) if position >= 0]
     return text[: min(ends)].strip() if ends else text
-
-
-def _context_counts(cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """From the cache: image tokens kept, int64 [B], and output tokens kept, bool [B, T] (None: all)."""
-    if cache is None or not hasattr(cache, "kept_lengths"):
-        return None
-    images, output = cache.images_kept, cache.output_keep()
-    return None if images is None else images.cpu(), None if output is None else output.cpu()

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
+from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
 
 DEFAULT_OUTPUT = "results/lmms-eval"
-HARNESS = "lmms-eval"
 _LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
 
 
@@ -58,6 +59,30 @@ def _add_tasks() -> None:
     TaskManager.initialize_tasks = with_our_tasks  # type: ignore[method-assign]
 
 
+def _without_judge(tasks: set[str]) -> None:
+    """Let the tasks that only a judge can score end with their predictions, whatever else is evaluated.
+
+    lmms-eval would ask the judge anyway and count 0 points for each answer it doesn't give.
+    """
+    import lmms_eval.evaluator as harness
+
+    load: Callable[..., dict[str, Any]] = harness.get_task_dict
+
+    def bypassed(loaded: dict[Any, Any]) -> None:
+        for name, task in loaded.items():
+            if isinstance(task, dict):
+                bypassed(task)
+            elif name in tasks:
+                task.override_metric(metric_name="bypass")
+
+    def load_bypassed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded = load(*args, **kwargs)
+        bypassed(loaded)
+        return loaded
+
+    harness.get_task_dict = load_bypassed
+
+
 class _Runs:
     """What became of each configuration that the command evaluated."""
 
@@ -88,9 +113,18 @@ class _Runs:
             if args.tasks in _LISTINGS:
                 return evaluate(args)
             args.output_path = args.output_path or DEFAULT_OUTPUT
+            wanted = judge_tasks(LMMS_EVAL) & set(args.tasks.split(","))
+            judge = find_judge(LMMS_EVAL, wanted)
+            if wanted:
+                args.log_samples = True  # what a judge has to read stays
+                if judge is None:
+                    _without_judge(wanted)
             try:
                 results, samples = evaluate(args)
-                self._check(args, results)
+                from dynllava_plugin.evaluation.records import RECORD
+
+                RECORD.gather()
+                self._check(args, results, judge, unanswered(samples) if judge else {})
                 return results, samples
             except Exception as error:
                 cause = _user_error(error)
@@ -101,7 +135,13 @@ class _Runs:
 
         harness.cli_evaluate_single = watched
 
-    def _check(self, args: Namespace, results: dict[str, Any] | None) -> None:
+    def _check(
+        self,
+        args: Namespace,
+        results: dict[str, Any] | None,
+        judge: Judge | None,
+        missing: dict[str, int],
+    ) -> None:
         if int(os.environ.get("RANK", 0)) != 0:
             return  # rank 0 gathers the results
         if results is None:
@@ -117,7 +157,10 @@ class _Runs:
         written = next(Path(args.output_path).glob(f"**/{date}_results.json"), None)
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
-        _write_manifest(written, args)
+        for task, count in missing.items():
+            self.fail(f"task {task}: the judge gave no score for {count} samples; run it again")
+        facts = {"model": judge.model, "url": judge.url, "unanswered": missing} if judge else None
+        _write_manifest(written, args, facts)
         print(f"results: {written}")
 
 
@@ -131,7 +174,7 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _write_manifest(results_file: Path, args: Namespace) -> None:
+def _write_manifest(results_file: Path, args: Namespace, judge: dict[str, Any] | None) -> None:
     """Beside the results, under the same date: `<date>_dynllava_run.json`."""
     from dynllava_plugin.evaluation.files import write_json
     from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD
@@ -139,11 +182,12 @@ def _write_manifest(results_file: Path, args: Namespace) -> None:
     if RECORD.settings is None:
         return  # another model than ours was evaluated
     manifest = RECORD.to_dict(
-        HARNESS,
+        LMMS_EVAL,
         results=results_file.name,
         tasks=args.tasks.split(","),
         limit=args.limit,
         arguments=sys.argv[1:],
+        judge=judge,
     )
     date = results_file.name.removesuffix("_results.json")
     write_json(results_file.with_name(f"{date}_{MANIFEST_NAME}"), manifest)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from PIL import Image
 from tqdm import tqdm
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.answers import Answer, Score, joined
 from dynllava_plugin.evaluation.engine import DEFAULT_BATCH_SIZE, Engine
-from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.evaluation.journal import Journal
+from dynllava_plugin.evaluation.lmms_eval_questions import Item, LazyRequests, Question, Rounds, is_padding
 from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 
@@ -71,6 +73,11 @@ class DynamicLlava(lmms):
         self.engine = Engine.load(settings, size)
         RECORD.note_model(settings, self.engine.model)
         self.batch_size = size
+        self._journal = Journal.from_environment()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()  # lmms-eval waits for the other processes through it
 
     @property
     def device(self) -> torch.device:
@@ -99,113 +106,97 @@ class DynamicLlava(lmms):
         items = []
         for request in requests:
             context, arguments, doc_to_visual, doc_id, task, split = request.args
-            name = f"{task} {split} {doc_id}"
-            visuals = self._visuals(doc_to_visual, doc_id, task, split, name)
-            prompt = conversation_prompt([(context, None)], len(visuals), name)
-            items.append((Request(prompt, visuals, name), arguments, task))
+            question = Question(self.task_dict, doc_to_visual, doc_id, task, split)
+            build = partial(question.ask, [(context, None)])
+            items.append(Item(build, question.name, [context], arguments, task, is_padding(request)))
         answers = self._generate(items)
         return [_result(answer) for answer in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[LossAndGreedy]:
-        """``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins."""
+        """``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins.
+
+        A continuation may be a conversation, a list of (question, answer): its loss is the logarithm of its
+        rounds' mean perplexity.
+        """
         items = []
         for request in requests:
             context, continuation, doc_to_visual, doc_id, task, split = request.args
-            name = f"{task} {split} {doc_id}"
+            question = Question(self.task_dict, doc_to_visual, doc_id, task, split)
             if callable(continuation):
-                continuation = continuation(self.task_dict[task][split][doc_id])
-            visuals = self._visuals(doc_to_visual, doc_id, task, split, name)
-            prompt = conversation_prompt([(context, None)], len(visuals), name)
-            # vicuna_v1 puts one space between "ASSISTANT:" and the answer.
-            items.append(Request(prompt, visuals, name, continuation=f" {str(continuation).strip()}"))
-        with self._progress(len(items), "scoring") as bar:
-            scores = self.engine.score(items, on_batch=bar.update)
-        return [LossAndGreedy(score.loss, score.is_greedy) for score in scores]
+                continuation = continuation(question.document)
+            if isinstance(continuation, str):
+                continuation = [(context, continuation)]
+            turns = [(str(asked), str(answer)) for asked, answer in continuation]
+            build = partial(question.ask, [*turns[:-1], (turns[-1][0], None)], turns[-1][1])
+            items.append(Item(build, question.name, turns, {}, task, is_padding(request)))
+        scores = self._score(items)
+        return [LossAndGreedy(math.log(score.perplexity), score.is_greedy) for score in scores]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of every round, one list a request; a round's question may depend on earlier answers."""
-        rounds = [_Rounds(self, request) for request in requests]
+        rounds = [Rounds(self.task_dict, request) for request in requests]
         while open_rounds := [item for item in rounds if not item.finished]:
-            answers = self._generate([(item.request(), item.arguments, item.task) for item in open_rounds])
+            answers = self._generate([item.question() for item in open_rounds], noted=False)
             for item, answer in zip(open_rounds, answers, strict=True):
-                item.advance(answer.text)
+                item.advance(answer)
+        for item, request in zip(rounds, requests, strict=True):
+            if not is_padding(request):
+                RECORD.note_answers(item.task, [joined(item.given)])
         return [item.answers for item in rounds]
 
-    def _generate(self, items: Sequence[tuple[Request, dict[str, Any], str]]) -> list[Answer]:
+    def _generate(self, items: Sequence[Item], noted: bool = True) -> list[Answer]:
         """Answers in order; requests with the same generation arguments share batches across tasks."""
+        known = [self._journal.answer(item.key) for item in items]
         groups: dict[str, list[int]] = defaultdict(list)
-        for index, (_, arguments, _) in enumerate(items):
-            groups[repr(sorted(arguments.items(), key=str))].append(index)
-        answers: list[Answer | None] = [None] * len(items)
-        with self._progress(len(items), "answering") as bar:
+        for index, item in enumerate(items):
+            if known[index] is None:
+                groups[repr(sorted(item.arguments.items(), key=str))].append(index)
+        answers: list[Answer | None] = list(known)
+        missing = sum(map(len, groups.values()))
+        with self._progress(len(items), missing, "answering") as progress:
             for indices in groups.values():
-                generation = Generation.from_task(items[indices[0]][1])
+                chosen = [items[index] for index in indices]
                 started = time.perf_counter()
-                results = self.engine.generate(
-                    [items[i][0] for i in indices], generation, on_batch=bar.update
+                found = self.engine.generate(
+                    LazyRequests(chosen),
+                    Generation.from_task(chosen[0].arguments),
+                    on_batch=partial(self._note, chosen, progress),
                 )
-                _log_throughput(results, time.perf_counter() - started)
-                for index, answer in zip(indices, results, strict=True):
+                _log_throughput(found, time.perf_counter() - started)
+                for index, answer in zip(indices, found, strict=True):
                     answers[index] = answer
-                    RECORD.note_answers(items[index][2], [answer])
-        return [answer for answer in answers if answer is not None]
+        complete = [answer for answer in answers if answer is not None]
+        if noted:
+            for item, answer in zip(items, complete, strict=True):
+                if not item.padding:
+                    RECORD.note_answers(item.task, [answer])
+        RECORD.note_time(self.engine)
+        return complete
 
-    def _progress(self, total: int, what: str) -> Any:
-        return tqdm(total=total, desc=f"dynllava {what}", disable=self.rank != 0)
+    def _score(self, items: Sequence[Item]) -> list[Score]:
+        scores = [self._journal.score(item.key) for item in items]
+        indices = [index for index, score in enumerate(scores) if score is None]
+        chosen = [items[index] for index in indices]
+        with self._progress(len(items), len(indices), "scoring") as progress:
+            found = self.engine.score(LazyRequests(chosen), on_batch=partial(self._note, chosen, progress))
+        for index, score in zip(indices, found, strict=True):
+            scores[index] = score
+        complete = [score for score in scores if score is not None]
+        for item, score in zip(items, complete, strict=True):
+            if not item.padding:
+                RECORD.note_scores(item.task, [score])
+        RECORD.note_time(self.engine)
+        return complete
 
-    def _visuals(
-        self, doc_to_visual: Callable[[Any], Any] | None, doc_id: int, task: str, split: str, name: str
-    ) -> tuple[str | Image.Image, ...]:
-        """The sample's images; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
-        if doc_to_visual is None:
-            return ()
-        try:
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-        except UserError:
-            raise
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{name}: its image can't be read ({error}); repair the dataset") from None
-        visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
-        for visual in visuals:
-            if not isinstance(visual, (str, Image.Image)):
-                raise UserError(f"{name}: LLaVA-1.5 reads images only, not {type(visual).__name__}")
-        return tuple(visuals)
+    def _note(self, items: Sequence[Item], progress: Any, places: list[int], found: Sequence[Any]) -> None:
+        """A batch is done: write it down and move the bar."""
+        self._journal.write((items[place].key, result) for place, result in zip(places, found, strict=True))
+        progress.update(len(places))
 
-
-class _Rounds:
-    """The state of one multi-round request.
-
-    lmms-eval's protocol: the task writes every round's whole prompt, which may quote earlier answers, and
-    names its images.
-    """
-
-    def __init__(self, lm: DynamicLlava, request: Instance) -> None:
-        self._context, self.arguments, doc_to_visual, self._next, doc_id, self.task, split = request.args
-        self._doc = lm.task_dict[self.task][split][doc_id]
-        self._name = f"{self.task} {split} {doc_id}"
-        self._visuals = lm._visuals(doc_to_visual, doc_id, self.task, split, self._name)
-        self._info: Any = None
-        self.answers: list[str] = []
-        self.finished = False
-
-    def request(self) -> Request:
-        """The open round's prompt."""
-        prompt = conversation_prompt([(self._context, None)], len(self._visuals), self._name)
-        return Request(prompt, self._visuals, self._name)
-
-    def advance(self, answer: str) -> None:
-        """Take the round's answer and ask the task for the next round."""
-        self.answers.append(answer)
-        visuals, context, self.finished, answers, self._info = self._next(
-            self._doc,
-            previous_output=list(self.answers),
-            round_idx=len(self.answers),
-            previous_round_info=self._info,
-        )
-        if self.finished:
-            self.answers = self.answers if answers is None else list(answers)
-        else:
-            self._context, self._visuals = context, tuple(visuals or ())
+    def _progress(self, total: int, missing: int, what: str) -> Any:
+        self._journal.expect(total)
+        self._journal.count(total - missing)
+        return tqdm(total=total, initial=total - missing, desc=f"dynllava {what}", disable=self.rank != 0)
 
 
 def _batch_size(value: int | str | None) -> int:

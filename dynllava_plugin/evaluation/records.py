@@ -16,8 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.answers import Answer, mean_counts
+from dynllava_plugin.evaluation.answers import Answer, Score, mean_counts, mean_score_counts
+from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
+from dynllava_plugin.evaluation.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.policies import Policy, policy_of
 
 MANIFEST_NAME = "dynllava_run.json"
 _PACKAGES = ("dynllava-plugin", "torch", "transformers", "lmms-eval", "ms-vlmeval", "nltk")
@@ -34,29 +38,68 @@ class RunRecord:
         self.started = time.time()
         self.settings: dict[str, Any] | None = None
         self.sparsity: dict[str, Any] | None = None
+        self._pretrained = ""
+        self._costs: tuple[DecoderShape, Policy] | None = None
         self._answers: dict[str, list[Answer]] = defaultdict(list)
+        self._scores: dict[str, list[Score]] = defaultdict(list)
+        self._times: dict[str, float] = {}
 
     def note_model(self, settings: ModelSettings, model: Any) -> None:
         """The model that was loaded; its sparsity settings are those in force, not only the overrides."""
         self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
         self.sparsity = model.config.sparsity.to_dict()
+        self._pretrained = settings.pretrained
+        self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
 
     def note_answers(self, benchmark: str, answers: Sequence[Answer]) -> None:
         """Answers to questions of `benchmark` (the harness's name)."""
         self._answers[benchmark].extend(answers)
+
+    def note_scores(self, benchmark: str, scores: Sequence[Score]) -> None:
+        """Scores of given answers of `benchmark`."""
+        self._scores[benchmark].extend(scores)
+
+    def note_time(self, engine: Any) -> None:
+        """How long the engine took so far, and of that the model."""
+        self._times = {"engine": round(engine.seconds, 3), "model": round(engine.model_seconds, 3)}
+
+    def gather(self) -> None:
+        """Bring the notes of all processes of a distributed run to rank 0; every process has to call it."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (dict(self._answers), dict(self._scores)))
+        self._answers, self._scores = defaultdict(list), defaultdict(list)
+        for answers, scores in everyone:
+            for name, found in answers.items():
+                self._answers[name].extend(found)
+            for name, found in scores.items():
+                self._scores[name].extend(found)
 
     def to_dict(self, harness: str, **more: Any) -> dict[str, Any]:
         """The manifest."""
         return {
             "harness": harness,
             "settings": self.settings,
+            "checkpoint_hash": checkpoint_hash(self._pretrained) if self._pretrained else None,
             "sparsity": self.sparsity,
-            "tokens": {name: mean_counts(answers) for name, answers in self._answers.items()},
+            "tokens": {name: self._counts(answers) for name, answers in self._answers.items()},
+            "scored": {name: mean_score_counts(scores) for name, scores in self._scores.items()},
             "seconds": round(time.time() - self.started, 1),
+            "engine_seconds": self._times,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "versions": versions(),
+            "commit": commit(),
             "host": host(),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
             **more,
         }
+
+    def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
+        counts = mean_counts(answers)
+        return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
 
 
 RECORD = RunRecord()

@@ -36,12 +36,16 @@ class Request:
         Task and sample, for error messages.
     continuation : str
         Text to score after the prompt; unused in generation.
+    output_spans : tuple of (start, end)
+        Characters of the prompt that are output text, in order: a conversation's earlier answers. Tokens of
+        theirs that the model drops are no context for later rounds; when scoring they are scored as well.
     """
 
     prompt: str
     images: tuple[str | Image.Image, ...] = ()
     name: str = "request"
     continuation: str = ""
+    output_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

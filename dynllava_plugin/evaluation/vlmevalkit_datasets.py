@@ -13,6 +13,7 @@ from vlmeval.smp import dump, get_intermediate_file_path, load
 from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.text_metrics import meteor, meteor_name
 from dynllava_plugin.evaluation.vlmevalkit_model import REFERENCE, TOKEN_LIMIT
+from dynllava_plugin.evaluation.vlmevalkit_vqav2 import VQAv2
 
 SHORT_ANSWER_TOKENS = 16
 
@@ -85,7 +86,7 @@ def register() -> None:
     """Make the datasets known to the kit."""
     import vlmeval.dataset as kit
 
-    for dataset in (EasyVQA, EasyVQA_Scenes, EasyVQA_Describe):
+    for dataset in (EasyVQA, EasyVQA_Scenes, EasyVQA_Describe, VQAv2):
         if dataset not in kit.DATASET_CLASSES:
             kit.DATASET_CLASSES.insert(0, dataset)
             kit.SUPPORTED_DATASETS.extend(dataset.supported_datasets())

@@ -9,23 +9,37 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.answers import Answer, Score, joined
 from dynllava_plugin.evaluation.engine import DEFAULT_BATCH_SIZE, Engine
-from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.evaluation.journal import Journal, entry_key
+from dynllava_plugin.evaluation.prompting import conversation_request
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS, Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.vlmevalkit_prompts import has_own_wording, llava_question
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 Message = list[dict[str, Any]]
 # Keys that our datasets add to a message's text item: its token limit, and a reference answer to score.
 TOKEN_LIMIT, REFERENCE = "max_new_tokens", "reference"
+# A conversation: a list of (question, reference answer).
+TURNS = "turns"
+_BATCHES_AHEAD = 4
+_COUNTS = (
+    "prompt_tokens",
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "cached_tokens",
+    "kept_tokens",
+)
 
 
 class DynamicLlava(BaseModel):
@@ -37,6 +51,8 @@ class DynamicLlava(BaseModel):
         Rows answered at once; 1 asks one at a time, as the kit does.
     max_new_tokens : int
         Unless the dataset limits an answer itself.
+    prompts : str
+        ``llava``: LLaVA-1.5's own wording where the kit's differs; ``kit``: the kit's throughout.
     model_args
         Fields of `ModelSettings`.
     """
@@ -44,64 +60,160 @@ class DynamicLlava(BaseModel):
     INTERLEAVE = True
 
     def __init__(
-        self, batch_size: int = DEFAULT_BATCH_SIZE, max_new_tokens: int = MAX_NEW_TOKENS, **model_args: Any
+        self,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        prompts: str = "llava",
+        **model_args: Any,
     ) -> None:
         super().__init__()
         settings = ModelSettings.from_dict(model_args)
         self.engine = Engine.load(settings, batch_size)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.prompts = max_new_tokens, prompts
         RECORD.note_model(settings, self.engine.model)
-        self._ahead = _LookAhead(None, batch_size)
+        self._journal = Journal.from_environment()
+        self._ahead = _LookAhead(None, 1, self._prompt)
 
     def set_dump_image(self, dump_image_func: Callable[..., Any]) -> None:
         """Called by the kit before a dataset's first question, with that dataset's method."""
         super().set_dump_image(dump_image_func)
-        self._ahead = _LookAhead(getattr(dump_image_func, "__self__", None), self.engine.batch_size)
+        dataset = getattr(dump_image_func, "__self__", None)
+        self._ahead = _LookAhead(dataset, _BATCHES_AHEAD * self.engine.batch_size, self._prompt)
+        self._journal.expect(self._ahead.rows)
+
+    def use_custom_prompt(self, dataset: str | None) -> bool:
+        """Whether `build_prompt` words the dataset's questions, not the dataset itself."""
+        return self.prompts == "llava" and has_own_wording(dataset)
+
+    def build_prompt(self, line: Any, dataset: str | None = None) -> Message:
+        """The row's images and its question in LLaVA-1.5's wording."""
+        images = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
+        return [*images, {"type": "text", "value": llava_question(str(dataset), line)}]
+
+    def _prompt(self, dataset: Any, line: Any) -> Message:
+        """What the kit will ask for a row."""
+        if not getattr(dataset, "force_use_dataset_prompt", False):
+            name = getattr(dataset, "dataset_name", None)
+            if self.use_custom_prompt(name):
+                return self.build_prompt(line, name)
+        return [dict(item) for item in dataset.build_prompt(line)]
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> dict[str, Any]:
-        """The answer and, as `extra_records`, its token counts and, with a reference, its score.
+        """The answer and, as `extra_records`, its token counts and, with references, their score.
+
+        Of a conversation the prediction is the list of its answers, as JSON.
 
         Raises
         ------
         UserError
             For an empty question, a bad image, or images that don't match the text's markers.
         """
+        name = dataset or "dataset"
         ready = self._ahead.take(message)
         if ready is None:
             messages = self._ahead.following(message)
-            for item, record in zip(messages, self._answer(messages, dataset or "dataset"), strict=True):
+            for item, record in zip(messages, self._answer(messages, name), strict=True):
                 self._ahead.put(item, record)
             ready = self._ahead.take(message)
             assert ready is not None
-        answer, scores = ready
-        RECORD.note_answers(dataset or "dataset", [answer])
-        counts = (
-            "prompt_tokens",
-            "image_tokens",
-            "kept_image_tokens",
-            "generated_tokens",
-            "cached_tokens",
-            "kept_tokens",
-        )
-        records = {name: getattr(answer, name) for name in counts}
-        return {"prediction": answer.text, "extra_records": {**records, **scores}}
+        answers, score = ready
+        whole = answers[0] if len(answers) == 1 else joined(answers)
+        RECORD.note_answers(name, [whole])
+        records = {key: getattr(whole, key) for key in _COUNTS}
+        if score is not None:
+            RECORD.note_scores(name, [score])
+            records |= {"nll": -score.logprob, "reference_tokens": score.tokens, "ppl": score.perplexity}
+        RECORD.note_time(self.engine)
+        texts = [answer.text for answer in answers]
+        conversation = TURNS in _text_item(message)
+        return {"prediction": json.dumps(texts) if conversation else texts[0], "extra_records": records}
 
-    def _answer(self, messages: list[Message], dataset: str) -> list[tuple[Answer, dict[str, float | int]]]:
-        limits = {_text_item(message).get(TOKEN_LIMIT, self.max_new_tokens) for message in messages}
-        requests = [_request(message, dataset) for message in messages]
-        generation = Generation.from_task({"max_new_tokens": max(limits)})
-        answers = self.engine.generate(requests, generation)
-        scores: list[dict[str, float | int]] = [{} for _ in messages]
-        scored = [index for index, message in enumerate(messages) if REFERENCE in _text_item(message)]
-        if scored:
-            wanted = [_request(messages[index], dataset) for index in scored]
-            for index, score in zip(scored, self.engine.score(wanted), strict=True):
-                scores[index] = {
-                    "nll": -score.logprob,
-                    "reference_tokens": score.tokens,
-                    "ppl": score.perplexity,
-                }
+    def _answer(self, messages: list[Message], dataset: str) -> list[tuple[list[Answer], Score | None]]:
+        """Of each message the answers of its rounds (one, unless it is a conversation), and its score."""
+        asked = [_Asked.of(message, dataset) for message in messages]
+        limit = max(_text_item(message).get(TOKEN_LIMIT, self.max_new_tokens) for message in messages)
+        generation = Generation.from_task({"max_new_tokens": limit})
+        answers: list[list[Answer]] = [[] for _ in asked]
+        for place in range(max(len(item.questions) for item in asked)):
+            rows = [row for row, item in enumerate(asked) if place < len(item.questions)]
+            requests = [asked[row].request([answer.text for answer in answers[row]]) for row in rows]
+            for row, answer in zip(rows, self._generate(requests, generation), strict=True):
+                answers[row].append(answer)
+        rows = [row for row, item in enumerate(asked) if item.references]
+        scores: list[Score | None] = [None] * len(asked)
+        found = self._score([asked[row].scored() for row in rows])
+        for row, score in zip(rows, found, strict=True):
+            scores[row] = score
         return list(zip(answers, scores, strict=True))
+
+    def _generate(self, requests: list[Request], generation: Generation) -> list[Answer]:
+        keys = [_entry(request, generation.kwargs) for request in requests]
+        known = [self._journal.answer(key) for key in keys]
+        missing = [row for row, answer in enumerate(known) if answer is None]
+        new = self.engine.generate([requests[row] for row in missing], generation) if missing else []
+        self._journal.write((keys[row], answer) for row, answer in zip(missing, new, strict=True))
+        for row, answer in zip(missing, new, strict=True):
+            known[row] = answer
+        return [answer for answer in known if answer is not None]
+
+    def _score(self, requests: list[Request]) -> list[Score]:
+        keys = [_entry(request, "score") for request in requests]
+        known = [self._journal.score(key) for key in keys]
+        missing = [row for row, score in enumerate(known) if score is None]
+        new = self.engine.score([requests[row] for row in missing]) if missing else []
+        self._journal.write((keys[row], score) for row, score in zip(missing, new, strict=True))
+        for row, score in zip(missing, new, strict=True):
+            known[row] = score
+        return [score for score in known if score is not None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a message asks: a question, or a conversation's questions one after the other.
+
+    Attributes
+    ----------
+    questions, references : tuple of str
+        References may be missing.
+    images : tuple of str
+    name : str
+        Dataset and sample, for error messages.
+    """
+
+    questions: tuple[str, ...]
+    references: tuple[str, ...]
+    images: tuple[str, ...]
+    name: str
+
+    @classmethod
+    def of(cls, message: Message, dataset: str) -> _Asked:
+        """An image becomes LLaVA's marker and a line break where it stands in the message."""
+        images = tuple(item["value"] for item in message if item["type"] == "image")
+        name = f"{dataset} ({os.path.basename(images[0])})" if images else dataset
+        other = [item["type"] for item in message if item["type"] not in ("image", "text")]
+        if other:
+            raise UserError(f"{name}: LLaVA-1.5 reads images and text, not {other[0]}")
+        item = _text_item(message)
+        if TURNS in item:
+            questions, references = zip(*item[TURNS], strict=True)
+            return cls(tuple(questions), tuple(references), images, name)
+        text = "".join(part["value"] for part in message if part["type"] == "text")
+        if IMAGE_TOKEN not in text:
+            text = "".join(
+                f"{IMAGE_TOKEN}\n" if part["type"] == "image" else part["value"] for part in message
+            )
+        reference = item.get(REFERENCE)
+        return cls((text.strip(),), (reference,) if reference else (), images, name)
+
+    def request(self, answers: list[str]) -> Request:
+        """The next round behind `answers`."""
+        turns = [*zip(self.questions, answers, strict=False), (self.questions[len(answers)], None)]
+        return conversation_request(turns, self.images, self.name)
+
+    def scored(self) -> Request:
+        """The whole conversation with its references, each of them scored."""
+        turns = [*zip(self.questions[:-1], self.references[:-1], strict=True), (self.questions[-1], None)]
+        return conversation_request(turns, self.images, self.name, self.references[-1])
 
 
 class _LookAhead:
@@ -112,18 +224,21 @@ class _LookAhead:
     dataset : vlmeval dataset or None
         Whose rows come next; without one nothing is looked up.
     size : int
-        Rows in a batch.
+        Rows asked about at once.
+    prompt : callable
+        (dataset, row) -> the message that the kit will ask.
     """
 
-    def __init__(self, dataset: Any, size: int) -> None:
+    def __init__(self, dataset: Any, size: int, prompt: Callable[[Any, Any], Message]) -> None:
         world = int(os.environ.get("WORLD_SIZE", 1))
         rows = (
             range(int(os.environ.get("RANK", 0)), len(dataset.data), world)
             if dataset is not None
             else range(0)
         )
+        self.rows = len(rows)
         self._rows: Iterator[int] = iter(rows)
-        self._dataset, self._size = dataset, size
+        self._dataset, self._size, self._ask = dataset, size, prompt
         self._ready: dict[str, Any] = {}
 
     def take(self, message: Message) -> Any:
@@ -135,7 +250,7 @@ class _LookAhead:
         self._ready[_key(message)] = answer
 
     def following(self, message: Message) -> list[Message]:
-        """`message` and the rows after it, one batch in all."""
+        """`message` and the rows after it, a few batches in all, so that they can be sorted by length."""
         if self._ready:
             # The kit asks other prompts than the rows give (some datasets shuffle choices): stop.
             self._ready.clear()
@@ -148,7 +263,7 @@ class _LookAhead:
         return [message, *(self._prompt(row) for row in islice(self._rows, self._size - 1))]
 
     def _prompt(self, row: int) -> Message:
-        return [dict(item) for item in self._dataset.build_prompt(self._dataset.data.iloc[row])]
+        return self._ask(self._dataset, self._dataset.data.iloc[row])
 
 
 def _key(message: Message) -> str:
@@ -159,16 +274,7 @@ def _text_item(message: Message) -> dict[str, Any]:
     return next((item for item in message if item["type"] == "text"), {})
 
 
-def _request(message: Message, dataset: str) -> Request:
-    """The message as one question; an image becomes LLaVA's marker and a line break where it stands."""
-    images = [item["value"] for item in message if item["type"] == "image"]
-    name = f"{dataset} ({os.path.basename(images[0])})" if images else dataset
-    other = [item["type"] for item in message if item["type"] not in ("image", "text")]
-    if other:
-        raise UserError(f"{name}: LLaVA-1.5 reads images and text, not {other[0]}")
-    text = "".join(item["value"] for item in message if item["type"] == "text")
-    if IMAGE_TOKEN not in text:
-        text = "".join(f"{IMAGE_TOKEN}\n" if item["type"] == "image" else item["value"] for item in message)
-    prompt = conversation_prompt([(text.strip(), None)], len(images), name)
-    reference = _text_item(message).get(REFERENCE, "")
-    return Request(prompt, tuple(images), name, continuation=f" {reference.strip()}" if reference else "")
+def _entry(request: Request, how: Any) -> str:
+    return entry_key(
+        "vlmevalkit", request.name, request.prompt, request.continuation, request.output_spans, how
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
@@ -31,7 +32,9 @@ def forget_finished(folder: Path, model: str, datasets: list[str]) -> None:
             path.unlink()
 
 
-def check_run(folder: Path, model: str, datasets: list[str], started: float) -> list[str]:
+def check_run(
+    folder: Path, model: str, datasets: list[str], started: float, unjudged: Collection[str] = ()
+) -> list[str]:
     """What went wrong, one line a dataset; the kit's exit code doesn't tell.
 
     Parameters
@@ -42,6 +45,8 @@ def check_run(folder: Path, model: str, datasets: list[str], started: float) -> 
     datasets : list of str
     started : float
         Files older than this (seconds since the epoch) are an earlier run's.
+    unjudged : collection of str
+        Datasets that were to end with their predictions, for want of a judge.
     """
     status_file = folder / "status.json"
     if not status_file.is_file():
@@ -61,7 +66,7 @@ def check_run(folder: Path, model: str, datasets: list[str], started: float) -> 
         reason = entry.get("error_message") or entry.get("skip_reason")
         if entry.get("status") != "done":
             failures.append(f"{dataset}: VLMEvalKit didn't finish it (see its log in {folder.parent})")
-        elif reason and not any(text in reason for text in _NO_SCORE_WANTED):
+        elif reason and dataset not in unjudged and not any(text in reason for text in _NO_SCORE_WANTED):
             failures.append(f"{dataset}: {reason}")
         elif not reason and not entry.get("metrics"):
             failures.append(f"{dataset}: VLMEvalKit scored nothing")

@@ -10,7 +10,7 @@ from dynllava_plugin.policies import TokenLayout
 
 
 class Watch(Protocol):
-    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] before they are attended."""
+    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended."""
 
     def __call__(
         self,
@@ -42,9 +42,8 @@ class WatchLastPromptToken:
         """For a call with images whose policy asks for it; None otherwise."""
         if layer is None or layout.image_mask is None:
             return None
-        prompt = valid if layout.output_mask is None else valid & ~layout.output_mask
         columns = torch.arange(valid.shape[1], device=valid.device)
-        return cls(layer, valid, torch.where(prompt, columns, 0).amax(1))
+        return cls(layer, valid, torch.where(valid & layout.before_output(columns), columns, 0).amax(1))
 
     def __call__(
         self,

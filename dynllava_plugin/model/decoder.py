@@ -29,10 +29,11 @@ from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
-from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
+from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
+from dynllava_plugin.sparsity.tracks import packing_order
 
 
 @dataclass
@@ -73,12 +74,10 @@ class DynamicLlamaAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if watch is not None:
-            watch(self.layer_idx, query, key, attention_mask, self.scaling)
         implementation = self.config._attn_implementation
         if "flash" in implementation and past_key_values is not None:
             slots = past_key_values.step_slots(self.layer_idx)
-            mixed = flash_step(query, key, value, slots, self.scaling)
+            mixed = None if watch is not None else flash_step(query, key, value, slots, self.scaling)
             if mixed is not None:
                 return self.o_proj(mixed.reshape(batch, length, -1)), None
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
@@ -96,6 +95,8 @@ class DynamicLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
+        if watch is not None:  # afterwards: it may let go of what was just attended
+            watch(self.layer_idx, query, key, attention_mask, self.scaling)
         return self.o_proj(mixed.reshape(batch, length, -1)), weights
 
 
@@ -187,6 +188,8 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor, attention)
         decision = decide(policy, gate)
         decision.add_removed(given)
+        if columns is not None and decision.text_keep is not None:
+            decision.text_keep = _at_columns(decision.text_keep, columns, length)[:, given.output_start :]
         keep, present = decision.keep, self._present(decision, valid, layout, last_only)
         token_index, gathered = self._token_index(present, valid, seen)
         if gathered:
@@ -453,6 +456,13 @@ def _gather(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return values.gather(
         1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
     )
+
+
+def _at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """bool [B, n] of the last n of `columns` int64 [B, L'] (-1 is none) -> [B, length], True in those columns."""
+    columns = columns[:, columns.shape[1] - values.shape[1] :]
+    spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
+    return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
 
 
 def _causal(length: int, device: torch.device) -> torch.Tensor:

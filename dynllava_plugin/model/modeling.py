@@ -19,9 +19,10 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
 from dynllava_plugin.model.gate import TrainingMasks
+from dynllava_plugin.model.outputs import ScoreDetails
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.stepwise import score_step_by_step
-from dynllava_plugin.model.vision import DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.model.vision import EXTRA, DynamicLlavaModel, mean_question, reduce_images
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -51,6 +52,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
         Image tokens that stay, right padded over samples; None without images or in mode "full".
     text_keep : bool [B, T]
         Output tokens that stay as context; at inference T counts from the first output column of the batch.
+    image_score, text_score : float [B, N_img], [B, T]
+        At inference how much each token spoke for staying, on the policy's own scale; None where it has none.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -59,6 +62,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     token_index: torch.Tensor | None = None
     image_keep: torch.Tensor | None = None
     text_keep: torch.Tensor | None = None
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
 
 
 class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -94,6 +99,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, Any] | None = None,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
         prompt_length: int | None = None,
+        output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -107,13 +113,17 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask : int [B, L], or [B, cached + L] behind a cache
             0 on padding, at either end.
         pixel_values : [M, 3, H, W]
-            The batch's images in the order of their places.
+            The batch's images in the order of their places. In training a batch without images may come with one
+            that no place refers to: it changes nothing, and gives every parameter a gradient (of 0).
         labels : int64 [B, L]
             -100 is ignored. The last answer (the last run of labels) is the output text; its tokens may be dropped.
         gumbel_noise : (image [B, N_img, 2], text [B, longest answer, 2]), right padded
             Training noise; drawn where None.
         prompt_length : int
             Columns from here on are output text; set by `generate`. A single token behind a cache is output text anyway.
+        output_mask : bool [B, prompt]
+            Inference: tokens of the prompt that are output text as well, the earlier answers of a conversation; what the
+            text predictor drops of them is no context for later rounds. With labels, in place of their last run.
         num_items_in_batch : int
             Labels of the whole accumulated batch, the divisor of lm_loss.
 
@@ -122,13 +132,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
+        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+            mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
         if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
             return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
         layout = TokenLayout()
         if labels is not None:
-            layout.output_mask = last_answer(labels)
+            given = None if self.training else output_mask
+            layout.output_mask = last_answer(labels) if given is None else given.bool()
         elif not self.training:
-            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length)
+            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
         self._check_policy(labels)
         embeds = self._embed(
             layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
@@ -166,6 +179,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             token_index=outputs.token_index,
             image_keep=outputs.decision.image_keep,
             text_keep=outputs.decision.text_keep,
+            image_score=outputs.decision.image_score,
+            text_score=outputs.decision.text_score,
         )
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -190,16 +205,14 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         return super().generate(inputs, **kwargs)
 
-    @torch.no_grad()
     def score(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        return_greedy: bool = False,
         mm_encoder_outputs: dict[str, Any] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
         Parameters
@@ -208,26 +221,53 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
-        return_greedy : bool
-            Also return where the label is the most probable token.
-        mm_encoder_outputs : dict, optional
-            Image features, in place of `pixel_values`.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
 
         Returns
         -------
-        float32 [B, L], 0 where the label is -100; with `return_greedy` a bool [B, L] too.
+        float32 [B, L], 0 where the label is -100.
+        """
+        return self.score_details(
+            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs
+        ).log_probs
+
+    @torch.no_grad()
+    def score_details(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> ScoreDetails:
+        """As `score`, with the decisions behind it.
+
+        Parameters
+        ----------
+        output_mask : bool [B, L]
+            Output text in place of the last run of labels, e.g. every answer of a conversation.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
         """
         if labels is None or labels.shape != input_ids.shape:
             raise UserError("labels: score needs labels of the shape of input_ids")
         was_training = self.training
         self.eval()
         try:
+            layout = TokenLayout(
+                output_mask=last_answer(labels) if output_mask is None else output_mask.bool()
+            )
             if self._llm.policy.sequential:
+                if not torch.equal(layout.output_mask, last_answer(labels)):
+                    raise UserError(
+                        f"output_mask: {self._llm.policy.name} is scored token by token, one answer at a time"
+                    )
                 scores, greedy = score_step_by_step(
                     self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
                 )
-                return (scores, greedy) if return_greedy else scores
-            layout = TokenLayout(output_mask=last_answer(labels))
+                return ScoreDetails(scores, greedy, None, layout.output_mask)
             embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
@@ -241,11 +281,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         columns = outputs.token_index[:, 1:][wanted]
         scores = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         scores[rows, columns] = label_log_probs(logits, target[wanted])
-        if not return_greedy:
-            return scores
         greedy = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
         greedy[rows, columns] = logits.argmax(-1) == target[wanted]
-        return scores, greedy
+        return ScoreDetails(scores, greedy, outputs.decision.image_keep, outputs.decision.text_keep)
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
@@ -380,12 +418,21 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         layout.image_mask = image_mask = input_ids == self.config.image_token_id
         layout.tokens_per_image = features.shape[1]
         places = int(image_mask.sum())
-        if places != features.shape[0] * features.shape[1]:
+        # In training one image without a place stands in for none: every process of a sharded run has to go
+        # through the same modules, whatever its samples.
+        stands_in = self.training and places == 0 and len(features) == 1
+        if places != features.shape[0] * features.shape[1] and not stands_in:
             raise UserError(
                 f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
                 "give as many <image> places as images"
             )
         policy = self._llm.policy
+        width = inputs_embeds.shape[-1] + (EXTRA if policy.reduces_patches and not self.training else 0)
+        if features.shape[-1] != width:
+            raise UserError(
+                f"mm_encoder_outputs: image features {features.shape[-1]} wide, {policy.name} needs {width}; "
+                "encode the images under the policy that is in force"
+            )
         if policy.at_input and not self.training:
             question = partial(mean_question, inputs_embeds, layout, attention_mask)
             features = reduce_images(policy, features, layout, question)
@@ -400,6 +447,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         inputs_embeds: torch.Tensor | None,
         cache: SparseContextCache | None,
         prompt_length: int | None,
+        output_mask: torch.Tensor | None,
     ) -> None:
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
@@ -412,6 +460,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             columns = torch.arange(length, device=given.device) >= start
             layout.output_mask = columns.expand(batch, -1)
             layout.output_start = start
+        if output_mask is not None and not seen:
+            # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
+            mask = torch.zeros(batch, length, dtype=torch.bool, device=given.device)
+            mask[:, : output_mask.shape[1]] = output_mask.bool()
+            layout.output_mask = mask if layout.output_mask is None else mask | layout.output_mask
+            layout.output_start = 0
 
     def _training_output(
         self,

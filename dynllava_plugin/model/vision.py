@@ -97,9 +97,8 @@ def mean_question(
     text = ~layout.image_mask
     if attention_mask is not None:
         text &= attention_mask[:, -text.shape[1] :].bool()
-    if layout.output_mask is not None:
-        text &= ~layout.output_mask
     columns = torch.arange(text.shape[1], device=text.device)
+    text = text & layout.before_output(columns)
     behind = text & (columns > torch.where(layout.image_mask, columns, -1).amax(1, keepdim=True))
     chosen = torch.where(behind.any(1, keepdim=True), behind, text)[..., None]
     means = (embeds.float() * chosen).sum(1) / chosen.sum(1).clamp(min=1)  # [B, d]

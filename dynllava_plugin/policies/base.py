@@ -18,129 +18,27 @@ from typing import Any, ClassVar
 import torch
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.points import Choice, Gate, Patches, Reduced, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
+__all__ = [
+    "CACHE",
+    "IMAGE",
+    "OUTPUT",
+    "Choice",
+    "Gate",
+    "ImagePolicy",
+    "InputPolicy",
+    "Patches",
+    "Policy",
+    "Reduced",
+    "TokenLayout",
+    "count",
+    "share",
+    "top_tokens",
+]
 IMAGE, OUTPUT, CACHE = "image", "output", "cache"
-
-
-@dataclass
-class TokenLayout:
-    """Which tokens of a forward call are what.
-
-    Parameters
-    ----------
-    image_mask : bool [B, L], optional
-        Image tokens, `tokens_per_image` consecutive ones an image; None where the call has no image.
-    output_mask : bool [B, L], optional
-        Output text, the only text that may be dropped; None where the call has none.
-    output_start : int
-        First column that holds output text in any sample.
-    image_seeds : list of int, optional
-        One an image, for policies that use chance.
-    removed : bool [B, L], optional
-        Image tokens that don't enter the LLM at all.
-    packed_positions : bool
-        Whether the tokens behind a removed one move up (as where fewer image tokens are put into the prompt) or
-        every token keeps its position id.
-    image_score : [M, N], optional
-        How much each image token spoke for entering, where `removed` says which did.
-    """
-
-    image_mask: torch.Tensor | None = None
-    tokens_per_image: int = 0
-    output_mask: torch.Tensor | None = None
-    output_start: int = 0
-    image_seeds: list[int] | None = None
-    removed: torch.Tensor | None = None
-    packed_positions: bool = False
-    image_score: torch.Tensor | None = None
-
-
-@dataclass
-class Choice:
-    """Tokens that stay, and how much each one speaks for staying (any scale; None where there is no such figure)."""
-
-    keep: torch.Tensor
-    score: torch.Tensor | None = None
-
-
-@dataclass
-class Gate:
-    """What is known at the gate.
-
-    Parameters
-    ----------
-    hidden : [B, L, d]
-        States that enter the gate's layer.
-    valid : bool [B, L]
-        False on padding.
-    position_ids : int64 [B, L]
-        As in the input: the same token has the same one alone, in a batch, with and without a cache.
-    layout : TokenLayout
-    image_predictor, text_predictor : modules
-        The checkpoint's.
-    attention : float32 [B, L], optional
-        The last prompt token's attention in layer `attention_layer`, mean over heads; None where no one asked.
-    """
-
-    hidden: torch.Tensor
-    valid: torch.Tensor
-    position_ids: torch.Tensor
-    layout: TokenLayout
-    image_predictor: Any = None
-    text_predictor: Any = None
-    attention: torch.Tensor | None = None
-
-    def of_images(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] values -> [M, N, ...] of the M images' N tokens."""
-        assert self.layout.image_mask is not None
-        chosen = values[self.layout.image_mask]
-        return chosen.view(-1, self.layout.tokens_per_image, *values.shape[2:])
-
-    def of_output(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] values -> [B, L - output_start, ...]: the columns that may hold output text."""
-        return values[:, self.layout.output_start :]
-
-
-@dataclass
-class Patches:
-    """What is known in the vision tower.
-
-    Parameters
-    ----------
-    hidden : [M, N, c]
-        Patches that go to the projector.
-    cls : [M, c]
-        The class token's state of the same layer.
-    query, key : [M, 1 + N, c]
-        Of the policy's `vision_layer`, before they are split into heads; the class token first.
-    heads : int
-    """
-
-    hidden: torch.Tensor
-    cls: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    heads: int
-
-    def cls_attention(self, heads: int | None = None) -> torch.Tensor:
-        """float32 [M, N]: the class token's attention to the patches, mean over `heads` (default: the tower's)."""
-        heads = heads or self.heads
-        width = self.query.shape[-1] // heads
-        query = self.query[:, 0].unflatten(-1, (heads, width)).float()
-        key = self.key.unflatten(-1, (heads, width)).float()
-        weights = torch.einsum("mhc,mnhc->mhn", query, key).mul(width**-0.5).softmax(-1)
-        return weights[..., 1:].mean(1)
-
-
-@dataclass
-class Reduced:
-    """Fewer image tokens: `tokens` [M, N, c] in the places that `keep` bool [M, N] marks, in the order of places."""
-
-    tokens: torch.Tensor
-    keep: torch.Tensor
-    score: torch.Tensor | None = None  # [M, N]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,20 +52,21 @@ class Policy:
     name: ClassVar[str]
     rule: ClassVar[str]
     source: ClassVar[str]
+    # IMAGE, OUTPUT and CACHE: whose tokens it drops, and which of the checkpoint's predictors it reads.
     decides: ClassVar[frozenset[str]] = frozenset()
-    predictors: ClassVar[frozenset[str]] = frozenset()  # of the checkpoint that it reads: IMAGE, OUTPUT
+    predictors: ClassVar[frozenset[str]] = frozenset()
     uses_chance: ClassVar[bool] = False
-    sequential: ClassVar[bool] = (
-        False  # a step depends on what earlier steps did: no cacheless run, no parallel scoring
-    )
+    # A step depends on what earlier steps did: no run without a cache, no scoring in one pass.
+    sequential: ClassVar[bool] = False
     reduces_patches: ClassVar[bool] = False
     reduces_tokens: ClassVar[bool] = False
-    vision_layer: ClassVar[str] = (
-        "selected"  # of `Patches`: the tower's layer the projector reads, or its "last" one
-    )
+    # Whose queries and keys `Patches` has: of the layer that the projector reads ("selected") or of the "last" one.
+    vision_layer: ClassVar[str] = "selected"
+    # The argument that says at which layer it acts; in a combination it follows the other part's, unless `follows` is False.
     layer_argument: ClassVar[str] = "layer"
-    own_budget: ClassVar[bool] = False  # `keep` doesn't default to the model's rate
-    follows: ClassVar[bool] = True  # in a combination, acts at the layer of the other part
+    follows: ClassVar[bool] = True
+    # `keep` doesn't default to the model's rate.
+    own_budget: ClassVar[bool] = False
 
     @property
     def gate_layer(self) -> int:

@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.sparsity.cache import (
-    ContextTrack,
-    RaggedLayer,
-    SparseContextCache,
-    _Chunk,
-    _gather_tokens,
-    _Prefill,
-    packing_order,
-)
+from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
+from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, packing_order
 
 BLOCK = 256  # prompt rows whose attention is computed at once
 
@@ -34,13 +27,12 @@ class HeavyHitterTrack(ContextTrack):
     def reset(self) -> None:
         """Hold nothing."""
         super().reset()
-        self.seen: torch.Tensor | None = None  # int64 [B] tokens that entered
-        self.arriving: torch.Tensor | None = None  # bool [B, q] of this call
-        self.mask: torch.Tensor | None = (
-            None  # bool [B, 1, q, K] of this call, None where everything may be seen
-        )
-        self.full: torch.Tensor | None = None  # int64 [B] tokens held before this call's eviction
-        self.recent: torch.Tensor | None = None  # int64 [B] of those that stay, the ones safe for being new
+        # Tensors from the first call on.
+        self.seen: Any = None  # int64 [B] tokens that entered
+        self.arriving: Any = None  # bool [B, q] of this call
+        self.mask: torch.Tensor | None = None  # bool [B, 1, q, K], None where everything may be seen
+        self.full: Any = None  # int64 [B] tokens held before this call's eviction
+        self.recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
 
     def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
         """As `ContextTrack.begin`; then plan how many of the tokens each sample holds must go."""
@@ -77,14 +69,15 @@ class HeavyHitterLayer(RaggedLayer):
     """Keys, values, the attention each token has received (float32 [B, H_kv, capacity]) and its order number (int32)."""
 
     track: HeavyHitterTrack
-    received: torch.Tensor | None = None
-    number: torch.Tensor | None = None
+    received: Any = None  # tensors from the prompt on
+    number: Any = None
+    _prompt: Any = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `RaggedLayer.update`; a prompt is stored by `observe`, once its attention is known."""
-        if isinstance(self.track.plan, _Prefill):
+        if isinstance(self.track.plan, Prefill):
             self._prompt = (key_states, value_states)
             return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
@@ -92,9 +85,9 @@ class HeavyHitterLayer(RaggedLayer):
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Add what rotated queries [B, H, q, D] attend of `key` [B, H_kv, K, D], and let tokens go."""
         plan = self.track.plan
-        if isinstance(plan, _Prefill):
+        if isinstance(plan, Prefill):
             self._store_prompt(query, key, plan.order, scaling)
-        elif isinstance(plan, _Chunk):
+        elif isinstance(plan, Chunk):
             self._add_chunk(plan, query, key, scaling)
         else:
             self._add_step(query, key, scaling)
@@ -106,17 +99,18 @@ class HeavyHitterLayer(RaggedLayer):
         length = query.shape[2]
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         received = self._received(query, key, causal & track.arriving[:, None, None], scaling)
-        states = self._prompt
+        keys, values = self._prompt
         if order is not None:
             received = received.gather(2, order[:, None].expand(-1, received.shape[1], -1))
-            states = tuple(_gather_tokens(part, order) for part in states)
+            keys, values = gather_tokens(keys, order), gather_tokens(values, order)
         number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
-        self._keep_best(*states, received, number, track.full)
+        self._keep_best(keys, values, received, number, track.full)
         self.is_initialized = True
         self._prompt = None
 
     def _add_step(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         track = self.track
+        assert track.lengths is not None and track._pending is not None
         self._grow_marks()
         rows = torch.arange(query.shape[0], device=query.device)
         last, bound = track.lengths, key.shape[2]
@@ -133,7 +127,7 @@ class HeavyHitterLayer(RaggedLayer):
         for buffer in (self.keys, self.values, self.received, self.number):
             buffer[rows[:, None], heads, leaving] = buffer[rows[:, None], heads, last[:, None]]
 
-    def _add_chunk(self, plan: _Chunk, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def _add_chunk(self, plan: Chunk, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         track = self.track
         self._grow_marks()
         received = self._received(query, key, track.mask, scaling)
@@ -173,6 +167,7 @@ class HeavyHitterLayer(RaggedLayer):
     ) -> None:
         """Fill the buffers with the recent tokens and heaviest others of the first `held` [B] slots."""
         track = self.track
+        assert track._pending is not None
         batch, heads, length = received.shape
         slots = torch.arange(length, device=received.device)
         there = (slots < held[:, None])[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 from dynllava_plugin.errors import UserError
@@ -41,7 +42,7 @@ POLICIES: dict[str, type[Policy]] = {
         PruMergePlus,
     )
 }
-LEARNED = "learned"  # image_text, or image where the checkpoint or its mode has no more
+LEARNED = "learned"
 # Arguments that default to the model's setting of another name.
 SHARED = {
     "keep": "vision_keep_rate",
@@ -60,16 +61,32 @@ def policy_of(sparsity: SparsityConfig) -> Policy:
     UserError
         An unknown policy or argument (the known ones are listed), or a combination that decides something twice.
     """
-    name, arguments = sparsity.policy, sparsity.policy_args
+    name = sparsity.policy
     if name is None:
         name = sparsity.mode
         if name != "full" and sparsity.image_policy == "random":
             name = "random" if name == "image" else "random+text"
+    settings = tuple(getattr(sparsity, setting) for setting in SHARED.values())
+    learned_text = sparsity.mode != "image" and sparsity.text_predictor
+    try:
+        return _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
+    except TypeError:
+        raise UserError(
+            f"{name}: its arguments must be numbers or text, not {sparsity.policy_args}"
+        ) from None
+
+
+@lru_cache(maxsize=64)  # asked for in every decoding step
+def _policy(
+    name: str, arguments: tuple[tuple[str, Any], ...], settings: tuple[Any, ...], learned_text: bool
+) -> Policy:
+    name = "+".join(_meant(part, learned_text) for part in _parts(name))
     parts = _parts(name)
+    defaults = dict(zip(SHARED, settings, strict=True))
     if len(parts) == 1:
-        return _one(name, arguments, sparsity)
-    given = _distribute(name, parts, arguments)
-    made = [_one(part, given[part], sparsity) for part in parts]
+        return _one(name, dict(arguments), defaults)
+    given = _distribute(name, parts, dict(arguments))
+    made = [_one(part, given[part], defaults) for part in parts]
     # A part with no layer of its own (chance, the cache) acts where the others do.
     follower = {
         part: policy.follows and policy.layer_argument not in given[part]
@@ -129,12 +146,12 @@ def arguments_of(name: str) -> list[str]:
     """What a policy's arguments are called; of a combination, all of its parts'."""
     found: list[str] = []
     for part in _parts(name):
-        found += [field for field in _names(_class_of(part, SparsityConfig())) if field not in found]
+        found += [field for field in _names(_class_of(_meant(part, True))) if field not in found]
     return found
 
 
-def _one(name: str, arguments: dict[str, Any], sparsity: SparsityConfig) -> Policy:
-    policy = _class_of(name, sparsity)
+def _one(name: str, arguments: dict[str, Any], defaults: dict[str, Any]) -> Policy:
+    policy = _class_of(name)
     known = _names(policy)
     unknown = sorted(set(arguments) - set(known))
     if unknown:
@@ -142,17 +159,20 @@ def _one(name: str, arguments: dict[str, Any], sparsity: SparsityConfig) -> Poli
     budgets = [argument for argument in _EXCLUSIVE if argument in arguments]
     if "keep" in known and len(budgets) > 1:
         raise UserError(f"{name}: {' and '.join(budgets)} say the same thing; give one")
-    defaults = {key: getattr(sparsity, setting) for key, setting in SHARED.items() if key in known}
+    taken = {key: value for key, value in defaults.items() if key in known}
     if policy.own_budget:
-        del defaults["keep"]
-    made = policy(**{**defaults, **arguments})
+        del taken["keep"]
+    made = policy(**{**taken, **arguments})
     made.check()
     return made
 
 
-def _class_of(name: str, sparsity: SparsityConfig) -> type[Policy]:
-    if name == LEARNED:
-        name = "image" if sparsity.mode == "image" or not sparsity.text_predictor else "image_text"
+def _meant(name: str, learned_text: bool) -> str:
+    """`learned` is both predictors, or the image's where the checkpoint or its mode has no more."""
+    return name if name != LEARNED else "image_text" if learned_text else "image"
+
+
+def _class_of(name: str) -> type[Policy]:
     if name not in POLICIES:
         known = ", ".join([*POLICIES, LEARNED])
         raise UserError(f"policy: unknown value {name!r}; choose one of {known}, or several joined by +")

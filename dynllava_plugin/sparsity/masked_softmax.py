@@ -132,10 +132,10 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def implementation(query: torch.Tensor) -> ModuleType:
-    """The module that computes attention for such a tensor: Triton's on CUDA, where it is installed and takes the dtype."""
-    if query.is_cuda and importlib.util.find_spec("triton") is not None:
+    """The module that computes attention for such a tensor: Triton's on NVIDIA GPUs from Ampere on, where it takes dtype and width."""
+    if query.is_cuda and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
         from dynllava_plugin.sparsity import masked_softmax_triton as triton_code
 
-        if query.dtype in triton_code.DTYPES and query.shape[-1] <= triton_code.MAX_HEAD_DIM:
+        if triton_code.takes(query):
             return triton_code
     return blocks

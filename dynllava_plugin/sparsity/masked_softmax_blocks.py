@@ -16,7 +16,7 @@ import torch
 KEPT, DROPPED, PADDING = 0, 1, 2
 _ROWS = 128  # of a strip
 # Scores held at a time: few enough for a processor's cache, many enough for a device with cores to fill.
-_SCORES = {"cpu": 2**19}
+_SCORES = {"cpu": 2**20}
 _SCORES_ELSEWHERE = 2**25
 
 

@@ -12,24 +12,27 @@ def context_matrix(keep: torch.Tensor) -> torch.Tensor:
     return torch.where(diagonal, torch.ones_like(keep)[:, None, :], keep[:, None, :])[:, None]
 
 
+def visible_matrix(valid: torch.Tensor) -> torch.Tensor:
+    """Causal order and padding: `valid` bool [B, L] -> bool [B, 1, L, L]."""
+    length = valid.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
+
+
 def plain_masked_softmax(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
-    valid: torch.Tensor,
+    context: torch.Tensor,
+    visible: torch.Tensor,
     scaling: float,
     max_exponent: float = 8.0,
 ) -> torch.Tensor:
     """out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij, its gradients left to autograd: O(L^2) memory.
 
-    Parameters and result as those of `masked_softmax.masked_softmax_attention`, with `keep` and `valid` in place of its context.
+    Takes `context_matrix` and `visible_matrix` where `masked_softmax.masked_softmax_attention` takes its context.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    length = query.shape[2]
-    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() & valid[:, None, None]
-    context = context_matrix(keep)
     scores = query @ key.transpose(-1, -2) * scaling
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kept = visible & (context.detach() > 0)
@@ -40,6 +43,6 @@ def plain_masked_softmax(
     exponent = (scores - top).masked_fill(~visible, float("-inf")).clamp(max=max_exponent)
     weights = exponent.exp() * context
     total = weights.sum(-1, keepdim=True)
-    some = total > 0
-    probabilities = (weights / torch.where(some, total, torch.ones_like(total))).masked_fill(~some, 0.0)
+    # A row with no kept token: dividing by infinity gives it zeros, and no gradient.
+    probabilities = weights / total.masked_fill(total == 0, float("inf"))
     return probabilities.to(value.dtype) @ value

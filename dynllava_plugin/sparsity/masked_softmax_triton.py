@@ -12,8 +12,8 @@ import triton
 from dynllava_plugin.sparsity import masked_softmax_kernels as kernels
 from dynllava_plugin.sparsity.masked_softmax_blocks import empty_gradient, empty_output
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 
 
@@ -37,17 +37,23 @@ class Tiles:
     dropped: Tile
 
 
+def takes(query: torch.Tensor) -> bool:
+    """Whether the kernels compute attention for such a CUDA tensor."""
+    new_enough = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return new_enough and query.dtype in _DTYPES and query.shape[-1] <= _MAX_HEAD_DIM
+
+
 def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Tiles that fit the shared memory and registers of an Ampere, Ada or Hopper GPU."""
-    # More than 160 KiB of shared memory a block: Hopper and the Blackwells of data centres.
+    """Tiles that fit the shared memory and registers of an Ampere, Ada or Hopper GPU; those for 128 on Hopper are the fastest of
+    `bench.masked_check --tune` on an H100."""
     large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    if dtype == torch.float32:  # exact products, without tensor cores
+    if dtype == torch.float32:
         small = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)
         return Tiles(small, small, small, small)
     if head_dim <= 64:
         return Tiles(Tile(128, 64, 4, 5), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2))
     if head_dim <= 128 and large:
-        return Tiles(Tile(128, 64, 8, 5), Tile(128, 64, 8, 5), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2))
+        return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     if head_dim <= 128:
         return Tiles(Tile(128, 32, 4, 4), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
     return Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
@@ -131,7 +137,8 @@ def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        # Three products of TensorFloat-32: as exact as float32's own, which tensor cores don't do.
+        PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

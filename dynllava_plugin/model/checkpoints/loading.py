@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter, merge_adapter
 from dynllava_plugin.model.checkpoints.building import empty_model, fill
 from dynllava_plugin.model.checkpoints.layouts import (
     LLAVA_HF,
@@ -59,7 +60,8 @@ def load_model(
     ----------
     path_or_hub_id : str or Path
         A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5,
-        llava-hf and this package's own layout are told apart by their config.json.
+        llava-hf and this package's own layout are told apart by their config.json. A folder with a LoRA adapter
+        (and predictors) is merged into the checkpoint that it names.
     device : str or torch.device, optional
         Default: the GPU where there is one, else the CPU.
     dtype : str or torch.dtype, optional
@@ -147,6 +149,9 @@ class _Checkpoint:
         return model.eval()
 
     def _weights(self) -> dict[str, torch.Tensor]:
+        if is_adapter(self.directory):
+            base = _Checkpoint(base_of(self.directory), {})
+            return merge_adapter(self.directory, base._weights())
         tensors = read_weights(self.directory)
         if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
             tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))

@@ -1,0 +1,49 @@
+"""The run manifests under a results folder, summed up for a table's footer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+
+
+def footer(folder: Path) -> str:
+    """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
+    manifests = []
+    for path in sorted(folder.rglob(f"*{MANIFEST_NAME}")):
+        try:
+            manifests.append(read_json(path))
+        except UserError:
+            continue  # a table is worth more than its footer
+    if not manifests:
+        return ""
+    versions: dict[str, list[str]] = {}
+    for manifest in manifests:
+        for name, number in (manifest.get("versions") or {}).items():
+            versions.setdefault(name, []).append(str(number))
+    lines = [
+        "Versions: " + ", ".join(f"{name} {_all(numbers)}" for name, numbers in versions.items()),
+        "Commit: " + _all(manifest.get("commit") for manifest in manifests),
+        "Checkpoint: " + _all(_checkpoint(manifest) for manifest in manifests),
+        "Device: " + _all(_device(manifest) for manifest in manifests),
+        f"Time: {sum(manifest.get('seconds') or 0 for manifest in manifests):.0f} s in {len(manifests)} runs",
+    ]
+    return "\n" + "\n".join(f"{line}  " for line in lines if not line.endswith(": ")) + "\n"
+
+
+def _checkpoint(manifest: dict[str, Any]) -> str | None:
+    settings = manifest.get("settings") or {}
+    name, digest = settings.get("checkpoint"), manifest.get("checkpoint_hash")
+    return f"{name} ({digest})" if name and digest else name
+
+
+def _device(manifest: dict[str, Any]) -> str | None:
+    host = manifest.get("host") or {}
+    return host.get("accelerator") or (f"{host['processor']}, {host['cores']} cores" if host else None)
+
+
+def _all(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value))

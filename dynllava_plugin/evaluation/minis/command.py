@@ -1,0 +1,94 @@
+"""`dynllava make-mini DIR`: miniatures of every benchmark in its real schema."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+
+# What `dynllava eval --data DIR` looks for in DIR.
+HUB, KIT, TRUTH, LONG = "datasets", "LMUData", "truth", "generation"
+MARKER = "miniatures.txt"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the ones of `dynllava`."""
+    parser = commands.add_parser(
+        "make-mini", help="small datasets in every benchmark's real schema, from easy-VQA's images"
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new, or an earlier run's (it is replaced)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    make_minis(args.folder)
+    print(
+        f"{args.folder}: run `dynllava eval eval_configs/smoke.yaml --pretrained tiny --data {args.folder}`"
+    )
+    return 0
+
+
+def make_minis(folder: Path) -> None:
+    """Write the miniatures whole or not at all.
+
+    ``datasets/<owner>/<name>``: the hub's repositories; ``LMUData/*.tsv``: VLMEvalKit's files;
+    ``generation/``: the long-answer sets, by `build-lvis` from a miniature of LVIS-Instruct4V;
+    ``truth/<benchmark>.jsonl``: the questions and answers that all of them were made from.
+
+    Raises
+    ------
+    UserError
+        If `folder` holds something else, or easy-VQA isn't installed, or the folder can't be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UserError(f"{folder}: not empty and not made by make-mini; name another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            made = Path(temporary) / "made"
+            _write(made)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(made, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
+
+
+def _write(folder: Path) -> None:
+    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
+    from dynllava_plugin.evaluation.files import write_text
+    from dynllava_plugin.evaluation.minis import hub_choice, hub_short
+    from dynllava_plugin.evaluation.minis.hub import Config, write_repo
+    from dynllava_plugin.evaluation.minis.items import RECIPES, items_of
+    from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
+
+    recipes: dict[str, Callable[[], dict[str, Config]]] = {
+        "VQAv2": hub_short.vqav2,
+        "GQA": hub_short.gqa,
+        "VizWiz": hub_short.vizwiz,
+        "SciQA": hub_choice.scienceqa,
+        "TextVQA": hub_short.textvqa,
+        "POPE": hub_short.pope,
+        "MME": hub_short.mme,
+        "MMBench": hub_choice.mmbench,
+        "SEED": hub_choice.seedbench,
+        "MM-Vet": hub_short.mmvet,
+        "LLaVA-Wild": hub_short.llava_in_the_wild,
+        "MMVP": hub_choice.mmvp,
+        "RealWorldQA": hub_choice.realworldqa,
+        "CVBench-2D": hub_choice.cv_bench,
+    }
+    repos = {benchmark.name: benchmark.repo for benchmark in BENCHMARKS}
+    for name, recipe in recipes.items():
+        write_repo(folder / HUB, repos[name], recipe())
+    write_tsvs(folder / KIT)
+    for name in RECIPES:
+        lines = [item.to_json() for item in items_of(name)]
+        write_text(folder / TRUTH / f"{name}.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / MARKER, "Made by `dynllava make-mini`, which may replace this folder.\n")

@@ -1,0 +1,189 @@
+"""The paper's figures (arXiv 2412.00876, tables 1-14) and ours beside them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL, VLMEVALKIT, Benchmark, Metric
+from dynllava_plugin.evaluation.order import in_order
+from dynllava_plugin.evaluation.results import KEYS, SCORED
+from dynllava_plugin.evaluation.tables import FORMATS, frame_text
+
+# Which of the paper's rows a mode stands beside. A mode "full" of a trained checkpoint isn't LLaVA-1.5's
+# weights; its row is still the one of full context.
+METHODS = {"full": "LLaVA-1.5", "image": "Dynamic-LLaVA_I", "image_text": "Dynamic-LLaVA_I|T"}
+LLMS = ("7B", "13B")
+TITLES = {"1": "Table 1 (understanding)", "3": "Table 3 (generation)", "12": "Table 12"}
+_CSV_TABLES = {"1": "1/11"}
+COMPARISON = (
+    "table",
+    "checkpoint",
+    "mode",
+    "benchmark",
+    "metric",
+    "unit",
+    "lmms-eval",
+    "vlmevalkit",
+    "vlmevalkit - lmms-eval",
+    "paper_method",
+    "paper",
+    "lmms-eval - paper",
+    "vlmevalkit - paper",
+    "n",
+    "note",
+)
+
+
+@cache
+def paper_results() -> pd.DataFrame:
+    """Every number of the paper's tables: table, llm, method, image_tokens, prefill_tflops, benchmark, metric, value."""
+    path = files("dynllava_plugin.evaluation") / "data" / "paper_results.csv"
+    with path.open("r", encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> float | None:
+    """The paper's figure in the metric's unit; None where the paper has none.
+
+    Parameters
+    ----------
+    method : str
+        As the paper names it, e.g. ``Dynamic-LLaVA_I|T``.
+    llm : str
+        ``7B`` or ``13B``.
+    """
+    if not metric.paper or not benchmark.paper_table:
+        return None
+    rows = paper_results()
+    table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
+    wanted = {
+        "table": table,
+        "llm": llm,
+        "method": method,
+        "benchmark": benchmark.name,
+        "metric": metric.paper,
+    }
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
+    return float(rows["value"].iloc[0]) * metric.paper_factor if len(rows) else None
+
+
+def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
+    """Every figure of the paper's tables 1, 3 and 12 that was run, beside the paper's and the other harness's.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `read_results` gives it.
+    llm : str, optional
+        ``7B`` or ``13B``; from the checkpoint's name where None, else 7B.
+
+    Returns
+    -------
+    DataFrame
+        Columns `COMPARISON`, one row a checkpoint, mode, benchmark and metric. A harness's column holds a
+        figure, a reason ("needs judge"), or None.
+
+    Raises
+    ------
+    UserError
+        For another `llm`, or where no benchmark of those tables was run.
+    """
+    if llm is not None and llm not in LLMS:
+        raise UserError(f"--llm: unknown value {llm!r}; choose {' or '.join(LLMS)}")
+    chosen = in_order(table.sort_values("n").drop_duplicates(list(KEYS), keep="last"))
+    registry = {item.name: item for item in BENCHMARKS if item.paper_table}
+    rows: list[dict[str, Any]] = []
+    for keys, group in chosen.groupby(["checkpoint", "mode", "benchmark", "metric"], sort=False):
+        checkpoint, mode, name, metric_name = (str(key) for key in keys)
+        if name not in registry:
+            continue
+        benchmark = registry[name]
+        metric = next(item for item in benchmark.metrics if item.name == metric_name)
+        size = llm or ("13B" if "13b" in checkpoint.lower() else "7B")
+        method = METHODS.get(mode, "")
+        value = paper_value(benchmark, metric, method, size)
+        found = {
+            str(row["harness"]): row["value"] if row["status"] == SCORED else str(row["status"])
+            for row in group.to_dict("records")
+        }
+        ours, kits = found.get(LMMS_EVAL), found.get(VLMEVALKIT)
+        rows.append(
+            {
+                "table": benchmark.paper_table,
+                "checkpoint": checkpoint,
+                "mode": mode,
+                "benchmark": name,
+                "metric": metric_name,
+                "unit": metric.unit,
+                "lmms-eval": ours,
+                "vlmevalkit": kits,
+                "vlmevalkit - lmms-eval": _difference(kits, ours),
+                "paper_method": f"{method} {size}" if method and value is not None else None,
+                "paper": value,
+                "lmms-eval - paper": _difference(ours, value),
+                "vlmevalkit - paper": _difference(kits, value),
+                "n": group["n"].max(),
+                "note": benchmark.note,
+            }
+        )
+    if not rows:
+        raise UserError(
+            "--compare-paper: none of the results is of a benchmark in the paper's tables 1, 3 or 12"
+        )
+    return pd.DataFrame(rows, columns=list(COMPARISON))
+
+
+def render_comparison(comparison: pd.DataFrame, style: str) -> str:
+    """One table for each of the paper's tables, checkpoint and mode, with the notes that belong to it."""
+    if style not in FORMATS:
+        raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
+    if style == "csv":
+        return comparison.to_csv(index=False)
+    parts = []
+    for table, title in TITLES.items():
+        of_table = comparison[comparison["table"] == table]
+        for (checkpoint, mode), rows in of_table.groupby(["checkpoint", "mode"], sort=False):
+            methods = [name for name in rows["paper_method"] if isinstance(name, str)]
+            beside = f", beside the paper's {methods[0]}" if methods else ", which the paper doesn't have"
+            heading = f"{title}: {checkpoint}, mode {mode}{beside}"
+            text = frame_text(_cells(rows), style)
+            notes = [f"{row['benchmark']}: {row['note']}." for row in rows.to_dict("records") if row["note"]]
+            if style == "latex":
+                parts.append(f"% {heading}\n{text}" + "".join(f"% {note}\n" for note in dict.fromkeys(notes)))
+            else:
+                lines = "\n".join(f"* {note}" for note in dict.fromkeys(notes))
+                parts.append(f"### {heading}\n\n{text}" + (f"\n{lines}\n" if notes else ""))
+    return "\n".join(parts)
+
+
+def _cells(rows: pd.DataFrame) -> pd.DataFrame:
+    out = []
+    for row in rows.to_dict("records"):
+        unit = f" [{row['unit']}]" if row["unit"] else ""
+        cells = {"benchmark": row["benchmark"], "metric": row["metric"] + unit}
+        for column in ("lmms-eval", "vlmevalkit", "vlmevalkit - lmms-eval", "paper"):
+            cells[column] = _text(row[column], signed="-" in column.replace("lmms-eval", ""))
+        for column in ("lmms-eval - paper", "vlmevalkit - paper"):
+            cells[column] = _text(row[column], signed=True)
+        cells["n"] = "-" if pd.isna(row["n"]) else f"{row['n']:.0f}"
+        out.append(cells)
+    return pd.DataFrame(out)
+
+
+def _text(value: Any, signed: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or pd.isna(value):
+        return "-"
+    return f"{float(value):+.2f}" if signed else f"{float(value):.2f}"
+
+
+def _difference(first: Any, second: Any) -> float | None:
+    known = [value for value in (first, second) if isinstance(value, (int, float)) and not pd.isna(value)]
+    return float(first) - float(second) if len(known) == 2 else None

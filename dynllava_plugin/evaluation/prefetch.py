@@ -1,0 +1,103 @@
+"""Requests built and their images decoded in the background, one window ahead of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.requests import Request
+from dynllava_plugin.model.prompts import IMAGE_TOKEN
+
+_REMEMBERED = 64  # images whose tensors are kept for the questions that follow
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the vision tower takes it.
+
+    Attributes
+    ----------
+    key : bytes
+        Equal for images with equal pixels after resizing.
+    pixels : float32 [3, H, W]
+    """
+
+    key: bytes
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request with its place in the caller's sequence and its decoded images."""
+
+    index: int
+    request: Request
+    images: tuple[PreparedImage, ...]
+
+
+class Preparation:
+    """Turns requests into `Prepared` ones.
+
+    Parameters
+    ----------
+    processor : DynamicLlavaProcessor
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._recent: OrderedDict[bytes, PreparedImage] = OrderedDict()
+
+    def windows(self, requests: Sequence[Request], size: int) -> Iterator[list[Prepared]]:
+        """All of `requests`, `size` at a time, the next window in the making while one is worked on.
+
+        `requests` may build an item when it is indexed; that happens in the background thread too, in order.
+
+        Raises
+        ------
+        UserError
+            For a request with a bad image, or with other than one image for each ``<image>``.
+        """
+        ranges = [range(at, min(at + size, len(requests))) for at in range(0, len(requests), size)]
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+            ahead = pool.submit(self._window, requests, ranges[0]) if ranges else None
+            for place in range(len(ranges)):
+                assert ahead is not None
+                window = ahead.result()
+                following = ranges[place + 1] if place + 1 < len(ranges) else None
+                ahead = pool.submit(self._window, requests, following) if following is not None else None
+                try:
+                    yield window
+                except GeneratorExit:
+                    if ahead is not None:
+                        ahead.cancel()
+                    raise
+
+    def _window(self, requests: Sequence[Request], indices: range) -> list[Prepared]:
+        return [self._prepare(index, requests[index]) for index in indices]
+
+    def _prepare(self, index: int, request: Request) -> Prepared:
+        markers = request.prompt.count(IMAGE_TOKEN)
+        if markers != len(request.images):
+            found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
+            raise UserError(f"{request.name}: the prompt has {found}")
+        return Prepared(index, request, tuple(self._image(image, request.name) for image in request.images))
+
+    def _image(self, image: Any, name: str) -> PreparedImage:
+        picture = self._processor.prepare_image(load_image(image, name), name)
+        key = hashlib.blake2b(picture.tobytes(), digest_size=16, person=b"%dx%d" % picture.size).digest()
+        known = self._recent.pop(key, None)
+        if known is None:
+            pixels = self._processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+            known = PreparedImage(key, pixels[0])
+        self._recent[key] = known
+        if len(self._recent) > _REMEMBERED:
+            self._recent.popitem(last=False)
+        return known

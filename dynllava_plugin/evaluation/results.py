@@ -1,0 +1,201 @@
+"""Both harnesses' files as one tidy table: a row is one figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import (
+    LMMS_EVAL,
+    VLMEVALKIT,
+    Benchmark,
+    Metric,
+    find_metrics,
+)
+from dynllava_plugin.evaluation.modes import mode_name
+from dynllava_plugin.evaluation.order import in_order
+
+MANIFEST_NAME = "dynllava_run.json"
+COUNTS = (
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "kept_tokens",
+    "kept_output_share",
+    "equivalent_tokens",
+    "prefill_gflops",
+)
+SETTINGS = ("vision_keep_rate", "text_keep_rate", "image_policy")
+KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
+COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
+# What a cell without a figure says: nobody ran it is "-", these were run.
+SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """Every figure under `folder`, one a row.
+
+    Parameters
+    ----------
+    folder : Path
+        Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and
+        token counts come from the ``dynllava_run.json`` beside them.
+
+    Returns
+    -------
+    DataFrame
+        Columns `COLUMNS`: `value` and `stderr` in the metric's unit (percent where it has one), NaN where
+        `status` isn't "scored"; `n` questions; token counts as means over samples, NaN where not measured.
+        Of two runs with the same settings and `n` the later one stands.
+
+    Raises
+    ------
+    UserError
+        For a folder that doesn't exist or holds no results, or a file that can't be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = [*folder.rglob("[0-9]*_results.json"), *folder.rglob("status.json")]
+    rows: list[dict[str, Any]] = []
+    for path in sorted(files, key=lambda file: file.stat().st_mtime):
+        rows += _lmms_eval_rows(path) if path.name != "status.json" else _vlmevalkit_rows(path)
+    if not rows:
+        raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate"):
+        table[column] = pd.to_numeric(table[column])
+    table["file"] = [str(Path(file).relative_to(folder)) for file in table["file"]]
+    table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
+    return in_order(table).reset_index(drop=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: not a readable JSON file ({error}); delete it or run the evaluation again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a harness's results; delete it or name another folder")
+    return content
+
+
+def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
+    content = read_json(path)
+    manifest_path = path.with_name(path.name.removesuffix("_results.json") + f"_{MANIFEST_NAME}")
+    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
+    common = _common(manifest, content.get("config", {}).get("model_args", ""), path)
+    for task, scores in content.get("results", {}).items():
+        count = content.get("n-samples", {}).get(task, {}).get("effective")
+        counts = _counts(manifest, task)
+        for benchmark, metric, key, factor in find_metrics(LMMS_EVAL, task):
+            row = _row(common, LMMS_EVAL, benchmark, metric, count, counts, path)
+            if benchmark.server:
+                yield {**row, "status": SUBMISSION}
+            elif benchmark.judge and not _judged(manifest, task):
+                yield {**row, "status": NEEDS_JUDGE}
+            else:
+                value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
+                if value is not None:
+                    stderr = None if stderr is None else stderr * factor
+                    yield {**row, "value": value * factor, "stderr": stderr, "status": SCORED}
+
+
+def _figure(scores: dict[str, Any], key: str) -> float | None:
+    """The figure under ``key,<filter>``; None where there is none, or ``N/A``."""
+    values = [value for name, value in scores.items() if name.partition(",")[0] == key]
+    return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+
+
+def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
+    content = read_json(path)
+    manifest_path = path.with_name(MANIFEST_NAME)
+    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
+    common = _common(manifest, "", path)
+    model = content.get("model_name", path.parent.name)
+    for dataset, entry in content.get("datasets", {}).items():
+        if not isinstance(entry, dict):
+            continue
+        metrics = entry.get("metrics") or {}
+        counts = _counts(manifest, dataset)
+        count = counts.get("n") or _prediction_rows(path.parent, f"{model}_{dataset}")
+        for benchmark, metric, key, factor in find_metrics(VLMEVALKIT, dataset):
+            row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
+            if benchmark.judge and not (metrics and _judged(manifest, dataset)):
+                if count:  # predictions are there
+                    yield {**row, "status": NEEDS_JUDGE}
+                continue
+            names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
+            if entry.get("error_message") or not names:
+                continue
+            if isinstance(metrics[names[0]], (int, float)):
+                yield {**row, "value": metrics[names[0]] * factor, "status": SCORED}
+
+
+def _judged(manifest: dict[str, Any], task: str) -> bool:
+    """Whether a judge was configured and answered for every sample of the task."""
+    judge = manifest.get("judge") or {}
+    return bool(judge.get("model")) and not judge.get("unanswered", {}).get(task)
+
+
+def _row(
+    common: dict[str, Any],
+    harness: str,
+    benchmark: Benchmark,
+    metric: Metric,
+    count: int | None,
+    counts: dict[str, Any],
+    path: Path,
+) -> dict[str, Any]:
+    names = {"harness": harness, "benchmark": benchmark.name, "metric": metric.name, "unit": metric.unit}
+    return {
+        **common,
+        **names,
+        "value": None,
+        "stderr": None,
+        "n": count,
+        **{name: counts.get(name) for name in COUNTS},
+        "file": str(path),
+    }
+
+
+def _common(manifest: dict[str, Any], model_args: str, path: Path) -> dict[str, Any]:
+    """Checkpoint and settings of a run; of one without a manifest, what its arguments say."""
+    if manifest:
+        sparsity = manifest.get("sparsity") or {}
+        checkpoint = (manifest.get("settings") or {}).get("checkpoint", "unknown")
+    else:
+        pairs = dict(part.split("=", 1) for part in str(model_args).split(",") if "=" in part)
+        sparsity = {key: pairs[key] for key in ("mode", *SETTINGS) if key in pairs}
+        checkpoint = Path(pairs.get("pretrained", path.parent.name)).name
+    # Output text is dropped in one mode only: elsewhere its keep rate says nothing about the run.
+    text_rate = sparsity.get("text_keep_rate") if sparsity.get("mode") == "image_text" else None
+    return {
+        "checkpoint": checkpoint,
+        "mode": mode_name(sparsity),
+        "vision_keep_rate": float(sparsity["vision_keep_rate"]) if "vision_keep_rate" in sparsity else None,
+        "text_keep_rate": None if text_rate is None else float(text_rate),
+        "image_policy": sparsity.get("image_policy"),
+        "seconds": manifest.get("seconds"),
+    }
+
+
+def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
+    tokens = manifest.get("tokens") or {}
+    # The perplexity task generates nothing: its answer task's counts go with it.
+    return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or {}
+
+
+def _prediction_rows(folder: Path, stem: str) -> int | None:
+    path = folder / f"{stem}.tsv"
+    if path.is_file():
+        return len(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))
+    path = folder / f"{stem}.xlsx"
+    return len(pd.read_excel(path)) if path.is_file() else None

@@ -1,0 +1,1 @@
+"""`dynllava eval`: many benchmarks, both harnesses, one table."""

@@ -1,0 +1,74 @@
+"""`dynllava eval SUITE.yaml`: a suite of benchmarks in lmms-eval and VLMEvalKit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.evaluation.benchmarks import HARNESSES
+from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the ones of `dynllava`."""
+    parser = commands.add_parser(
+        "eval",
+        help="a suite of benchmarks in both harnesses, resumable, with one table",
+        epilog="A judge for MM-Vet and LLaVA-Wild: OPENAI_API_KEY, and --judge-url and --judge-model for "
+        "another endpoint than OpenAI's.",
+    )
+    add = parser.add_argument
+    add("suite", type=Path, metavar="SUITE.yaml", help="e.g. eval_configs/understanding.yaml")
+    add("--pretrained", metavar="CHECKPOINT", help="folder, hub id, or tiny")
+    add("--harness", choices=(*HARNESSES, "both"))
+    add("--benchmarks", nargs="+", metavar="NAME", help="these instead of the suite's")
+    add("--mode", action="append", choices=MODES, help="several times for several modes")
+    add("--vision-keep-rate", type=float)
+    add("--text-keep-rate", type=float)
+    add("--image-policy", choices=IMAGE_POLICIES)
+    add("--random-seed", type=int)
+    add("--device")
+    add("--dtype")
+    add("--attn-implementation")
+    add("--limit", type=int, help="questions of each benchmark")
+    add("--batch-size", type=int, help="never changes an answer")
+    add("--num-processes", type=int, help="GPUs (or processes) that share a benchmark's questions")
+    add("--jobs", type=int, help="benchmarks at a time")
+    add("--prompts", choices=("llava", "kit"), help="who words VLMEvalKit's questions")
+    add("--data", type=Path, metavar="DIR", help="local datasets: DIR/datasets/<owner>/<name>, DIR/LMUData")
+    add("--images", type=Path, metavar="DIR", help="images of the generation sets, e.g. coco/train2017")
+    add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, ending in /v1")
+    add("--judge-model", metavar="NAME")
+    add("--output", type=Path, metavar="DIR", help="default: results/<suite>")
+    parser.set_defaults(run=_run)
+
+
+_OWN = ("suite", "judge_url", "judge_model", "command", "run")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
+    from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
+    from dynllava_plugin.evaluation.suite.config import SuiteConfig
+    from dynllava_plugin.evaluation.suite.report import report
+    from dynllava_plugin.evaluation.suite.runner import Runner
+    from dynllava_plugin.evaluation.suite.runs import plan
+
+    if args.judge_url:
+        os.environ[URL] = args.judge_url
+    if args.judge_model:
+        os.environ[MODEL] = args.judge_model
+    overrides = {key: value for key, value in vars(args).items() if key not in _OWN}
+    config = SuiteConfig.read(args.suite, overrides)
+    judged = [task for benchmark in config.wanted() for task in benchmark.tasks(LMMS_EVAL)]
+    runs = plan(config, find_judge(LMMS_EVAL, judged))
+    print(f"{len(runs)} runs into {config.output}", flush=True)
+    try:
+        outcomes = Runner(runs, config.jobs, config.data, lambda line: print(line, flush=True)).run()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return report(config, outcomes)

@@ -1,0 +1,76 @@
+"""The end of a suite: its manifest, its table, and what failed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.evaluation.manifests import footer
+from dynllava_plugin.evaluation.suite.config import SuiteConfig
+from dynllava_plugin.evaluation.suite.runner import Outcome, read_state
+
+MANIFEST = "suite.json"
+
+
+def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
+    """Write `suite.json` and `table.csv`, print the table and the failures; returns the exit status."""
+    assert config.output is not None
+    failed = [outcome for outcome in outcomes if outcome.problem]
+    try:
+        write_json(config.output / MANIFEST, _manifest(config, outcomes))
+        _table(config)
+    except OSError as error:
+        print(f"error: {error.filename or config.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    for outcome in failed:
+        print(f"error: {outcome.run.title}: {outcome.problem}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(outcomes)} runs failed; the same command tries them again", flush=True)
+    return 1 if failed else 0
+
+
+def _table(config: SuiteConfig) -> None:
+    from dynllava_plugin.evaluation.tables import read_results, render
+
+    assert config.output is not None
+    try:
+        table = read_results(config.output)
+    except UserError as error:
+        print(f"no table: {error}")
+        return
+    write_text(config.output / "table.csv", table.to_csv(index=False))
+    text = render(table, "markdown") + footer(config.output)
+    write_text(config.output / "table.md", text)
+    print(f"\n{text}\ntable: {config.output / 'table.csv'}")
+
+
+def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
+    from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
+    from dynllava_plugin.evaluation.records import host, versions
+
+    runs: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        state = read_state(outcome.run.folder)
+        runs.append(
+            {
+                "benchmark": outcome.run.benchmark.name,
+                "harness": outcome.run.harness,
+                "mode": outcome.run.mode,
+                "state": "failed" if outcome.problem else "done",
+                "problem": outcome.problem,
+                "seconds": state.get("seconds"),
+                "command": outcome.run.command,
+            }
+        )
+    settings = config.settings()
+    return {
+        "settings": {key: str(value) for key, value in vars(config).items() if value not in (None, ())},
+        "checkpoint_hash": checkpoint_hash(settings[0].pretrained),
+        "versions": versions(),
+        "commit": commit(),
+        "host": host(),
+        "seconds": round(sum(run["seconds"] or 0 for run in runs), 1),
+        "runs": runs,
+    }

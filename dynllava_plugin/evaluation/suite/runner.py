@@ -1,0 +1,223 @@
+"""Carries out a suite's runs: several at a time, each its own process, taken up again where they stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.files import write_json
+from dynllava_plugin.evaluation.suite.data import how_to_provide, is_offline, is_ours, locate
+from dynllava_plugin.evaluation.suite.progress import Progress
+from dynllava_plugin.evaluation.suite.runs import Run
+
+STATE = "run.json"
+DONE, FAILED, RUNNING = "done", "failed", "running"
+_UNREACHABLE = (
+    "Couldn't reach",
+    "ConnectionError",
+    "DatasetNotFoundError",
+    "OfflineModeIsEnabled",
+    "Cannot find data directory",
+    "URLError",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "LocalEntryNotFoundError",
+)
+
+
+@dataclass
+class Outcome:
+    """What became of a run.
+
+    Attributes
+    ----------
+    run : Run
+    problem : str
+        One line; empty where it went well.
+    seconds : float
+        Of this time; 0 where it was done before.
+    resumed : bool
+        Whether an earlier process had done it already.
+    """
+
+    run: Run
+    problem: str = ""
+    seconds: float = 0.0
+    resumed: bool = False
+
+
+@dataclass
+class Runner:
+    """Runs `runs`, `jobs` at a time.
+
+    Attributes
+    ----------
+    runs : sequence of Run
+    jobs : int
+    data : Path or None
+        Folder of local datasets.
+    report : callable
+        Takes finished progress lines.
+    """
+
+    runs: Sequence[Run]
+    jobs: int
+    data: Path | None
+    report: Callable[[str], None]
+    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: bool = False
+
+    def run(self) -> list[Outcome]:
+        """All of them; a failing one doesn't stop the others.
+
+        Raises
+        ------
+        UserError
+            If another process evaluates into the same folder.
+        """
+        outcomes: list[Outcome] = []
+        progress = Progress(len(self.runs), self.jobs, self.report)
+        with _locks({run.folder.parents[1] for run in self.runs}), ThreadPoolExecutor(self.jobs) as pool:
+            pending: set[Future[Outcome]] = {pool.submit(self._guarded, run, progress) for run in self.runs}
+            try:
+                while pending:
+                    finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        outcomes.append(future.result())
+                        progress.finished(outcomes[-1])
+                    progress.show()
+            except BaseException:
+                self._stop(pending)
+                raise
+            finally:
+                progress.clear()
+        order = {id(run): place for place, run in enumerate(self.runs)}
+        return sorted(outcomes, key=lambda outcome: order[id(outcome.run)])
+
+    def _stop(self, pending: set[Future[Outcome]]) -> None:
+        self._stopped = True
+        for future in pending:
+            future.cancel()
+        with self._lock:
+            for process in self._processes:
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def _guarded(self, run: Run, progress: Progress) -> Outcome:
+        started = time.monotonic()
+        try:
+            return self._one(run, progress)
+        except OSError as error:  # no space left, no permission: the others go on
+            place = error.filename or run.folder
+            return Outcome(run, f"{error.strerror or error} ({place})", seconds=time.monotonic() - started)
+
+    def _one(self, run: Run, progress: Progress) -> Outcome:
+        state = read_state(run.folder)
+        same_answers = state.get("answers_from") == _plain(run.answers_from)
+        same = same_answers and state.get("scores_from") == _plain(run.scores_from)
+        if same and state.get("state") == DONE:
+            return Outcome(run, resumed=True)
+        if not same_answers and run.folder.exists():
+            shutil.rmtree(run.folder)  # other data, settings or weights: nothing of it may be reused
+        if is_offline() and not is_ours(run.benchmark):
+            if locate(run.benchmark, run.harness, self.data) is None:
+                return Outcome(run, how_to_provide(run.benchmark, run.harness))
+        shutil.rmtree(run.output, ignore_errors=True)  # half a result; its answers are in the journal
+        facts = {"answers_from": run.answers_from, "scores_from": run.scores_from, "command": run.command}
+        write_json(run.folder / STATE, {"state": RUNNING, **facts})
+        started = time.monotonic()
+        progress.started(run)
+        code = self._execute(run)
+        seconds = time.monotonic() - started
+        problem = "" if code == 0 else "stopped" if self._stopped else _reason(run, code)
+        if not self._stopped:
+            ended = {"state": FAILED if problem else DONE, "seconds": round(seconds, 1), "problem": problem}
+            write_json(run.folder / STATE, {**ended, **facts})
+        return Outcome(run, problem, seconds)
+
+    def _execute(self, run: Run) -> int:
+        for path in run.journal.glob("progress-*.json"):
+            path.unlink()
+        with (run.folder / "log.txt").open("w", encoding="utf-8") as log:
+            with self._lock:
+                if self._stopped:
+                    return 1
+                process = subprocess.Popen(
+                    run.command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    cwd=run.directory,
+                    env={**os.environ, **run.environment},
+                    start_new_session=True,  # so that its own processes end with it
+                )
+                self._processes.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._processes.discard(process)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What an earlier run left in its folder; empty where there is none."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    """As they look after a round trip through JSON."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def _reason(run: Run, code: int) -> str:
+    """Why a run failed, in one line, from its log."""
+    log = run.folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    if "No space left on device" in text:
+        return f"no space left on the disk of {run.folder}, of the cache or of the temporary files"
+    if not is_ours(run.benchmark) and any(sign in text for sign in _UNREACHABLE):
+        return how_to_provide(run.benchmark, run.harness)
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["it wrote nothing"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    reason = (errors or lines)[-1].removeprefix("error: ").strip()
+    return f"ended with {code} ({reason[:300]}; see {log})"
+
+
+@contextmanager
+def _locks(folders: set[Path]) -> Iterator[None]:
+    """Hold each folder for this process alone."""
+    files = []
+    try:
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / ".lock").open("w")
+            files.append(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another `dynllava eval` is writing there") from None
+        yield
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None
+    finally:
+        for file in files:
+            file.close()

@@ -1,0 +1,197 @@
+"""A suite's runs: one benchmark in one harness under one setting, as the harness's own command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
+from dynllava_plugin.evaluation.identity import HASH_VARIABLE, checkpoint_hash
+from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.suite.config import SuiteConfig
+from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity
+
+_MODULES = {
+    LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval_command",
+    "vlmevalkit": "dynllava_plugin.evaluation.vlmevalkit_command",
+}
+_PACKAGES = {LMMS_EVAL: "lmms-eval", "vlmevalkit": "ms-vlmeval"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One benchmark in one harness under one setting.
+
+    Attributes
+    ----------
+    benchmark : Benchmark
+    harness : str
+    mode : str
+        As the table calls the setting's mode; empty where it is the checkpoint's own.
+    folder : Path
+        Everything of this run: log, journal, the harness's output, state.
+    command : list of str
+    environment : dict
+        Beyond this process's.
+    directory : Path
+        Where the harness runs: it looks for local hub repositories there.
+    answers_from, scores_from : dict
+        What its answers, and beyond them its scores, depend on.
+    """
+
+    benchmark: Benchmark
+    harness: str
+    mode: str
+    folder: Path
+    command: list[str]
+    environment: dict[str, str]
+    directory: Path
+    answers_from: dict[str, Any]
+    scores_from: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """For progress lines and errors."""
+        return f"{self.benchmark.name} in {self.harness}" + (f", mode {self.mode}" if self.mode else "")
+
+    @property
+    def journal(self) -> Path:
+        """Where the answers are written down as they come."""
+        return self.folder / "journal"
+
+    @property
+    def output(self) -> Path:
+        """The harness's output."""
+        return self.folder / "output"
+
+
+def plan(config: SuiteConfig, judge: Judge | None) -> list[Run]:
+    """All runs of a suite, setting by setting, benchmark by benchmark, both harnesses beside each other."""
+    assert config.output is not None
+    runs = []
+    for settings in config.settings():
+        digest = checkpoint_hash(settings.pretrained)
+        root = config.output.resolve() / folder_name(settings, digest, config)
+        for benchmark in config.wanted():
+            for harness in config.harnesses():
+                if benchmark.tasks(harness):
+                    runs.append(_run(config, settings, digest, root, benchmark, harness, judge))
+    return runs
+
+
+def folder_name(settings: ModelSettings, digest: str, config: SuiteConfig) -> str:
+    """Differs wherever checkpoint or settings do."""
+    name = Path(settings.pretrained).name if Path(settings.pretrained).is_dir() else settings.pretrained
+    parts = [name, digest, *(f"{key}-{value}" for key, value in sorted(settings.sparsity().items()))]
+    parts += [str(value) for value in (settings.dtype, settings.attn_implementation) if value is not None]
+    parts += [f"limit-{config.limit}"] if config.limit else []
+    parts += [f"prompts-{config.prompts}"] if config.prompts != "llava" else []
+    return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+
+
+def _run(
+    config: SuiteConfig,
+    settings: ModelSettings,
+    digest: str,
+    root: Path,
+    benchmark: Benchmark,
+    harness: str,
+    judge: Judge | None,
+) -> Run:
+    folder = root / harness / re.sub(r"[^\w.-]+", "-", benchmark.name)
+    arguments = (_lmms_eval if harness == LMMS_EVAL else _vlmevalkit)(config, settings, benchmark, folder)
+    launch = [sys.executable, "-m"]
+    if config.num_processes > 1:
+        launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(config.num_processes)]
+        launch += ["-m"]
+    data = config.data.resolve() if config.data else None
+    directory = data / HUB if data and (data / HUB).is_dir() else Path.cwd()
+    answers_from = {
+        "benchmark": benchmark.name,
+        "harness": harness,
+        "settings": settings.to_dict(),
+        "limit": config.limit,
+        "prompts": config.prompts,
+        "checkpoint": digest,
+        "data": identity(benchmark, harness, data),
+        "versions": {name: _version(name) for name in ("dynllava-plugin", "torch", "transformers")},
+    }
+    uses_judge = judge.model if judge and benchmark.judge else None
+    return Run(
+        benchmark=benchmark,
+        harness=harness,
+        mode=settings.mode or "",
+        folder=folder,
+        command=[*launch, _MODULES[harness], *arguments],
+        environment=_environment(config, settings, digest, data, folder, judge),
+        directory=directory,
+        answers_from=answers_from,
+        scores_from={"harness": _version(_PACKAGES[harness]), "judge": uses_judge},
+    )
+
+
+def _lmms_eval(config: SuiteConfig, settings: ModelSettings, benchmark: Benchmark, folder: Path) -> list[str]:
+    given = {"pretrained": settings.pretrained, **settings.sparsity()}
+    given |= {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    pairs = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
+    command = ["--model", "dynllava", "--model_args", pairs, "--log_samples"]
+    command += ["--tasks", ",".join(benchmark.tasks(LMMS_EVAL)), "--batch_size", str(config.batch_size)]
+    command += ["--output_path", str(folder / "output")]
+    command += ["--device", settings.device] if settings.device else []
+    return command + (["--limit", str(config.limit)] if config.limit else [])
+
+
+def _vlmevalkit(
+    config: SuiteConfig, settings: ModelSettings, benchmark: Benchmark, folder: Path
+) -> list[str]:
+    command = ["--model", "dynllava", "--pretrained", settings.pretrained, "--prompts", config.prompts]
+    given = {**settings.sparsity(), "dtype": settings.dtype, "device": settings.device}
+    given["attn_implementation"] = settings.attn_implementation
+    for key, value in given.items():
+        command += [f"--{key.replace('_', '-')}", str(value)] if value is not None else []
+    command += ["--data", *benchmark.tasks("vlmevalkit"), "--batch-size", str(config.batch_size)]
+    command += ["--work-dir", str(folder / "output")]
+    if config.data and (config.data / KIT).is_dir():
+        command += ["--data-root", str((config.data / KIT).resolve())]
+    return command + (["--limit", str(config.limit)] if config.limit else [])
+
+
+def _environment(
+    config: SuiteConfig,
+    settings: ModelSettings,
+    digest: str,
+    data: Path | None,
+    folder: Path,
+    judge: Judge | None,
+) -> dict[str, str]:
+    import torch
+
+    environment = {
+        "DYNLLAVA_JOURNAL": str(folder / "journal"),
+        HASH_VARIABLE: f"{settings.pretrained}={digest}",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not torch.cuda.is_available():
+        threads = max(1, (os.cpu_count() or 1) // (config.jobs * config.num_processes))
+        environment |= {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1"}
+    if data and (data / LONG).is_dir():
+        environment["DYNLLAVA_GENERATION"] = str(data / LONG)
+    if config.images:
+        environment["DYNLLAVA_IMAGES"] = str(config.images.resolve())
+    if judge:
+        environment |= {MODEL: judge.model, URL: judge.url}
+    return environment
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
