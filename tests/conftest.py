@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from PIL import ImageFile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
 def gradients_on() -> None:
-    """Importing a harness may switch gradients off for the whole process."""
+    """Importing a harness may switch gradients off, and checks of images, for the whole process."""
     torch.set_grad_enabled(True)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @pytest.fixture(scope="session")

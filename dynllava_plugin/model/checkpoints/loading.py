@@ -126,7 +126,8 @@ class _Checkpoint:
     ) -> DynamicLlavaForConditionalGeneration:
         """The model with the checkpoint's weights."""
         target = _device(device)
-        read_ahead(self.directory)
+        if not is_adapter(self.directory):
+            read_ahead(self.directory)
         tensors = self._weights()
         number_type = _dtype(dtype, self.config, tensors)
         model = self._empty(number_type, attn_implementation)
