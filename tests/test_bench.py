@@ -132,7 +132,18 @@ def test_report(everything):
         and "124.5" in text
     )
     assert (folder / "4x256x4_cpu_batch3.png").stat().st_size > 10_000
-    assert json.loads((folder / "machine.json").read_text())["host"]["cores"]
+    assert json.loads((folder / "machine.json").read_text())["cpu"]["host"]["cores"]
+
+
+def test_a_report_over_several_files(everything, tmp_path, capsys):
+    rows, folder = everything
+    other = tmp_path / "gpu.json"
+    other.write_text(json.dumps([{**row, "device": "GPU X"} for row in rows if row["phase"] == "prefill"]))
+    assert main(["report", str(folder / "rows.json"), str(other), "--output", str(tmp_path / "both")]) == 0
+    assert set(pd.read_csv(tmp_path / "both" / "table.csv")["device"]) == {"cpu", "GPU X"}
+    assert set(json.loads((tmp_path / "both" / "machine.json").read_text())) == {"cpu", "GPU X"}
+    assert main(["report", str(tmp_path / "none.json")]) == 2
+    assert "none.json: can't be read" in capsys.readouterr().err
 
 
 def test_paper_figures_are_the_published_ones():

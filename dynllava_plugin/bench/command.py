@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,6 +16,7 @@ from dynllava_plugin.bench.loading import load
 from dynllava_plugin.bench.memory import STEPS, memory
 from dynllava_plugin.bench.modes import MODES, modes_named
 from dynllava_plugin.bench.passes import nocache, prefill
+from dynllava_plugin.bench.report import report
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.run import PATHS, Run
 from dynllava_plugin.bench.score import ANSWER, score
@@ -34,6 +36,7 @@ PHASES: dict[str, Callable[[Run], None]] = {
     "memory": memory,
     "load": load,
 }
+REPORT = "report"
 SEVERAL_CACHES = ("decode", "batching")  # phases whose modes hold their caches side by side
 
 
@@ -49,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--only", default=",".join(PHASES), help="comma-separated phases (default: %(default)s)"
             )
         _add_flags(phase)
+    merge = phases.add_parser(REPORT, help="table and plots of rows measured earlier, on any machine")
+    merge.add_argument("files", nargs="+", type=Path, metavar="ROWS.json", help="as written by --json")
+    merge.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
     add_train(phases)
 
 
@@ -95,6 +101,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
+    if args.phase == REPORT:
+        report(args.files, args.output)
+        return 0
     if args.phase == "train":
         return run_train(args)
     names = _names("--only", args.only, PHASES)
@@ -137,13 +146,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--batch, --new-tokens: {device} ran out of memory; take less (the rows so far are kept)"
         ) from None
-    if args.output:
-        from dynllava_plugin.bench.report import write_report
-
-        write_report(plan.rows.rows, args.output)
+    if args.output and path:
+        report([path], args.output)
     elif path is None:
-        import json
-
         print(json.dumps(plan.rows.rows, indent=1))
     return status
 

@@ -11,7 +11,7 @@ from dynllava_plugin.bench.run import Run, held_bytes, kept_share
 from dynllava_plugin.bench.subject import Prompts, estimated_bytes
 from dynllava_plugin.bench.timing import free_bytes, release
 from dynllava_plugin.flops import cache_bytes
-from dynllava_plugin.sparsity.cache import GROWTH_STEP
+from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 
 STEPS = GROWTH_STEP + 8  # so that a buffer grows while the peak is watched
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,8 @@ import pandas as pd
 
 from dynllava_plugin.bench.paper import views
 from dynllava_plugin.bench.plots import draw
-from dynllava_plugin.bench.rows import COLUMNS
+from dynllava_plugin.bench.rows import COLUMNS, machine_file, read_rows
 from dynllava_plugin.evaluation.files import write_json, write_text
-from dynllava_plugin.evaluation.records import host, versions
 
 # phase -> (title, columns of its table)
 RATIOS = ("speedup", "ideal_speedup", "of_ideal")
@@ -47,13 +48,28 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write everything; each file appears whole or not at all."""
+def report(paths: list[Path], folder: Path) -> None:
+    """One report over files of rows, each with its machine's description beside it.
+
+    Raises
+    ------
+    UserError
+        A file that isn't there or holds something else.
+    """
+    rows = [row for path in paths for row in read_rows(path)]
+    machines = {}
+    for path in paths:
+        device = next((row["device"] for row in read_rows(path)), "cpu")
+        described = machine_file(path)
+        machines[device] = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else None
     table = pd.DataFrame(rows, columns=[name for name in COLUMNS if any(name in row for row in rows)])
     write_text(folder / "table.csv", table.to_csv(index=False))
     write_text(folder / "table.md", markdown(rows))
-    write_json(folder / "machine.json", {"host": host(), "versions": versions()})
-    draw(rows, folder)
+    write_json(folder / "machine.json", machines)
+    try:
+        draw(rows, folder)
+    except ImportError:
+        print("no plots: matplotlib isn't installed", file=sys.stderr)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_text
+from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.evaluation.records import host, versions
 
 # What a row is about; everything else is what was measured.
 KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")
@@ -40,14 +41,10 @@ class Rows:
         self.path, self.common = path, common
         self.rows: list[dict[str, Any]] = []
         if path is not None and resume and path.is_file():
-            try:
-                self.rows = json.loads(path.read_text(encoding="utf-8"))
-                for row in self.rows:
-                    row["phase"]
-            except (ValueError, TypeError, KeyError, OSError):
-                raise UserError(f"--json {path}: not a list of benchmark rows; take another file") from None
+            self.rows = read_rows(path)
         if path is not None:
             self._write()  # a folder that can't be written to shows now, not after the first hour
+            write_json(machine_file(path), {"host": host(), "versions": versions()})
 
     def has(self, wanted: Iterable[dict[str, Any]]) -> bool:
         """Whether every one of these rows (given by its own `KEYS`) is there already."""
@@ -69,6 +66,24 @@ class Rows:
             write_text(self.path, json.dumps(self.rows, indent=1) + "\n")  # type: ignore[arg-type]
         except OSError as error:
             raise UserError(f"--json {self.path}: can't be written ({error.strerror})") from None
+
+
+def machine_file(path: Path) -> Path:
+    """Where the machine is described that the rows in `path` were measured on."""
+    return path.with_suffix(".machine.json")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, or a `UserError`."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            row["phase"], row["mode"], row["batch"], row["length"]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: not a list of benchmark rows; take another file") from None
+    return rows
 
 
 def _matches(row: dict[str, Any], keys: dict[str, Any]) -> bool:

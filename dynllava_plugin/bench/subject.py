@@ -13,8 +13,9 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
-from dynllava_plugin.sparsity.cache import GROWTH_STEP, SparseContextCache
+from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.predictors import KEEP
+from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 
 FILL_CHUNK = 128  # tokens fed at once between two measured lengths
 

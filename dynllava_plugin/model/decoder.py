@@ -29,10 +29,11 @@ from dynllava_plugin.model.configuration import DynamicLlamaConfig
 from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
-from dynllava_plugin.sparsity.cache import SparseContextCache, StaticTrack, packing_order
+from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
+from dynllava_plugin.sparsity.tracks import packing_order
 
 
 @dataclass
@@ -198,9 +199,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         if columns is not None:
             token_index = torch.where(valid, _gather(columns, token_index), -1)
         step_mask = cache.sparse.begin(keep) if cache is not None else None
-        mask = self._context_mask(
-            step_mask, hidden, valid, seen, keep if layout.output_mask is not None else None
-        )
+        # With the last token alone in demand every other one here is kept: the causal order says it all.
+        dropped = keep if layout.output_mask is not None and not last_only else None
+        mask = self._context_mask(step_mask, hidden, valid, seen, dropped)
         watch = None if cache is None else cache.watch
         hidden = self._run(
             self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, watch=watch, **kwargs
@@ -288,16 +289,16 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         -------
         [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
         """
-        assert isinstance(cache.dense, StaticTrack) and isinstance(cache.sparse, StaticTrack)
-        mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
+        dense, sparse = cache.static_tracks()
+        mask = _additive(dense.begin_static(valid), inputs_embeds)
         hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
         layout = TokenLayout(output_mask=valid)
         gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
         decision = decide(policy, gate)
-        mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
+        mask = _additive(sparse.begin_static(decision.keep), hidden)
         hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
-        cache.dense.commit_static()
-        cache.sparse.commit_static()
+        dense.commit_static()
+        sparse.commit_static()
         return self.norm(hidden), decision.keep
 
     def _run(

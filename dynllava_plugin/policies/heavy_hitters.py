@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.sparsity.cache import (
-    ContextTrack,
-    RaggedLayer,
-    SparseContextCache,
-    _Chunk,
-    _gather_tokens,
-    _Prefill,
-    packing_order,
-)
+from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
+from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, packing_order
 
 BLOCK = 256  # prompt rows whose attention is computed at once
 
@@ -84,7 +77,7 @@ class HeavyHitterLayer(RaggedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `RaggedLayer.update`; a prompt is stored by `observe`, once its attention is known."""
-        if isinstance(self.track.plan, _Prefill):
+        if isinstance(self.track.plan, Prefill):
             self._prompt = (key_states, value_states)
             return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
@@ -92,9 +85,9 @@ class HeavyHitterLayer(RaggedLayer):
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Add what rotated queries [B, H, q, D] attend of `key` [B, H_kv, K, D], and let tokens go."""
         plan = self.track.plan
-        if isinstance(plan, _Prefill):
+        if isinstance(plan, Prefill):
             self._store_prompt(query, key, plan.order, scaling)
-        elif isinstance(plan, _Chunk):
+        elif isinstance(plan, Chunk):
             self._add_chunk(plan, query, key, scaling)
         else:
             self._add_step(query, key, scaling)
@@ -109,7 +102,7 @@ class HeavyHitterLayer(RaggedLayer):
         keys, values = self._prompt
         if order is not None:
             received = received.gather(2, order[:, None].expand(-1, received.shape[1], -1))
-            keys, values = _gather_tokens(keys, order), _gather_tokens(values, order)
+            keys, values = gather_tokens(keys, order), gather_tokens(values, order)
         number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
         self._keep_best(keys, values, received, number, track.full)
         self.is_initialized = True
@@ -134,7 +127,7 @@ class HeavyHitterLayer(RaggedLayer):
         for buffer in (self.keys, self.values, self.received, self.number):
             buffer[rows[:, None], heads, leaving] = buffer[rows[:, None], heads, last[:, None]]
 
-    def _add_chunk(self, plan: _Chunk, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def _add_chunk(self, plan: Chunk, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         track = self.track
         self._grow_marks()
         received = self._received(query, key, track.mask, scaling)
