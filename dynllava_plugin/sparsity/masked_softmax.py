@@ -132,7 +132,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def implementation(query: torch.Tensor) -> ModuleType:
-    """The module that computes attention for such a tensor: Triton's on NVIDIA GPUs from Ampere on, if it takes dtype and head dimension."""
+    """The module that computes attention for such a tensor: Triton kernels on NVIDIA GPUs from Ampere on, else strips of rows."""
     if query.is_cuda and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
         from dynllava_plugin.sparsity import masked_softmax_triton as triton_code
 
