@@ -7,6 +7,7 @@ import sys
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import table_command
+from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="dynllava", description="Dynamic-LLaVA: evaluation suites, tables, benchmarks, versions."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (suite_command, table_command, mini_command):
+    for module in (suite_command, table_command, build_command, mini_command):
         module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)
