@@ -75,7 +75,7 @@ def test_rules_counts_and_files(
     assert "6 broken entries left out" in out and "entry 14 (id x1): questions and answers don't" in out
     assert "(id x2): no image" in out and "and 1 more" in out and "x3" in out and "'human'" in out
     counts = [int(line.split()[0]) for line in out.splitlines() if line.startswith("   ")]
-    assert counts == [14, 11, 9, 8, 7, 3, 14, 2, 1, 1, 1, 2, 2, 1, 1, 1]
+    assert counts == [14, 10, 9, 8, 7, 3, 14, 2, 1, 1, 1, 2, 2, 1, 1, 1]
     monkeypatch.setenv("DYNLLAVA_GENERATION", str(files / "sets"))
     single, multi = load_rows("lvis_vqa_single"), load_rows("lvis_vqa_multi")
     assert len(single) == 3 and {row["id"] for row in single} <= {
