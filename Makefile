@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smoke table-full test lint format clean
+.PHONY: help setup demo smoke table-full policies bench-gpu test lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about five minutes; most of it downloads PyTorch)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch>=2.6" "torchvision>=0.21"
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,train,dev]"
 	@touch $(READY)
 
 demo: setup
@@ -33,6 +33,27 @@ smoke: setup
 # The committed table: every test question instead of a sample (hours on 2 cores).
 table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
+
+# LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT), whole after each.
+OUT ?= results/efficiency-gpu
+BENCH_GPU = $(PYTHON) -m dynllava_plugin.bench all --resume --device cuda --dtype bfloat16 --repeats 5
+export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
+bench-gpu:
+	$(BENCH_GPU) --shape llava-1.5-7b --only prefill,decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/7b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,memory --batch 8 --at 1000,2000,4000 --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,decode --batch 1 --at 500 --path eager,static --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only nocache --batch 8 --at 0,500,1000 --json $(OUT)/13b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only memory,score --batch 1,8 --at 1000,2000 --json $(OUT)/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/7b.json
+
+# Every policy on one checkpoint: accuracy, equivalent tokens and prefill time, then long answers with half of the context.
+CHECKPOINT ?= results/demo_work/dynamic_tiny
+LIMIT ?= 2000
+policies: setup
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa easy_vqa_scenes
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe \
+		--policies full image,keep=0.5 image_text,keep=0.5 image+random_text,image.keep=0.5,random_text.r=0.5 \
+		image+structure,keep=0.5 h2o,r=0.5 fastv+h2o,fastv.r=0.5,h2o.r=0.5
 
 test: setup
 	$(PY) -m pytest

@@ -1,24 +1,44 @@
-"""The command `dynllava`: evaluation suites, tables, benchmarks, data sets, versions."""
+"""The command `dynllava`: evaluation, tables, benchmarks, comparison of policies, pictures, versions."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
+from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import table_command
 from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 
+# Modules with `add_arguments(parser)` and `run(args)`. They import PyTorch, which the other commands needn't wait for.
+COMMANDS = {
+    "bench": ("dynllava_plugin.bench.command", "time and memory of each mode, with random weights"),
+    "compare": (
+        "dynllava_plugin.compare.command",
+        "policies on one checkpoint: accuracy, equivalent tokens, time",
+    ),
+    "show": (
+        "dynllava_plugin.visualize.command",
+        "a picture of what a policy keeps of an image and its answer",
+    ),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="dynllava", description="Dynamic-LLaVA: evaluation suites, tables, benchmarks, versions."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="dynllava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (suite_command, table_command, build_command, mini_command):
+    for name, (module_name, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if arguments[:1] == [name]:
+            loaded = import_module(module_name)
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.run)
+    for module in (suite_command, table_command, build_command, mini_command, checkpoint_command):
         module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dynllava_plugin.demo.__main__ import main
 from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
 from dynllava_plugin.demo.runs import SETTINGS, Run, evaluate, plan
+from dynllava_plugin.demo.summary import summary
 from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT, mode_name
 
 
@@ -69,3 +71,26 @@ def test_bad_flags_end_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--limit", "0"])
     assert ended.value.code == 2 and "--limit 0: must be positive" in capsys.readouterr().err
+
+
+def row(harness: str, mode: str, benchmark: str, metric: str, value: float) -> dict[str, object]:
+    kept = 64.0 if mode == "full" else 12.0
+    return {
+        "harness": harness, "mode": mode, "benchmark": benchmark, "metric": metric, "value": value, "n": 10,
+        "image_tokens": 64.0, "kept_image_tokens": kept, "kept_output_share": 0.504,
+    }  # fmt: skip
+
+
+def test_the_printed_table_shows_two_figures_only_where_the_harnesses_differ() -> None:
+    rows = [
+        row(LMMS_EVAL, "full", "easy_vqa", "accuracy", 99.0),
+        row(VLMEVALKIT, "full", "easy_vqa", "accuracy", 99.04),
+        row(LMMS_EVAL, "image", "easy_vqa", "accuracy", 98.0),
+        row(VLMEVALKIT, "image", "easy_vqa", "accuracy", 97.0),
+        row(LMMS_EVAL, "image", "easy_vqa_describe", "ppl", 1.25),
+    ]
+    lines = summary(pd.DataFrame(rows)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    assert cells[0] == ["full", "64 of 64", "99.0", "-", "-"]
+    assert cells[1] == ["image", "12 of 64", "98.0 / 97.0", "1.2500", "50.4"]
+    assert "METEOR" not in lines[0] and "easy_vqa_describe 10" in lines[-1]

@@ -160,3 +160,11 @@ def test_wrong_uses_say_what_to_do(batch):
         MODEL.set_sparsity(keep_rate=0.5)
     with pytest.raises(NotImplementedError, match="can't be cropped"):
         MODEL.new_cache().crop(-1)
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (3, 1), (8, 1), (4, 16), (5, 16)])
+def test_logits_of_few_tokens_are_those_of_the_output_matrix(tokens):
+    hidden = torch.randn(*tokens, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(MODEL._logits(hidden), MODEL.lm_head(hidden), rtol=1e-5, atol=1e-5)
+        assert MODEL._logits(hidden).is_contiguous()

@@ -10,7 +10,7 @@ from train.tiny_llava.batches import Encoder, training_batches
 from train.tiny_llava.gaze import FIND, MATCH, found, matching
 from train.tiny_llava.language import align_projector, build_model, train_language
 from train.tiny_llava.tokenizer import build_tokenizer
-from train.tiny_llava.vision import TileSet, vision_config
+from train.tiny_llava.vision import TileSet, patch_labels, vision_config
 
 SCENE = [("red", "circle"), ("blue", "triangle"), ("red", "triangle"), ("teal", "circle")]
 
@@ -52,3 +52,14 @@ def test_the_prompt_for_short_answers_is_left_out_of_most_training_questions():
     turns = [("what color is the shape?", "red")] * 200
     always, seldom = (len(Encoder(tokenizer, share)(turns, True)[0]) for share in (1.0, 0.25))
     assert 0.5 < seldom / always < 0.8
+
+
+def test_an_objects_patches_are_those_that_show_most_of_it():
+    owner = torch.zeros(2, 128, 128, dtype=torch.int64)
+    owner[0, 0:16, 8:32] = 5  # half of patch 0, all of patch 1
+    owner[0, 127, 127] = 6  # a single pixel is still an object
+    owner[1, 16:32, 4:32] = 5  # 75% of patch 8, all of patch 9
+    labels = patch_labels(owner)
+
+    assert [(p, int(labels[0, p])) for p in range(64) if labels[0, p] >= 0] == [(1, 4), (63, 5)]
+    assert [(p, int(labels[1, p])) for p in range(64) if labels[1, p] >= 0] == [(8, 4), (9, 4)]

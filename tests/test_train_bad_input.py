@@ -28,6 +28,7 @@ def refuse(capsys, *flags: str) -> str:
 def command(data, tmp_path, *flags: str) -> list[str]:
     mixture, images = data
     given = ["--model_name_or_path", "tiny", "--data_path", str(mixture), "--image_folder", str(images)]
+    given += ["--data_cache", str(tmp_path / "cache")]
     return [*given, "--output_dir", str(tmp_path / "out"), "--use_cpu", *flags]
 
 

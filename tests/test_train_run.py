@@ -16,11 +16,19 @@ from transformers import set_seed
 
 from dynllava_plugin import load_model
 from tests.training_kit import save_checkpoint, save_mixture
-from train.arguments import parse
+from train.command_line import parse
 from train.finetune import main
 from train.trainer import PREDICTORS, DynamicLlavaTrainer, freeze
 
 ROOT = Path(__file__).parents[1]
+MEASURED = {
+    "seconds",
+    "grad_norm",
+    "samples_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "hours_left",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,7 @@ def flags(tmp_path_factory) -> list[str]:
             str(images),
         ),
         *("--use_cpu", "--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
+        *("--data_cache", str(folder / "cache"), "--save_strategy", "no"),
     ]
 
 
@@ -94,7 +103,7 @@ def test_accumulated_samples_equal_a_batch(two_steps):
     """Neither padding nor the portion matters: 4 samples at once = 4 accumulated ones."""
     (at_once, weights), (accumulated, others) = two_steps.values()
     for row, other in zip(at_once, accumulated, strict=True):
-        for name in row.keys() - {"seconds", "grad_norm"}:
+        for name in row.keys() - MEASURED:
             assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
     for name, weight in weights.items():
         torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -140,15 +149,44 @@ def test_short_answers_leave_the_text_rate_alone(flags, tmp_path):
     assert row["text_keep_loss"] == 0 and "text_keep_rate" not in row and row["image_keep_loss"] > 0
 
 
-def test_unreadable_and_overlong_samples_are_skipped_and_counted(flags, tmp_path, capsys):
+def test_unreadable_samples_are_counted_up_to_a_limit(flags, tmp_path, capsys):
     mixture, images = save_mixture(tmp_path / "data")
-    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:40])
-    data = ["--data_path", str(mixture), "--image_folder", str(images), "--output_dir", str(tmp_path / "out")]
+    for name in ("3.png", "5.png"):
+        (images / name).write_bytes((images / name).read_bytes()[:40])
+    out = tmp_path / "out"
+    data = ["--data_path", str(mixture), "--image_folder", str(images), "--output_dir", str(out)]
     recipe = ["--global_batch_size", "8", "--max_steps", "1"]
-    assert main([*flags, *data, *recipe]) == 2
+
+    def refused(*limit: str) -> str:
+        assert main([*flags, *data, *recipe, *limit]) == 2
+        assert not (out / "config.json").exists()
+        return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+
+    first = refused()
+    assert "makes 1" in first and "--max_unreadable" in first and str(out / "skipped.jsonl") in first
+    assert ("3.png" in first and "s3" in first) or ("5.png" in first and "s5" in first)
+    assert "makes 2" in refused("--max_unreadable", "1")
+    assert main([*flags, *data, *recipe, "--max_unreadable", "2"]) == 0
+    assert "skipped samples: 2 (2 unreadable), see" in capsys.readouterr().out
+    named = (out / "skipped.jsonl").read_text()
+    assert "3.png" in named and "5.png" in named
+
+
+def test_overlong_samples_lose_text_but_never_image_tokens(flags, tmp_path, capsys):
+    recipe = ["--global_batch_size", "8", "--max_steps", "1"]
+    out = tmp_path / "out"
+    assert main([*flags, *recipe, "--output_dir", str(out), "--model_max_length", "200"]) == 0
+    assert "skipped" not in capsys.readouterr().out  # cut behind their first answer
+    strict = [*flags, *recipe, "--output_dir", str(tmp_path / "short"), "--model_max_length", "40"]
+    assert main([*strict, "--strict"]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "3.png" in error and "s3" in error and "--skip_unreadable" in error
-    assert not (tmp_path / "out" / "config.json").exists()
-    assert main([*flags, *data, *recipe, "--skip_unreadable", "true", "--model_max_length", "400"]) == 0
-    assert "skipped samples: 1, see" in capsys.readouterr().out
-    assert "3.png" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert "over --model_max_length 40" in error and "(id 's" in error
+
+
+def test_log_says_how_fast_and_how_far(two_steps):
+    rows, _ = two_steps["4"]
+    for left, row in zip((1, 0), rows, strict=True):
+        assert row["tokens_per_second"] > row["samples_per_second"] > 0 and row["peak_memory_gib"] > 0.1
+        seconds = 4 / row["samples_per_second"]  # a step has 4 samples
+        assert row["hours_left"] == pytest.approx(left * seconds / 3600, rel=1e-3)
+        assert row["image_keep_rate_std"] >= 0 and row["text_keep_rate_std"] >= 0

@@ -1,21 +1,18 @@
-"""The command line: the paper's recipe as defaults (arXiv 2412.00876, section 3.3.3 and appendix A.4.2)."""
+"""A run's arguments: the paper's recipe as defaults (arXiv 2412.00876, section 3.3.3 and appendix A.4.2)."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -71,15 +68,73 @@ class DataArguments:
     data_path: str = field(metadata={"help": "A mixture in LLaVA's JSON format."})
     image_folder: str = field(metadata={"help": "The folder that the samples' image paths start from."})
     model_max_length: int = field(
-        default=2048, metadata={"help": "Longer samples (image tokens included) are skipped and reported."}
+        default=2048,
+        metadata={
+            "help": "Longer samples lose the text behind it; where that would cut an image or every answer they "
+            "are skipped and reported (tokens, image tokens included)."
+        },
     )
-    skip_unreadable: bool = field(
-        default=False, metadata={"help": "Skip samples whose image can't be decoded, and report how many."}
+    text_only: bool = field(
+        default=False,
+        metadata={"help": "Also train on conversations without an image; the paper's recipe doesn't."},
+    )
+    held_out: int = field(
+        default=0,
+        metadata={"help": "Samples kept from training and evaluated every --eval_steps."},
+    )
+    max_unreadable: int = field(
+        default=0,
+        metadata={
+            "help": "Samples whose image can't be decoded that are skipped before the run ends (0: none)."
+        },
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "A sample too long for --model_max_length is an error, not skipped."}
+    )
+    data_cache: str | None = field(
+        default=None,
+        metadata={"help": "Where the checked data is kept as Arrow (default: ~/.cache/dynllava, or XDG's)."},
     )
 
     def __post_init__(self) -> None:
         if self.model_max_length < 1:
             raise UserError(f"--model_max_length {self.model_max_length}: must be positive")
+        for name in ("held_out", "max_unreadable"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA for the LLM, in a quantised LLM (QLoRA) where asked for; the predictors train in full either way."""
+
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA's matrices; 0 trains the whole LLM."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA's scale is lora_alpha / lora_rank (default: twice the rank)."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS),
+        metadata={"help": "Linear layers of the decoder that get an adapter."},
+    )
+    quantize: str = field(
+        default="none",
+        metadata={"help": "'4bit' (NF4, QLoRA) or '8bit': the frozen LLM under LoRA, by bitsandbytes."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise UserError(f"--lora_rank {self.lora_rank}: must not be negative")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: must be in [0, 1)")
+        unknown = sorted(set(self.lora_targets) - set(LORA_TARGETS))
+        if unknown or not self.lora_targets:
+            named = unknown[0] if unknown else "none"
+            raise UserError(f"--lora_targets {named}: choose from {' '.join(LORA_TARGETS)}")
+        if self.quantize not in ("none", "4bit", "8bit"):
+            raise UserError(f"--quantize {self.quantize}: must be none, 4bit or 8bit")
+        if self.quantize != "none" and not self.lora_rank:
+            raise UserError(f"--quantize {self.quantize}: quantised weights can't train; add --lora_rank")
 
 
 @dataclass
@@ -100,7 +155,8 @@ class RecipeArguments(TrainingArguments):
         default=0.1, metadata={"help": "Gumbel-softmax temperature at the end (exponential)."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace a model that --output_dir already holds."}
+        default=False,
+        metadata={"help": "Replace a model, or another run's checkpoints, that --output_dir already holds."},
     )
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
@@ -116,8 +172,22 @@ class RecipeArguments(TrainingArguments):
         default=None, metadata={"help": "Follows from --global_batch_size; refused where it contradicts it."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "A loss that is not finite ends the run instead."}
+    )
     save_strategy: str = field(
-        default="no", metadata={"help": "'steps' or 'epoch' also saves checkpoint-N to resume from."}
+        default="steps",
+        metadata={"help": "'steps' or 'epoch' saves checkpoint-N to go on from; 'no' doesn't."},
+    )
+    save_steps: float = field(
+        default=500, metadata={"help": "Steps between checkpoints, or below 1 a share of all steps."}
+    )
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Checkpoints to keep; the one before the last is there for a damaged last."},
+    )
+    eval_steps: float | None = field(
+        default=500, metadata={"help": "Steps between evaluations of --held_out samples."}
     )
     dataloader_num_workers: int = field(
         default=1, metadata={"help": "Processes that decode images, per device."}
@@ -137,6 +207,8 @@ class RecipeArguments(TrainingArguments):
                 raise UserError(f"--{name} {getattr(self, name)}: must be positive")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be positive")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(f"--save_total_limit {self.save_total_limit}: must be positive")
         super().__post_init__()
         if self.n_gpu > 1:
             raise UserError(
@@ -165,63 +237,3 @@ class RecipeArguments(TrainingArguments):
                 f"--global_batch_size {self.global_batch_size}, which needs {steps}; leave it out"
             )
         return steps
-
-
-class _Parser(HfArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists every flag)")
-
-
-def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Parse the command line; `--config FILE.yaml` gives flags that those of the command line override.
-
-    Raises
-    ------
-    UserError
-        An unknown flag, a missing one, or a value outside its range.
-    """
-    types = (ModelArguments, DataArguments, RecipeArguments)
-    parser = _Parser(types, allow_abbrev=False, description=__doc__)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--config", help="A YAML file of flags (without the dashes); the command line overrides it."
-    )
-    given = list(sys.argv[1:] if argv is None else argv)
-    given = config_flags(given) + given
-    try:
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            given, return_remaining_strings=True, look_for_args_file=False
-        )
-    except UserError:
-        raise
-    except ValueError as error:  # TrainingArguments' own checks
-        raise UserError(" ".join(str(error).split())) from None
-    if unknown:
-        close = get_close_matches(unknown[0], parser._option_string_actions, n=1)
-        hint = f"; did you mean {close[0]}?" if close else " (--help lists every flag)"
-        raise UserError(f"{unknown[0]}: no such flag{hint}")
-    return tuple(parsed)  # type: ignore[return-value]
-
-
-def config_flags(argv: list[str]) -> list[str]:
-    """The flags of the YAML file after `--config`, as a command line."""
-    flags: list[str] = []
-    for place, word in enumerate(argv):
-        if word != "--config" and not word.startswith("--config="):
-            continue
-        name = word.partition("=")[2] or "".join(argv[place + 1 : place + 2])
-        try:
-            values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(
-                f"--config {name}: not a readable YAML file ({' '.join(str(error).split())})"
-            ) from None
-        if not isinstance(values, dict):
-            raise UserError(f"--config {name}: must hold `flag: value` lines")
-        for flag, value in values.items():
-            if value is not None:
-                items = value if isinstance(value, list) else [value]
-                words = [json.dumps(item) if isinstance(item, (dict, bool)) else str(item) for item in items]
-                flags += [f"--{flag}", *words]
-    return flags

@@ -5,34 +5,58 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run as a file: find `train` and `dynllava_plugin` from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
-from transformers import set_seed
+from transformers import IntervalStrategy, set_seed
+from transformers.utils import strtobool
 
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
-from train.arguments import DataArguments, ModelArguments, RecipeArguments, parse
-from train.data import Collator, ConversationDataset, count_skipped
-from train.outputs import CsvLog, make_savable, prepare_output_dir, save_model
-from train.samples import check_images, read_samples
+from train.adapters import add_adapter
+from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
+from train.checkpoints import saying_what_is_left
+from train.command_line import parse
+from train.data import Collator, ConversationDataset, blank_image
+from train.held_out import HeldOut
+from train.images import check_images
+from train.interruption import Interruption
+from train.mixture import Mixture, open_mixture
+from train.outputs import (
+    EVALUATION_COLUMNS,
+    PARTIAL_MODEL,
+    TRAINING_COLUMNS,
+    CsvLog,
+    make_savable,
+    prepare_output_dir,
+    save_model,
+)
+from train.run_record import RunRecord, describe
+from train.sharding import whole_weights
+from train.skipped import SkippedSamples
 from train.trainer import DynamicLlavaTrainer, freeze
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0, or 2 after a one-line error."""
+    """The command: 0, 2 after a one-line error, 143 where SIGTERM stopped it (saved; the same command goes on)."""
     try:
-        train(*parse(argv))
+        return train(*parse(argv))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {one_line(error)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds the same before training
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> None:
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RecipeArguments,
+    adapter_args: AdapterArguments,
+) -> int:
     """Check everything that can be checked, train, save.
 
     Raises
@@ -40,53 +64,133 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     UserError
         Something a user can fix.
     """
-    samples, text_only = read_samples(data_args.data_path)
-    check_images(samples, data_args.image_folder)
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    set_seed(args.seed)  # fresh predictors
-    model, processor = load_model(
-        model_args.model_name_or_path, device="cpu", dtype=torch.float32, **model_args.sparsity()
-    )
-    freeze(model)
-    make_savable(model)
-    skipped_file = output_dir / "skipped.jsonl"
-    if args.process_index == 0 and not args.resume_from_checkpoint:
-        skipped_file.unlink(missing_ok=True)
+    if data_args.held_out and args.eval_strategy == "no":
+        args.eval_strategy = IntervalStrategy.STEPS
+    if args.eval_strategy != "no" and not data_args.held_out:
+        raise UserError(f"--eval_strategy {args.eval_strategy}: nothing to evaluate; add --held_out N")
+    with args.main_process_first(local=True, desc="reading the data"):
+        mixture, left_out = open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
+        if args.local_process_index == 0:
+            check_images(mixture, data_args.image_folder)
+    training, held_out = split(mixture, data_args.held_out, args.seed)
+    output_dir = Path(args.output_dir)
+    record = RunRecord(output_dir, describe(model_args, data_args, args, adapter_args, training.digest))
+    if record.finished and not args.overwrite_output_dir:
+        say(args, f"{output_dir} holds the finished model of this very run; nothing to do")
+        return 0
+    prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    with args.main_process_first(local=False, desc="looking for checkpoints"):
+        checkpoint, notes = record.start(args.overwrite_output_dir, changes_files=args.process_index == 0)
+    if args.resume_from_checkpoint:
+        checkpoint = Path(args.resume_from_checkpoint)
+    for note in notes:
+        say(args, note)
+
+    model, processor, dtype = build_model(model_args, args, adapter_args)
+    skipped = SkippedSamples(output_dir / "skipped.jsonl")
+    if args.process_index == 0 and checkpoint is None:
+        skipped.path.unlink(missing_ok=True)
     dataset = ConversationDataset(
-        samples,
+        training,
         data_args.image_folder,
         processor,
         model.config.image_token_id,
         data_args.model_max_length,
-        data_args.skip_unreadable,
-        skipped_file,
+        data_args.max_unreadable,
+        data_args.strict,
+        skipped,
     )
-    trainer = DynamicLlavaTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
-        processing_class=processor,
-        callbacks=[CsvLog(output_dir / "train_log.csv", append=bool(args.resume_from_checkpoint))],
-    )
-    if trainer.is_world_process_zero():
-        print(
-            f"{len(samples)} samples ({text_only} text-only left out), global batch "
-            f"{args.global_batch_size} = {args.per_device_train_batch_size} x {args.world_size} processes x "
-            f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
-            flush=True,
+    evaluation = None
+    if held_out is not None:
+        evaluation = HeldOut(held_out, data_args.image_folder, args.per_device_eval_batch_size)
+    logs = [CsvLog(output_dir / "train_log.csv", TRAINING_COLUMNS, "lm_loss")]
+    if evaluation is not None:
+        logs.append(CsvLog(output_dir / "eval_log.csv", EVALUATION_COLUMNS, "eval_ppl"))
+    with Interruption() as interruption:
+        trainer = DynamicLlavaTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(processor.tokenizer.pad_token_id, blank_image(processor)),
+            processing_class=processor,
+            callbacks=logs,
+            interruption=interruption,
+            eval_dataset=held_out,
+            evaluation=evaluation,
         )
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except UserError:
-        print(file=sys.stderr)  # the error gets a line of its own behind the progress bar
-        raise
-    save_model(trainer, output_dir, args.bf16)
-    trainer.save_state()
+        say(
+            args,
+            f"{len(training)} samples ({left_out} text-only left out), global batch {args.global_batch_size} = "
+            f"{args.per_device_train_batch_size} x {args.world_size} processes x "
+            f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
+        )
+        if checkpoint is not None:
+            say(args, f"going on from {checkpoint}")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except UserError as error:
+            # This process's own samples or disk, so each says it; on a line of its own behind the progress bar.
+            print(f"\nerror: {one_line(error)}", file=sys.stderr, flush=True)
+            return 2
+        if trainer.stopping:
+            say(args, f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on")
+            return Interruption.EXIT_CODE
+        with saying_what_is_left(
+            "the model", output_dir, output_dir / PARTIAL_MODEL, trainer.args.should_save
+        ):
+            save_model(trainer, output_dir, dtype)
     if trainer.is_world_process_zero():
-        skipped = count_skipped(skipped_file)
-        note = f"; skipped samples: {skipped}, see {skipped_file}" if skipped else ""
-        print(f"saved {output_dir}{note}", flush=True)
+        record.write(finished=True)
+        counts = skipped.counts()
+        words = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        note = f"; skipped samples: {sum(counts.values())} ({words}), see {skipped.path}" if counts else ""
+        say(args, f"saved {output_dir}{note}")
+    return 0
+
+
+def build_model(
+    model_args: ModelArguments, args: RecipeArguments, adapter_args: AdapterArguments
+) -> tuple[Any, Any, torch.dtype]:
+    """The model with what is trained in it, its processor, and the dtype to save it in.
+
+    Trained weights are float32, and autocast computes in bfloat16 under `--bf16`; DeepSpeed keeps its own float32
+    copy of bfloat16 weights, and the frozen LLM under an adapter needs no float32.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    lean = args.deepspeed is not None or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+    set_seed(args.seed)  # fresh predictors
+    with whole_weights():
+        model, processor = load_model(
+            model_args.model_name_or_path,
+            device="cpu",
+            dtype=dtype if lean or adapter_args.lora_rank else torch.float32,
+            **model_args.sparsity(),
+        )
+    make_savable(model)
+    if not adapter_args.lora_rank:
+        freeze(model)
+        return model, processor, dtype
+    adapted = add_adapter(model, adapter_args, dtype)
+    name = model_args.model_name_or_path
+    base = str(Path(name).resolve()) if Path(name).is_dir() else name
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted, processor, dtype
+
+
+def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:
+    """The mixture without `held_out` of its samples, and those, drawn by the run's seed."""
+    if not held_out:
+        return mixture, None
+    if held_out >= len(mixture):
+        raise UserError(f"--held_out {held_out}: the data has {len(mixture)} samples, so none would be left")
+    order = np.random.default_rng([seed, 0]).permutation(len(mixture))
+    return mixture.take(np.sort(order[held_out:])), mixture.take(np.sort(order[:held_out]))
+
+
+def say(args: RecipeArguments, line: str) -> None:
+    """Print a line, once."""
+    if args.process_index == 0:
+        print(line, flush=True)
 
 
 def one_line(error: Exception) -> str:

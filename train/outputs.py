@@ -3,45 +3,72 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from dynllava_plugin.errors import UserError
+from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
 
-COLUMNS = (
+PARTIAL_MODEL = ".model"
+LAST = "config.json"  # without it a folder is no checkpoint
+TRAINING_COLUMNS = (
     *("step", "epoch", "seconds", "loss", "lm_loss", "image_keep_loss", "text_keep_loss"),
-    *("image_keep_rate", "text_keep_rate", "tau", "lr_llm", "lr_predictor", "grad_norm"),
+    *("image_keep_rate", "image_keep_rate_std", "text_keep_rate", "text_keep_rate_std", "tau"),
+    *("lr_llm", "lr_predictor", "grad_norm", "samples_per_second", "tokens_per_second"),
+    *("peak_memory_gib", "hours_left"),
+)
+EVALUATION_COLUMNS = (
+    *("step", "epoch", "seconds", "eval_accuracy", "eval_ppl", "eval_kept_image_share"),
+    *("eval_kept_output_share", "eval_samples", "eval_seconds"),
 )
 
 
 class CsvLog(TrainerCallback):
-    """`train_log.csv`: one row per logged step, one column per quantity (empty: no long answer in it)."""
+    """A log as a table: one row per logged step, one column per quantity (empty: not there in this row).
 
-    def __init__(self, path: Path, append: bool) -> None:
-        self.path, self.append = path, append
+    Parameters
+    ----------
+    path : Path
+    columns : sequence of str
+    belongs : str
+        A quantity that makes a line of Trainer's log a row of this table.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], belongs: str) -> None:
+        self.path, self.columns, self.belongs = path, columns, belongs
         self.start = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the table; a resumed run goes on with the old one."""
+        """Start the table; a resumed run keeps the rows of the steps it doesn't repeat."""
         self.start = time.monotonic()
-        if state.is_world_process_zero and not (self.append and self.path.exists()):
-            self._write("w", COLUMNS)
+        if not state.is_world_process_zero:
+            return
+        rows = []
+        if state.global_step and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
+        rows = [row for row in rows if int(row["step"]) <= state.global_step]
+        temporary = self.path.with_name(f".{self.path.name}")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            kept = [[row.get(name) for name in self.columns] for row in rows]
+            csv.writer(file).writerows([self.columns, *kept])
+        os.replace(temporary, self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a row."""
-        if state.is_world_process_zero and "lm_loss" in logs:
+        if state.is_world_process_zero and self.belongs in logs:
             row = {**logs, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
-            self._write("a", [row.get(name, "") for name in COLUMNS])
-
-    def _write(self, how: str, row: Any) -> None:
-        with self.path.open(how, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([row.get(name, "") for name in self.columns])
 
 
 def prepare_output_dir(output_dir: str, overwrite: bool) -> Path:
@@ -75,22 +102,66 @@ def make_savable(model: Any) -> None:
         model.generation_config.do_sample = True
 
 
-def save_model(trainer: Trainer, output_dir: Path, bf16: bool) -> None:
+def save_model(trainer: Any, output_dir: Path, dtype: torch.dtype) -> None:
     """Save model and processor so that `load_model(output_dir)` finds all of them or nothing.
 
     They are written to a folder beside their place, then moved with `config.json` last: without it the folder
-    is no checkpoint. A run with `--bf16` keeps float32 weights while it trains and saves bfloat16.
+    is no checkpoint. A run with LoRA saves adapter and predictors instead of the model. Called on every process,
+    since sharded weights have to be gathered.
+
+    Parameters
+    ----------
+    trainer : DynamicLlavaTrainer
+    output_dir : Path
+    dtype : torch.dtype
+        Of the file; a run keeps float32 weights while it trains.
     """
-    if bf16 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        trainer.model.to(torch.bfloat16)
-    temporary = output_dir / ".model"
-    trainer.save_model(str(temporary))  # on every process: sharded weights are gathered
-    if trainer.is_world_process_zero():
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should load it
-        (output_dir / "config.json").unlink(missing_ok=True)
-        for stale in output_dir.glob("*.safetensors*"):
+    temporary = output_dir / PARTIAL_MODEL
+    adapted = is_adapted(trainer.model)
+    weights = gather_weights(trainer, dtype, ADAPTER_PARTS if adapted else ("",))
+    if trainer.args.should_save:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if adapted:
+            save_adapter(trainer.model, weights, temporary)
+            trainer.dynamic.config.save_pretrained(temporary)
+        else:
+            trainer.dynamic.save_pretrained(temporary, state_dict=weights)
+        trainer.processing_class.save_pretrained(temporary)
+        _state_dtype(temporary / LAST, str(dtype).removeprefix("torch."))
+        (output_dir / LAST).unlink(missing_ok=True)
+        for stale in [*output_dir.glob("*.safetensors*"), *output_dir.glob("adapter_config.json")]:
             stale.unlink()
-        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == LAST, path.name)):
             os.replace(path, output_dir / path.name)
         shutil.rmtree(temporary)
     trainer.accelerator.wait_for_everyone()
+
+
+def gather_weights(trainer: Any, dtype: torch.dtype, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The state dict, of names with any of `parts`, on the process that saves; {} elsewhere.
+
+    Every process takes part: sharded weights are put together one tensor at a time. Floating tensors are `dtype`.
+    """
+    if trainer.is_deepspeed_enabled:
+        found = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        found = model.state_dict()
+    weights = {}
+    for name, tensor in found.items():
+        if not any(part in name for part in parts):
+            continue
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to(trainer.args.device).full_tensor()
+        if trainer.args.should_save:
+            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+    return weights
+
+
+def _state_dtype(config_file: Path, dtype: str) -> None:
+    """config.json names the dtype the model had in training; it must name that of the file."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = dtype
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,12 +1,8 @@
-"""LLaVA's JSON mixture: reading it, checking all of it before training, and finding its images."""
+"""One conversation of LLaVA's JSON format, checked."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
@@ -15,7 +11,7 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN, with_images
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about one or more images.
+    """One conversation about no, one or more images.
 
     Attributes
     ----------
@@ -32,53 +28,22 @@ class Sample:
     turns: tuple[tuple[str, str], ...]
 
 
-def read_samples(data_path: str | Path) -> tuple[list[Sample], int]:
-    """Read a mixture in LLaVA's JSON format and check every sample.
-
-    Returns
-    -------
-    samples : list of Sample
-        The conversations with at least one image, in file order.
-    text_only : int
-        How many conversations without an image were left out (the recipe trains on image samples only).
+def read_sample(name: str, row: Any) -> Sample:
+    """A sample from its JSON value.
 
     Raises
     ------
     UserError
-        Not a JSON list of conversations, or the first sample that is malformed, by name.
+        It is malformed; the message names it.
     """
-    try:
-        rows = json.loads(Path(data_path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--data_path {data_path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--data_path {data_path}: not a JSON file ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(
-            f"--data_path {data_path}: LLaVA's format is a JSON list of samples, this is a {_kind(rows)}"
-        )
-    samples = []
-    for index, row in enumerate(rows):
-        name = f"{data_path}: sample {index}"
-        if not isinstance(row, dict):
-            raise UserError(f"{name} is a {_kind(row)}, not an object with 'conversations'")
-        if "id" in row:
-            name += f" (id {row['id']!r})"
-        if not isinstance(row.get("conversations"), list):
-            raise UserError(f"{name} has no list 'conversations'; LLaVA's samples do")
-        if row.get("image"):
-            samples.append(_sample(name, row))
-        elif _opens_with_image(row["conversations"]):
-            raise UserError(f"{name} has an {IMAGE_TOKEN} marker but no 'image'")
-    if not samples:
-        raise UserError(
-            f"--data_path {data_path}: none of its {len(rows)} samples has an 'image' to train on"
-        )
-    return samples, len(rows) - len(samples)
-
-
-def _sample(name: str, row: dict[str, Any]) -> Sample:
-    images = [row["image"]] if isinstance(row["image"], str) else row["image"]
+    if not isinstance(row, dict):
+        raise UserError(f"{name} is a {json_kind(row)}, not an object with 'conversations'")
+    if not isinstance(row.get("conversations"), list):
+        raise UserError(f"{name} has no list 'conversations'; LLaVA's samples do")
+    if not row.get("image") and opens_with_image(row["conversations"]):
+        raise UserError(f"{name} has an {IMAGE_TOKEN} marker but no 'image'")
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise UserError(f"{name}: 'image' must be a file name or a list of file names")
     messages = [_message(name, place, message) for place, message in enumerate(row["conversations"])]
@@ -107,7 +72,13 @@ def _sample(name: str, row: dict[str, Any]) -> Sample:
     return Sample(name, tuple(images), tuple(turns))
 
 
-def _opens_with_image(messages: list[Any]) -> bool:
+def json_kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {dict: "JSON object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def opens_with_image(messages: list[Any]) -> bool:
     """Whether a conversation's first line means an image; elsewhere in a text it may be anybody's markup."""
     value = messages[0].get("value") if messages and isinstance(messages[0], dict) else None
     return isinstance(value, str) and (value.startswith(IMAGE_TOKEN) or value.endswith("\n" + IMAGE_TOKEN))
@@ -119,44 +90,3 @@ def _message(name: str, place: int, message: Any) -> tuple[str, str]:
     if message.get("from") not in ("human", "gpt"):
         raise UserError(f"{name}: message {place} is from {message.get('from')!r}, neither 'human' nor 'gpt'")
     return message["from"], message["value"]
-
-
-def check_images(samples: list[Sample], image_folder: str | Path) -> None:
-    """Find missing images before training, by listing each sub-folder once instead of opening every file.
-
-    Raises
-    ------
-    UserError
-        With the number missing per sub-folder and the first few names.
-    """
-    folder = Path(image_folder)
-    if not folder.is_dir():
-        raise UserError(f"--image_folder {image_folder}: no such folder")
-    listed: dict[str, set[str]] = {}
-    wanted: Counter[str] = Counter()
-    missing: dict[str, list[str]] = {}
-    for image in dict.fromkeys(image for sample in samples for image in sample.images):
-        parent, file_name = os.path.split(image)
-        if parent not in listed:
-            path = folder / parent
-            listed[parent] = set(os.listdir(path)) if path.is_dir() else set()
-        wanted[parent] += 1
-        if file_name not in listed[parent]:
-            missing.setdefault(parent, []).append(image)
-    if missing:
-        groups = [f"{len(names)} of {wanted[parent]} in {parent or '.'}" for parent, names in missing.items()]
-        counts = ", ".join(groups[:5]) + (", ..." if len(groups) > 5 else "")
-        names = [name for group in missing.values() for name in group]
-        raise UserError(
-            f"--image_folder {image_folder}: {len(names)} images are missing ({counts}), "
-            f"first: {', '.join(names[:3])}; needed by {_first_user(samples, names[0])}"
-        )
-
-
-def _first_user(samples: list[Sample], image: str) -> str:
-    return next(sample.name for sample in samples if image in sample.images)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "JSON object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")

@@ -1,15 +1,22 @@
-"""transformers' Trainer for Dynamic-LLaVA: its loss, its two learning rates, its temperature, its log."""
+"""transformers' Trainer for Dynamic-LLaVA: its loss, its two learning rates, its temperature, its checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dynllava_plugin.sparsity.selection import last_answer, tau_at
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.sparsity.selection import tau_at
+from train import checkpoints
 from train.arguments import RecipeArguments
+from train.interruption import Interruption
+from train.measures import Measures, count_labels
 from train.noise import gumbel_noise
+from train.sampling import EpochSampler
 
 PREDICTORS = ("image_predictor", "text_predictor")
 FROZEN = ("vision_tower", "multi_modal_projector")
@@ -20,20 +27,36 @@ class DynamicLlavaTrainer(Trainer):
 
     The cross entropy is the mean over all labelled tokens of the global batch, the keep losses over all its
     samples, however many processes and micro-batches it takes. (Trainer alone weights every term by tokens.)
+
+    Parameters
+    ----------
+    interruption : Interruption, optional
+        Where any process was asked to stop, all save after the step they are in and stop.
+    evaluation : HeldOut, optional
+        What `evaluate` measures.
+    *args, **kwargs
+        Trainer's.
     """
 
     args: RecipeArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, interruption: Interruption | None = None, evaluation: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         # `compute_loss` weights micro-batches itself: `training_step` must not divide by their number again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.dynamic = dynamic_llava(self.model)
+        self.interruption = interruption or Interruption()
+        self.evaluation = evaluation
+        self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
+        self.stopping = False
         self._batch_samples = torch.zeros(())
-        self._sums: dict[str, torch.Tensor] = {}
         self._rates: list[float] = []
-        self.model.config.use_cache = True  # Trainer switches it off, and it would be saved so
-        self.add_callback(Temperature(self.args.tau_start, self.args.tau_end))
+        self._saving = False
+        self.dynamic.config.use_cache = True  # Trainer switches it off, and it would be saved so
+        self.add_callback(StepRules(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group of parameters for the LLM, one for the predictors; what needs no gradient is left out."""
@@ -55,23 +78,45 @@ class DynamicLlavaTrainer(Trainer):
             )
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = dataset.lengths() if grouped else None
+        self.sampler = EpochSampler(len(dataset), self.args.global_batch_size, seed, lengths)
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of one optimiser step and its number of labels; remembers that of samples."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         labels = sum(int(count_labels(batch["labels"])) for batch in batches)
         samples = sum(len(batch["sample"]) for batch in batches)
-        totals = torch.tensor([labels, samples], device=self.args.device)
+        # A request to stop travels with the counts: every process hears of it before the same step.
+        totals = torch.tensor([labels, samples, int(self.interruption.requested)], device=self.args.device)
         totals = self.accelerator.reduce(totals, reduction="sum")
         self._batch_samples = totals[1]
+        self.stopping = bool(totals[2])
         return batches, totals[0]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the global batch's loss."""
+        """This micro-batch's part of the global batch's loss.
+
+        Raises
+        ------
+        UserError
+            It is not finite; the message names the samples.
+        """
         samples = inputs.pop("sample")
         labels = inputs["labels"]
-        image_tokens = inputs["input_ids"] == self.model.config.image_token_id
+        image_tokens = inputs["input_ids"] == self.dynamic.config.image_token_id
         noise = gumbel_noise(self.args.seed, self.state.global_step, samples, image_tokens, labels)
         # The model divides by the labels of the whole global batch, so that micro-batches add up.
         outputs = model(**inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch)
@@ -79,77 +124,104 @@ class DynamicLlavaTrainer(Trainer):
         loss = outputs.lm_loss
         for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
             if keep_loss is not None:  # mode "image" has none for text
-                loss = loss + self.model.config.sparsity.keep_loss_weight * share * keep_loss
+                loss = loss + self.dynamic.config.sparsity.keep_loss_weight * share * keep_loss
+        if not torch.isfinite(loss):
+            raise UserError(self._not_finite(loss, samples))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._record(outputs, samples, image_tokens, labels, num_items_in_batch)
+        tokens = inputs["attention_mask"].sum()
+        self.measures.add(outputs, samples, image_tokens, labels, tokens, num_items_in_batch)
         # Gradients are averaged over processes; the parts must be added.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    @torch.no_grad()
-    def _record(
-        self,
-        outputs: Any,
-        samples: torch.Tensor,
-        image_tokens: torch.Tensor,
-        labels: torch.Tensor,
-        items: Any,
-    ) -> None:
-        """Add this micro-batch to the sums behind the next line of the log; nothing waits for the device."""
-        number = torch.tensor(float(len(samples)), device=labels.device)
-        image_rate = outputs.image_keep.sum(1) / image_tokens.sum(1).clamp(min=1)
-        parts = {
-            "labels": count_labels(labels),
-            "lm_loss": outputs.lm_loss * items,
-            "samples": number,
-            "image_keep_loss": outputs.image_keep_loss * number,
-            "image_keep_rate": image_rate.sum(),
-        }
-        if outputs.text_keep is not None:
-            answer_length = last_answer(labels).sum(1)
-            counted = answer_length >= self.model.config.sparsity.min_text_length
-            text_rate = outputs.text_keep.sum(1) / answer_length.clamp(min=1)
-            parts["text_keep_loss"] = outputs.text_keep_loss * number
-            parts["long_answers"] = counted.sum()
-            parts["text_keep_rate"] = (text_rate * counted).sum()
-        for name, part in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + part.float()
+    def _not_finite(self, loss: torch.Tensor, samples: torch.Tensor) -> str:
+        name = getattr(self.train_dataset, "name", str)
+        named = "; ".join(name(index) for index in samples.tolist())
+        return (
+            f"step {self.state.global_step + 1}: the loss is {float(loss)}, so the run stops before it spoils the "
+            f"weights; the batch was {named}"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to Trainer's log: loss terms and keep rates since the last, temperature, learning rates."""
-        if "loss" in logs and self._sums:
-            names = list(self._sums)
-            values = self.accelerator.reduce(
-                torch.stack([self._sums[name] for name in names]), reduction="sum"
-            )
-            sums = dict(zip(names, values.tolist(), strict=True))
-            self._sums = {}
-            logs["lm_loss"] = sums["lm_loss"] / max(sums["labels"], 1)
-            for name in ("image_keep_loss", "text_keep_loss", "image_keep_rate"):
-                if name in sums:
-                    logs[name] = sums[name] / sums["samples"]
-            if sums.get("long_answers"):
-                logs["text_keep_rate"] = sums["text_keep_rate"] / sums["long_answers"]
-            logs["tau"] = self.model.gumbel_tau
+        """Add to Trainer's log: what `Measures` has since the last line, temperature, learning rates."""
+        if "loss" in logs:
+            logs |= self.measures.take(self.accelerator, self.state.global_step, self.state.max_steps)
+            logs["tau"] = self.dynamic.gumbel_tau
             logs.pop("learning_rate", None)
-            logs["lr_llm"], logs["lr_predictor"] = self._rates
+            if self._rates:
+                logs["lr_llm"], logs["lr_predictor"] = self._rates
         super().log(logs, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Accuracy, perplexity and kept tokens on the held-out samples, through the evaluation's engine."""
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        with self.measures.paused():
+            metrics = self.evaluation.measure(self.dynamic, self.processing_class, self.accelerator, sharded)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
 
-class Temperature(TrainerCallback):
-    """Sets the model's Gumbel-softmax temperature before each optimiser step."""
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / checkpoints.SAVING) if self._saving else folder
 
-    def __init__(self, start: float, end: float) -> None:
-        self.start, self.end = start, end
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save into a folder beside, seal it, move it into place: a checkpoint is there whole or not at all."""
+        output_dir = Path(super()._get_output_dir(trial))
+        folder = output_dir / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+        writer = self.args.should_save
+        name = folder.name
+        with (
+            self.measures.paused(),
+            checkpoints.saying_what_is_left(name, output_dir, folder.parent, delete=writer),
+        ):
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            if self.state.best_model_checkpoint == str(folder):
+                self.state.best_model_checkpoint = str(output_dir / name)
+                if writer:
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if writer:
+                checkpoints.seal(folder)
+                best = self.state.best_model_checkpoint
+                checkpoints.publish(folder, output_dir, self.args.save_total_limit, best)
+            self.accelerator.wait_for_everyone()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+
+class StepRules(TrainerCallback):
+    """What happens around an optimiser step: the temperature before, the end of an interrupted run after."""
+
+    def __init__(self, trainer: DynamicLlavaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The log's clock starts."""
+        self.trainer.measures.start(state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The epoch's order of samples; accelerate's wrappers don't always pass the epoch on."""
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """tau = start * (end / start) ** (step / max_steps)."""
-        model.gumbel_tau = tau_at(state.global_step, state.max_steps, self.start, self.end)
+        tau = tau_at(state.global_step, state.max_steps, args.tau_start, args.tau_end)
+        self.trainer.dynamic.gumbel_tau = tau
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop where a process was asked to."""
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
 
 
-def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """How many predicted tokens [B, L] labels ask for."""
-    return (labels[:, 1:] != -100).sum()
+def dynamic_llava(model: Any) -> DynamicLlavaForConditionalGeneration:
+    """The Dynamic-LLaVA inside whatever wraps it (an adapter's model, a compiled one)."""
+    return next(part for part in model.modules() if isinstance(part, DynamicLlavaForConditionalGeneration))
 
 
 def freeze(model: Any) -> None:

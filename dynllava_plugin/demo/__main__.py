@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT_work)")
     add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
-    add("--steps", type=int, default=200, help="optimiser steps of the finetuning (default: %(default)s)")
+    add("--steps", type=int, default=140, help="optimiser steps of the finetuning (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="evaluations at a time (default: one a core)")
     add("--fresh", action="store_true", help="do everything again")
@@ -131,10 +131,11 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
 def report(folder: Path, output: Path, limit: int | None, seconds: float) -> None:
     """Table, chart and machine, each written whole; the table is printed."""
     from dynllava_plugin.demo.chart import draw
+    from dynllava_plugin.demo.summary import summary
     from dynllava_plugin.evaluation.records import host, versions
 
     table = read_results(folder).drop(columns="file")
-    text = render(table, "markdown")
+    text = summary(table)
     write_text(output / "table.csv", table.to_csv(index=False))
     machine: dict[str, Any] = {
         "host": host(),
@@ -145,7 +146,8 @@ def report(folder: Path, output: Path, limit: int | None, seconds: float) -> Non
     write_json(output / "machine.json", machine)
     facts = machine["host"]
     note = f"{facts['processor']}, {facts['cores']} cores; {limit or 'all'} questions of each benchmark"
-    write_text(output / "table.md", f"{text}\nMachine: {note}; versions in machine.json.\n")
+    everything = render(table, "markdown")
+    write_text(output / "table.md", f"{text}\n{everything}\nMachine: {note}; versions in machine.json.\n")
     draw(table, output / "chart.png")
     print(f"\n{text}\ntable, chart and machine: {output} ({seconds / 60:.1f} min)")
 

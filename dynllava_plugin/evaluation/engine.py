@@ -218,7 +218,9 @@ class Engine:
                 keep = history.keep[:cached]  # the rest is padding of the batch behind the sample's end
                 kept = sum(keep)
                 dropped_image = prompt_tokens[row] - history.context - history.dropped_answers
-                kept_image = image_tokens[row] - dropped_image
+                # Where the cache lets prompt tokens go later, its length no longer tells.
+                noted = output.past_key_values.images_kept
+                kept_image = image_tokens[row] - dropped_image if noted is None else int(noted[row])
                 cost = output_cost(self.shape, prompt_tokens[row], history.context, keep)
             answers.append(
                 Answer(

@@ -28,12 +28,17 @@ class ImageFeatures:
         self._model, self._capacity = model, capacity
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._bytes = 0
+        self._settings: Any = None
         self.computed = 0  # images that went through the vision tower
 
     def of(self, images: Sequence[PreparedImage]) -> dict[str, Any] | None:
         """``{"image": features [M, N, d]}`` of M images in order, as the model takes them; None without images."""
         if not images:
             return None
+        settings = self._model.config.sparsity
+        if settings != self._settings:  # some policies reduce the patches themselves
+            self._kept.clear()
+            self._bytes, self._settings = 0, settings
         missing = {image.key: image.pixels for image in images if image.key not in self._kept}
         if missing:
             pixels = torch.stack(list(missing.values())).to(self._model.device, self._model.dtype)

@@ -18,7 +18,10 @@ from typing import Any
 
 from dynllava_plugin.evaluation.answers import Answer, Score, mean_counts, mean_score_counts
 from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
+from dynllava_plugin.evaluation.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.policies import Policy, policy_of
 
 MANIFEST_NAME = "dynllava_run.json"
 _PACKAGES = ("dynllava-plugin", "torch", "transformers", "lmms-eval", "ms-vlmeval", "nltk")
@@ -36,6 +39,7 @@ class RunRecord:
         self.settings: dict[str, Any] | None = None
         self.sparsity: dict[str, Any] | None = None
         self._pretrained = ""
+        self._costs: tuple[DecoderShape, Policy] | None = None
         self._answers: dict[str, list[Answer]] = defaultdict(list)
         self._scores: dict[str, list[Score]] = defaultdict(list)
         self._times: dict[str, float] = {}
@@ -45,6 +49,7 @@ class RunRecord:
         self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
         self.sparsity = model.config.sparsity.to_dict()
         self._pretrained = settings.pretrained
+        self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
 
     def note_answers(self, benchmark: str, answers: Sequence[Answer]) -> None:
         """Answers to questions of `benchmark` (the harness's name)."""
@@ -80,7 +85,7 @@ class RunRecord:
             "settings": self.settings,
             "checkpoint_hash": checkpoint_hash(self._pretrained) if self._pretrained else None,
             "sparsity": self.sparsity,
-            "tokens": {name: mean_counts(answers) for name, answers in self._answers.items()},
+            "tokens": {name: self._counts(answers) for name, answers in self._answers.items()},
             "scored": {name: mean_score_counts(scores) for name, scores in self._scores.items()},
             "seconds": round(time.time() - self.started, 1),
             "engine_seconds": self._times,
@@ -91,6 +96,10 @@ class RunRecord:
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
             **more,
         }
+
+    def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
+        counts = mean_counts(answers)
+        return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
 
 
 RECORD = RunRecord()

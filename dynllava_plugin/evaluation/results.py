@@ -21,7 +21,15 @@ from dynllava_plugin.evaluation.modes import mode_name
 from dynllava_plugin.evaluation.order import in_order
 
 MANIFEST_NAME = "dynllava_run.json"
-COUNTS = ("image_tokens", "kept_image_tokens", "generated_tokens", "kept_tokens", "kept_output_share")
+COUNTS = (
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "kept_tokens",
+    "kept_output_share",
+    "equivalent_tokens",
+    "prefill_gflops",
+)
 COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
 SETTINGS = ("vision_keep_rate", "text_keep_rate", "image_policy")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.registry import check_policy, describe, policy_changes
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
-SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed")
+SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelSettings:
         Passed to `load_model`.
     mode, vision_keep_rate, text_keep_rate, image_policy, random_seed
         Overrides of the checkpoint's `SparsityConfig`.
+    policy : str or None
+        A policy with its arguments, ``fastv,k=3,r=0.75``; instead of `mode` and `image_policy`.
     """
 
     pretrained: str = DEFAULT_CHECKPOINT
@@ -38,19 +41,32 @@ class ModelSettings:
     text_keep_rate: float | None = None
     image_policy: str | None = None
     random_seed: int | None = None
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         # A wrong value is named here, before a checkpoint of many gigabytes is read.
-        SparsityConfig(**self.sparsity())
+        check_policy(SparsityConfig().replace(**policy_changes(self.sparsity())))
+        for name in ("mode", "image_policy"):
+            if self.policy is not None and getattr(self, name) is not None:
+                raise UserError(f"{name}: policy={self.policy} says what is dropped; give one of the two")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSettings:
-        """Settings from ``key=value`` pairs; a key that doesn't exist is a `UserError` naming it."""
+        """Settings from ``key=value`` pairs; with ``policy``, keys that aren't settings are the policy's arguments.
+
+        Raises
+        ------
+        UserError
+            Naming a key that doesn't exist or a value out of range.
+        """
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"{unknown[0]}: no such model argument; known are {', '.join(known)}, batch_size")
         given = {key: value for key, value in values.items() if value is not None}
+        unknown = sorted(set(given) - set(known))
+        if given.get("policy") is not None:
+            arguments = {key: given.pop(key) for key in values if key in unknown}
+            given["policy"] = describe(str(given["policy"]), arguments)
+        elif unknown:
+            raise UserError(f"{unknown[0]}: no such model argument; known are {', '.join(known)}, batch_size")
         for key in ("vision_keep_rate", "text_keep_rate"):
             # lmms-eval turns "1" into 1 and, with some versions, into True: a rate of 1 keeps everything.
             if key in given and isinstance(given[key], (bool, int)):

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 FORMATS = ("markdown", "csv", "latex")
-_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]")
+_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
 # More than these don't fit beside each other: one benchmark a row then.
 _BENCHMARKS_ACROSS = 4
 
@@ -124,6 +124,11 @@ def _add_counts(chosen: pd.DataFrame, out: dict[tuple[str, str], dict[str, Any]]
         if len(with_image):
             total, kept = with_image["image_tokens"].mean(), with_image["kept_image_tokens"].mean()
             cells[_COUNT_COLUMNS[0]] = f"{kept:.0f} of {total:.0f}"
+            for title, column in zip(
+                _COUNT_COLUMNS[2:], ("equivalent_tokens", "prefill_gflops"), strict=True
+            ):
+                if with_image[column].notna().any():
+                    cells[title] = f"{with_image[column].mean():.3g}"
         long = rows[(rows["generated_tokens"] >= 20) & rows["kept_output_share"].notna()]
         if len(long):
             cells[_COUNT_COLUMNS[1]] = 100 * long["kept_output_share"].mean()

@@ -8,6 +8,7 @@ from pathlib import Path
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.settings import DEFAULT_CHECKPOINT
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
+from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
 
 KIT_MODES = ("all", "infer", "eval")
@@ -44,6 +45,11 @@ def own_parser() -> argparse.ArgumentParser:
         "--text_keep_rate",
         type=float,
         help="recorded with the run; the decision is learned",
+    )
+    add(
+        "--policy",
+        metavar="POLICY[,ARGUMENT=VALUE...]",
+        help=f"instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75; one of {', '.join(POLICIES)}",
     )
     add("--image-policy", "--image_policy", choices=IMAGE_POLICIES, help="who chooses the image tokens")
     add("--random-seed", "--random_seed", type=int, help="of --image-policy random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,15 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.attention import MASKED_SOFTMAX
+from dynllava_plugin.model.attention_rows import Watch, WatchLastPromptToken
 from dynllava_plugin.model.configuration import DynamicLlamaConfig
-from dynllava_plugin.model.gate import Decision, TokenLayout, TrainingMasks, decide, decide_training
-from dynllava_plugin.sparsity.cache import SparseContextCache, packing_order
-from dynllava_plugin.sparsity.masked_softmax import context_matrix, masked_softmax_attention
+from dynllava_plugin.model.flash_decoding import flash_step
+from dynllava_plugin.model.gate import Decision, TrainingMasks, decide, decide_training
+from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
+from dynllava_plugin.sparsity.cache import SparseContextCache, StaticTrack, packing_order
+from dynllava_plugin.sparsity.config import SparsityConfig
+from dynllava_plugin.sparsity.masked_softmax import TrainingContext, training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
 
 
@@ -43,7 +49,7 @@ class DynamicLlamaOutput(BaseModelOutputWithPast):
 
 
 class DynamicLlamaAttention(LlamaAttention):
-    """Llama attention that takes a learned context matrix in training and ragged KV-cache masks in decoding."""
+    """Llama attention that takes a learned context in training and ragged KV-cache masks in decoding."""
 
     def forward(
         self,
@@ -51,24 +57,32 @@ class DynamicLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: SparseContextCache | None = None,
-        context: torch.Tensor | None = None,
+        context: TrainingContext | None = None,
+        watch: Watch | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`context` float [B, 1, L, L] (Eq. 7) selects the masked softmax; `attention_mask` is then bool [B, 1, L, L]."""
+        """A `context` selects the masked softmax (Eq. 7), which needs no `attention_mask`.
+
+        `watch` sees the layer's queries and keys, for policies that rank tokens by attention.
+        """
         batch, length, _ = hidden_states.shape
         per_head = (batch, length, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(per_head).transpose(1, 2)
         key = self.k_proj(hidden_states).view(per_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if context is not None:
-            mixed = masked_softmax_attention(query, key, value, context, attention_mask, self.scaling)
-            return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
+        if "flash" in implementation and past_key_values is not None:
+            slots = past_key_values.step_slots(self.layer_idx)
+            mixed = None if watch is not None else flash_step(query, key, value, slots, self.scaling)
+            if mixed is not None:
+                return self.o_proj(mixed.reshape(batch, length, -1)), None
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             implementation = "sdpa"  # flash attention takes no [q, K] mask
+        if context is not None:
+            implementation, kwargs = MASKED_SOFTMAX, {**kwargs, "context": context}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         mixed, weights = attend(
             self,
@@ -80,6 +94,8 @@ class DynamicLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
+        if watch is not None:  # afterwards: it may let go of what was just attended
+            watch(self.layer_idx, query, key, attention_mask, self.scaling)
         return self.o_proj(mixed.reshape(batch, length, -1)), weights
 
 
@@ -113,6 +129,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
         )
         self.gradient_checkpointing = False
+        self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
         self.post_init()
 
     def forward(
@@ -149,32 +166,48 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid = self._valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
         if position_ids is None:
             position_ids = self._position_ids(attention_mask, valid, cache)
+        if cache is not None and cache.moved_up is not None:
+            position_ids = position_ids - cache.moved_up
 
-        hidden = inputs_embeds
+        policy = self.policy
+        hidden, columns, given = inputs_embeds, None, layout
+        if layout.removed is not None:
+            hidden, position_ids, valid, layout, columns = self._without_removed(
+                hidden, position_ids, valid, layout, cache
+            )
+        watch = WatchLastPromptToken.of(policy.attention_layer, valid, layout)
         mask = self._context_mask(
             cache.dense.begin(valid) if cache is not None else None, hidden, valid, seen
         )
-        hidden = self._run(self.layers[: self.sparse_layer], hidden, mask, position_ids, cache, **kwargs)
-
-        decision = decide(
-            hidden, valid, layout, self.config.sparsity, self.image_predictor, self.text_predictor
+        hidden = self._run(
+            self.layers[: self.sparse_layer], hidden, mask, position_ids, cache, watch=watch, **kwargs
         )
+
+        attention = None if watch is None else watch.weights
+        gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor, attention)
+        decision = decide(policy, gate)
+        decision.add_removed(given)
+        if columns is not None and decision.text_keep is not None:
+            decision.text_keep = _at_columns(decision.text_keep, columns, length)[:, given.output_start :]
         keep, present = decision.keep, self._present(decision, valid, layout, last_only)
         token_index, gathered = self._token_index(present, valid, seen)
         if gathered:
-            columns = token_index.clamp(min=0)
-            hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-            position_ids = position_ids.expand(batch, -1).gather(1, columns)
+            hidden, position_ids = _gather(hidden, token_index), _gather(position_ids, token_index)
             valid = token_index >= 0
-            keep = keep.gather(1, columns) & valid
+            keep = _gather(keep, token_index) & valid
+        if columns is not None:
+            token_index = torch.where(valid, _gather(columns, token_index), -1)
         step_mask = cache.sparse.begin(keep) if cache is not None else None
         mask = self._context_mask(
             step_mask, hidden, valid, seen, keep if layout.output_mask is not None else None
         )
-        hidden = self._run(self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, **kwargs)
+        watch = None if cache is None else cache.watch
+        hidden = self._run(
+            self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, watch=watch, **kwargs
+        )
 
         if cache is not None:
-            cache.commit(length, decision.text_keep)
+            cache.commit(length, decision.text_keep, decision.image_keep)
         return DynamicLlamaOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=cache,
@@ -197,7 +230,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         valid = self._valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
         if position_ids is None:
             position_ids = self._position_ids(attention_mask, valid, None)
-        causal = self._context_mask(None, inputs_embeds, valid, 0)
+        # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
+        behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
+        causal = self._context_mask(None, inputs_embeds, torch.ones_like(valid) if behind else valid, 0)
         if self.config.sparsity.mode == "full":
             hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
             return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
@@ -207,21 +242,63 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         masks = decide_training(
             hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
         )
-        visible = _causal(length, hidden.device) & valid[:, None, None, :]
-        context = context_matrix(masks.keep)
+        context = training_context(masks.keep, valid)
         hidden = self._run(
-            self.layers[self.sparse_layer :], hidden, visible, position_ids, None, context=context, **kwargs
+            self.layers[self.sparse_layer :], hidden, None, position_ids, None, context=context, **kwargs
         )
         return DynamicLlamaOutput(last_hidden_state=self.norm(hidden), masks=masks)
 
     @property
     def sparse_layer(self) -> int:
         """l, the first layer with a reduced context."""
-        return self.config.sparsity.sparse_layer
+        return self.policy.gate_layer
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides what stays, by the settings in force."""
+        settings = self.config.sparsity
+        if self._policy is None or self._policy[0] != settings:
+            self._policy = copy.deepcopy(settings), policy_of(settings)
+        return self._policy[1]
 
     def new_cache(self) -> SparseContextCache:
         """An empty KV cache for this model."""
-        return SparseContextCache(self.config.num_hidden_layers, self.sparse_layer)
+        return self.policy.new_cache(self.config.num_hidden_layers)
+
+    def static_step(
+        self,
+        inputs_embeds: torch.Tensor,
+        valid: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: SparseContextCache,
+        policy: Policy,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
+
+        Parameters
+        ----------
+        inputs_embeds : [B, 1, d]
+        valid : bool [B, 1]
+            False on padding.
+        position_ids : int64 [B, 1]
+        policy : Policy
+            `self.policy`, looked up outside what is compiled.
+
+        Returns
+        -------
+        [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
+        """
+        assert isinstance(cache.dense, StaticTrack) and isinstance(cache.sparse, StaticTrack)
+        mask = _additive(cache.dense.begin_static(valid), inputs_embeds)
+        hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
+        layout = TokenLayout(output_mask=valid)
+        gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
+        decision = decide(policy, gate)
+        mask = _additive(cache.sparse.begin_static(decision.keep), hidden)
+        hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
+        cache.dense.commit_static()
+        cache.sparse.commit_static()
+        return self.norm(hidden), decision.keep
 
     def _run(
         self,
@@ -244,17 +321,22 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         return hidden
 
     def _cache_for(self, cache: Any, use_cache: bool | None) -> SparseContextCache | None:
+        policy = self.policy
         if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
-            return self.new_cache() if wanted and not self.training else None
+            if not wanted and policy.sequential:
+                raise UserError(f"use_cache: {policy.name} decides what leaves the KV cache, so it needs one")
+            return policy.new_cache(self.config.num_hidden_layers) if wanted and not self.training else None
         if not isinstance(cache, SparseContextCache):
             raise UserError(
                 f"past_key_values: {type(cache).__name__} can't hold a different context per layer; pass none, or model.new_cache()"
             )
-        if cache.sparse_layer != self.sparse_layer:
+        if cache.sparse_layer != policy.gate_layer:
             raise UserError(
-                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {self.sparse_layer}; start a new one"
+                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {policy.gate_layer}; start a new one"
             )
+        if cache.rule != policy.cache_rule:
+            raise UserError(f"past_key_values: made for another policy than {policy.name}; start a new one")
         return cache
 
     @staticmethod
@@ -278,7 +360,34 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
         new = torch.arange(valid.shape[1], device=valid.device)[None]
         # Layers before l hold every real token, so their length is the next position.
-        return new if cache is None or cache.dense.lengths is None else new + cache.dense.lengths[:, None]
+        if cache is None or cache.dense.lengths is None:
+            return new
+        return new + cache.next_positions()
+
+    def _without_removed(
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        valid: torch.Tensor,
+        layout: TokenLayout,
+        cache: SparseContextCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TokenLayout, torch.Tensor]:
+        """The call without the image tokens that stay outside, and the input column [B, L'] of each token."""
+        gone = layout.removed & valid
+        position_ids = position_ids.expand(valid.shape)
+        if layout.packed_positions:
+            position_ids = position_ids - gone.cumsum(1)
+        if cache is not None:
+            cache.note_removed(gone.sum(1, keepdim=True), layout.packed_positions)
+        columns, _ = self._token_index(valid & ~gone, valid, 0)
+        there = columns >= 0
+        shorter = TokenLayout(
+            image_mask=_gather(layout.image_mask, columns) & there,
+            output_mask=None if layout.output_mask is None else _gather(layout.output_mask, columns) & there,
+            # Rows are packed to the right: an output token is no farther from their end than before.
+            output_start=max(0, layout.output_start - (valid.shape[1] - columns.shape[1])),
+        )
+        return _gather(hidden, columns), _gather(position_ids, columns), there, shorter, columns
 
     @staticmethod
     def _present(
@@ -329,9 +438,30 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             mask = _causal(length, hidden.device) & (keep[:, None, None, :] | itself)
         if mask is None or self.config._attn_implementation != "eager":
             return mask
-        return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
-            ~mask, torch.finfo(hidden.dtype).min
-        )
+        return _additive(mask, hidden)
+
+
+def _additive(mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """A bool mask as what is added to the scores, in the dtype of `hidden`."""
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~mask, torch.finfo(hidden.dtype).min
+    )
+
+
+def _gather(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[B or 1, L, ...] values -> [B, L', ...] at `columns` int64 [B, L'] (-1 gives column 0)."""
+    index = columns.clamp(min=0)
+    values = values.expand(len(index), *values.shape[1:])
+    return values.gather(
+        1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+    )
+
+
+def _at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """bool [B, n] of the last n of `columns` int64 [B, L'] (-1 is none) -> [B, length], True in those columns."""
+    columns = columns[:, columns.shape[1] - values.shape[1] :]
+    spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
+    return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
 
 
 def _causal(length: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The gate at layer l: from hidden states and the place of images and output text to what stays as context."""
+"""The gate: asks the policy what stays as context, in inference and, for the learned one, in training."""
 
 from __future__ import annotations
 
@@ -6,48 +6,32 @@ from dataclasses import dataclass
 
 import torch
 
+from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
-from dynllava_plugin.sparsity.selection import (
-    gumbel_keep_mask,
-    gumbel_noise,
-    keep_score,
-    random_image_scores,
-    select_image_tokens,
-    select_text_tokens,
-)
-
-
-@dataclass
-class TokenLayout:
-    """Which tokens of a forward call are what.
-
-    Parameters
-    ----------
-    image_mask : bool [B, L], optional
-        Image tokens, `tokens_per_image` consecutive ones an image; None where the call has no image.
-    output_mask : bool [B, L], optional
-        Output text, the only text that may be dropped; None where the call has none.
-    output_start : int
-        First column that holds output text in any sample.
-    image_seeds : list of int, optional
-        One an image, for the random control.
-    """
-
-    image_mask: torch.Tensor | None = None
-    tokens_per_image: int = 0
-    output_mask: torch.Tensor | None = None
-    output_start: int = 0
-    image_seeds: list[int] | None = None
+from dynllava_plugin.sparsity.selection import gumbel_keep_mask, gumbel_noise
 
 
 @dataclass
 class Decision:
-    """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False."""
+    """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False.
+
+    Scores are the policy's own, on any scale; None where it has none.
+    """
 
     keep: torch.Tensor
     image_keep: torch.Tensor | None = None  # [B, N_img]
     text_keep: torch.Tensor | None = None  # [B, L - output_start]
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
+
+    def add_removed(self, layout: TokenLayout) -> None:
+        """What was decided before the LLM, if anything was."""
+        if layout.removed is None:
+            return
+        self.image_keep = right_padded(~layout.removed[layout.image_mask], layout.image_mask)[0]
+        if layout.image_score is not None:
+            self.image_score = right_padded(layout.image_score.flatten(), layout.image_mask)[0]
 
 
 @dataclass
@@ -69,30 +53,23 @@ def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     return rows, valid
 
 
-def decide(
-    hidden: torch.Tensor,
-    valid: torch.Tensor,
-    layout: TokenLayout,
-    sparsity: SparsityConfig,
-    image_predictor: ImagePredictor,
-    text_predictor: TextPredictor | None,
-) -> Decision:
-    """Inference: hidden states [B, L, d] entering layer l, `valid` bool [B, L] (False on padding)."""
+def decide(policy: Policy, gate: Gate) -> Decision:
+    """Inference: what `policy` keeps of the tokens at the gate; padding is never kept."""
+    layout, valid = gate.layout, gate.valid
     decision = Decision(keep=valid)
-    if layout.image_mask is not None and sparsity.mode != "full":
-        tokens = hidden[layout.image_mask].view(-1, layout.tokens_per_image, hidden.shape[-1])  # [M, N, d]
-        if layout.image_seeds is None:
-            scores = keep_score(image_predictor(tokens))
-        else:
-            scores = random_image_scores(layout.image_seeds, layout.tokens_per_image, hidden.device)
-        selected = select_image_tokens(scores, sparsity.vision_keep_rate).flatten()
+    image = policy.keep_image(gate) if layout.image_mask is not None else None
+    if image is not None:
+        selected = image.keep.flatten()
         decision.keep = decision.keep.masked_scatter(layout.image_mask, selected)
         decision.image_keep = right_padded(selected, layout.image_mask)[0]
+        if image.score is not None:
+            decision.image_score = right_padded(image.score.flatten(), layout.image_mask)[0]
     if layout.output_mask is not None:
-        output_mask = layout.output_mask[:, layout.output_start :]
-        stays = output_mask & valid[:, layout.output_start :]
-        if sparsity.mode == "image_text" and text_predictor is not None:
-            stays = stays & select_text_tokens(text_predictor(hidden[:, layout.output_start :]))
+        output_mask = gate.of_output(layout.output_mask)
+        stays = output_mask & gate.of_output(valid)
+        output = policy.keep_output(gate)
+        if output is not None:
+            stays, decision.text_score = stays & output.keep, output.score
         decision.text_keep = stays
         decision.keep = decision.keep.clone()
         decision.keep[:, layout.output_start :] &= stays | ~output_mask

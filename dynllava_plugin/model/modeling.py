@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -16,14 +18,20 @@ from transformers.models.llava.modeling_llava import (
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
-from dynllava_plugin.model.gate import TokenLayout, TrainingMasks
+from dynllava_plugin.model.gate import TrainingMasks
 from dynllava_plugin.model.outputs import ScoreDetails
+from dynllava_plugin.model.static_decoding import StaticCache
+from dynllava_plugin.model.stepwise import score_step_by_step
+from dynllava_plugin.model.vision import EXTRA, DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.policies import TokenLayout
+from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
 IGNORE_INDEX = -100
+FEW_TOKENS = 64
 
 
 @dataclass
@@ -44,6 +52,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
         Image tokens that stay, right padded over samples; None without images or in mode "full".
     text_keep : bool [B, T]
         Output tokens that stay as context; at inference T counts from the first output column of the batch.
+    image_score, text_score : float [B, N_img], [B, T]
+        At inference how much each token spoke for staying, on the policy's own scale; None where it has none.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -52,6 +62,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     token_index: torch.Tensor | None = None
     image_keep: torch.Tensor | None = None
     text_keep: torch.Tensor | None = None
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
 
 
 class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -67,7 +79,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     _supports_flex_attn = False
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
-        super().__init__(config)
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = DynamicLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
         self.gumbel_tau = 1.0
 
     def forward(
@@ -98,7 +113,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask : int [B, L], or [B, cached + L] behind a cache
             0 on padding, at either end.
         pixel_values : [M, 3, H, W]
-            The batch's images in the order of their places.
+            The batch's images in the order of their places. In training a batch without images may come with one
+            that no place refers to: it changes nothing, and gives every parameter a gradient (of 0).
         labels : int64 [B, L]
             -100 is ignored. The last answer (the last run of labels) is the output text; its tokens may be dropped.
         gumbel_noise : (image [B, N_img, 2], text [B, longest answer, 2]), right padded
@@ -118,19 +134,24 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
             mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
-        embeds, layout = self._embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
+        if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
+            return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
+        layout = TokenLayout()
+        if labels is not None:
+            given = None if self.training else output_mask
+            layout.output_mask = last_answer(labels) if given is None else given.bool()
+        elif not self.training:
+            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
+        self._check_policy(labels)
+        embeds = self._embed(
+            layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
+        )
         if self.training:
-            if labels is not None:
-                layout.output_mask = last_answer(labels)
             outputs = self._llm.forward_training(
                 embeds, attention_mask, position_ids, layout, self.gumbel_tau, gumbel_noise or (None, None)
             )
             return self._training_output(outputs, labels, num_items_in_batch)
 
-        if labels is not None:
-            layout.output_mask = last_answer(labels) if output_mask is None else output_mask.bool()
-        else:
-            self._mark_output(layout, embeds, past_key_values, prompt_length, output_mask)
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self._llm(
             inputs_embeds=embeds,
@@ -158,13 +179,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             token_index=outputs.token_index,
             image_keep=outputs.decision.image_keep,
             text_keep=outputs.decision.text_keep,
+            image_score=outputs.decision.image_score,
+            text_score=outputs.decision.text_score,
         )
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
-        Assisted decoding doesn't: dropped tokens can't be brought back.
+        Assisted decoding doesn't: dropped tokens can't be brought back. `cache_implementation="static"` decodes with steps of
+        one shape, as CUDA graphs where there is CUDA; with `compile_config` (transformers' `CompileConfig`) compiled, too.
         """
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
@@ -173,8 +197,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs.setdefault("prompt_length", prompt.shape[1])
         generation_config = kwargs.get("generation_config") or self.generation_config
         use_cache = kwargs.get("use_cache", generation_config.use_cache)
+        implementation = kwargs.pop("cache_implementation", None)
         if use_cache is not False and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self._llm.new_cache()
+            compiling = kwargs.pop("compile_config", None)
+            kwargs["past_key_values"] = self.new_cache(
+                implementation or "dynamic", compiling.to_dict() if compiling is not None else None
+            )
         return super().generate(inputs, **kwargs)
 
     def score(
@@ -183,6 +211,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
@@ -192,12 +221,16 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with the images' features instead of `pixel_values`.
 
         Returns
         -------
         float32 [B, L], 0 where the label is -100.
         """
-        return self.score_details(input_ids, attention_mask, pixel_values, labels).log_probs
+        return self.score_details(
+            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs
+        ).log_probs
 
     @torch.no_grad()
     def score_details(
@@ -223,8 +256,19 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         was_training = self.training
         self.eval()
         try:
-            embeds, layout = self._embed(input_ids, None, pixel_values, mm_encoder_outputs)
-            layout.output_mask = last_answer(labels) if output_mask is None else output_mask.bool()
+            layout = TokenLayout(
+                output_mask=last_answer(labels) if output_mask is None else output_mask.bool()
+            )
+            if self._llm.policy.sequential:
+                if not torch.equal(layout.output_mask, last_answer(labels)):
+                    raise UserError(
+                        f"output_mask: {self._llm.policy.name} is scored token by token, one answer at a time"
+                    )
+                scores, greedy = score_step_by_step(
+                    self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
+                )
+                return ScoreDetails(scores, greedy, None, layout.output_mask)
+            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
             outputs = self._llm(
                 inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
             )
@@ -242,12 +286,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return ScoreDetails(scores, greedy, outputs.decision.image_keep, outputs.decision.text_keep)
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
-        """Change the mode, a keep rate, l or the image policy of the loaded model.
+        """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
 
         Raises
         ------
         UserError
-            An unknown setting, a value out of range, or a predictor size, which the weights fix.
+            An unknown setting or policy, a value out of range, or a predictor size, which the weights fix.
         """
         current = self.config.sparsity
         fixed = (
@@ -262,78 +306,163 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 raise UserError(
                     f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
                 )
-        settings = current.replace(**changes)
-        settings.validate(self.config.text_config.num_hidden_layers)
+        settings = current.replace(**policy_changes(changes))
+        check_policy(settings, self.config.text_config.num_hidden_layers)
         self.config.text_config.sparsity = settings
         return settings
 
-    def new_cache(self) -> SparseContextCache:
-        """An empty KV cache, to hand to `forward` or `generate`."""
+    def new_cache(
+        self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
+    ) -> SparseContextCache:
+        """An empty KV cache, to hand to `forward` or `generate`.
+
+        Parameters
+        ----------
+        implementation : "dynamic" | "static"
+            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA.
+        compile_options : dict, optional
+            Arguments of `torch.compile` for a static cache's steps.
+
+        Raises
+        ------
+        UserError
+            Another implementation.
+        """
+        if implementation == "static":
+            if self._llm.policy.sequential:
+                raise UserError(
+                    f"cache_implementation: {self._llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
+                )
+            layers = self.config.text_config.num_hidden_layers
+            return StaticCache(layers, self._llm.sparse_layer, compile_options=compile_options)
+        if implementation != "dynamic":
+            raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
         return self._llm.new_cache()
 
     @property
     def _llm(self) -> DynamicLlamaModel:
         return self.model.language_model
 
+    def _static_step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: StaticCache,
+    ) -> DynamicLlavaOutput:
+        """One output token a sample through the cache's captured or compiled step."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            valid = attention_mask[:, -1:].bool()
+        if position_ids is None:
+            position_ids = cache.next_positions()
+        if cache.moved_up is not None:
+            position_ids = position_ids - cache.moved_up
+        policy = self._llm.policy
+
+        def step(
+            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            embeds = self.get_input_embeddings()(input_ids)
+            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache, policy)
+            return self._logits(hidden), keep
+
+        inputs = input_ids, valid, position_ids.expand_as(input_ids)
+        logits, keep = cache.run(step, self.config.sparsity, *inputs)
+        return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden)
+        logits = self._project(hidden)
         if self.config.placeholder_tokens:
             logits[..., -self.config.placeholder_tokens :] = torch.finfo(logits.dtype).min
         return logits
 
+    def _check_policy(self, labels: torch.Tensor | None) -> None:
+        policy = self._llm.policy
+        if self.training and self.config.sparsity.policy is not None:
+            raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
+        if not self.training and labels is not None and policy.sequential:
+            raise UserError(
+                f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
+            )
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`lm_head`; for a few tokens on a CPU as matrix times tokens, which reads the large matrix at nearly twice the speed."""
+        tokens = hidden.numel() // hidden.shape[-1]
+        plain = type(self.lm_head) is torch.nn.Linear and not torch.is_grad_enabled()  # no adapter around it
+        if hidden.device.type != "cpu" or not plain or not 2 < tokens <= FEW_TOKENS:
+            return self.lm_head(hidden)
+        columns = hidden.reshape(tokens, -1).t().contiguous()
+        return torch.mm(self.lm_head.weight, columns).t().contiguous().view(*hidden.shape[:-1], -1)
+
     def _embed(
         self,
+        layout: TokenLayout,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         encoded: dict[str, Any] | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
-        """Token embeddings [B, L, d] with image features in their places, and where those are."""
+    ) -> torch.Tensor:
+        """Token embeddings [B, L, d] with image features in their places; notes in `layout` where those are."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         images = (encoded or {}).get("image")
         if images is None and pixel_values is not None:
             images = self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
         if images is None:
-            return inputs_embeds, TokenLayout()
+            return inputs_embeds
         if input_ids is None:
             raise UserError("inputs_embeds: images need input_ids, which say where they go")
         features = torch.stack(tuple(images.pooler_output)).to(inputs_embeds)  # [M, N, d]
-        image_mask = input_ids == self.config.image_token_id
+        layout.image_mask = image_mask = input_ids == self.config.image_token_id
+        layout.tokens_per_image = features.shape[1]
         places = int(image_mask.sum())
-        if places != features.shape[0] * features.shape[1]:
+        # In training one image without a place stands in for none: every process of a sharded run has to go
+        # through the same modules, whatever its samples.
+        stands_in = self.training and places == 0 and len(features) == 1
+        if places != features.shape[0] * features.shape[1] and not stands_in:
             raise UserError(
                 f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
                 "give as many <image> places as images"
             )
-        embeds = inputs_embeds.masked_scatter(image_mask[..., None], features)
-        seeds = None
-        if self.config.sparsity.image_policy == "random":
-            seeds = [_image_seed(image, self.config.sparsity.random_seed) for image in features]
-        return embeds, TokenLayout(
-            image_mask=image_mask, tokens_per_image=features.shape[1], image_seeds=seeds
-        )
+        policy = self._llm.policy
+        width = inputs_embeds.shape[-1] + (EXTRA if policy.reduces_patches and not self.training else 0)
+        if features.shape[-1] != width:
+            raise UserError(
+                f"mm_encoder_outputs: image features {features.shape[-1]} wide, {policy.name} needs {width}; "
+                "encode the images under the policy that is in force"
+            )
+        if policy.at_input and not self.training:
+            question = partial(mean_question, inputs_embeds, layout, attention_mask)
+            features = reduce_images(policy, features, layout, question)
+        if policy.image_seed is not None:
+            layout.image_seeds = [_image_seed(image, policy.image_seed) for image in features]
+        return inputs_embeds.masked_scatter(image_mask[..., None], features)
 
     @staticmethod
     def _mark_output(
         layout: TokenLayout,
-        embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         cache: SparseContextCache | None,
         prompt_length: int | None,
         output_mask: torch.Tensor | None,
     ) -> None:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         seen = cache.get_seq_length() if cache is not None else 0
-        length = embeds.shape[1]
+        batch, length = given.shape[:2]
         if prompt_length is None:
             prompt_length = seen if seen and length == 1 else seen + length
         start = max(prompt_length - seen, 0)
         if start < length:
-            columns = torch.arange(length, device=embeds.device) >= start
-            layout.output_mask = columns.expand(embeds.shape[0], -1)
+            columns = torch.arange(length, device=given.device) >= start
+            layout.output_mask = columns.expand(batch, -1)
             layout.output_start = start
         if output_mask is not None and not seen:
             # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
-            mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            mask = torch.zeros(batch, length, dtype=torch.bool, device=given.device)
             mask[:, : output_mask.shape[1]] = output_mask.bool()
             layout.output_mask = mask if layout.output_mask is None else mask | layout.output_mask
             layout.output_start = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dynllava_plugin.errors import UserError
@@ -21,6 +21,10 @@ class SparsityConfig:
         Nothing is dropped; image tokens (Dynamic-LLaVA_I); image and output-text tokens (Dynamic-LLaVA_I|T).
     image_policy : "learned" | "random"
         Who ranks the image tokens: the image predictor, or chance (a control; seeded by image and `random_seed`).
+    policy : str, optional
+        A name of `dynllava_plugin.policies`, several joined by "+"; at inference it stands for `mode` and `image_policy`.
+    policy_args : dict
+        Its arguments.
     sparse_layer : int
         l: layers 0..l-1 see every token, layers l.. the reduced context. 1 <= l < number of layers.
     vision_keep_rate, text_keep_rate : float in (0, 1]
@@ -44,6 +48,8 @@ class SparsityConfig:
     mode: str = "image_text"
     image_policy: str = "learned"
     random_seed: int = 0
+    policy: str | None = None
+    policy_args: dict[str, Any] = field(default_factory=dict)
     sparse_layer: int = 2
     vision_keep_rate: float = 0.2
     text_keep_rate: float = 0.5
@@ -65,6 +71,12 @@ class SparsityConfig:
         if self.image_policy not in IMAGE_POLICIES:
             raise UserError(
                 f"image_policy: unknown value {self.image_policy!r}; choose one of {', '.join(IMAGE_POLICIES)}"
+            )
+        if self.policy is not None and not isinstance(self.policy, str):
+            raise UserError(f"policy: {self.policy!r} is not a policy's name")
+        if self.policy_args and self.policy is None:
+            raise UserError(
+                f"{next(iter(self.policy_args))}: an argument of a policy, but no policy is named"
             )
         if self.mode == "image_text" and not self.text_predictor:
             raise UserError(
@@ -110,5 +122,9 @@ class SparsityConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> SparsityConfig:
-        """A validated copy with `changes` applied."""
+        """A validated copy with `changes` applied; the latest choice counts, of `policy` or of `mode` and `image_policy`."""
+        if "policy" in changes:
+            changes = {"policy_args": {}, **changes}
+        elif "mode" in changes or "image_policy" in changes:
+            changes = {"policy": None, "policy_args": {}, **changes}
         return type(self).from_dict({**self.to_dict(), **changes})

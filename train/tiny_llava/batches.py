@@ -5,9 +5,11 @@ prefix (system prompt, image) once and then one block a question, laid out exact
 attends to the prefix and itself, and its positions continue the prefix. A part are ordinary conversations.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from train.tiny_llava.gaze import Gaze, find_gaze
 from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, object_patches
 
 IMAGE_TOKENS = 64
+TENSORS = ("ids", "positions", "labels", "block", "pixels")
 Turn = tuple[str, str]
 
 
@@ -54,8 +57,14 @@ class Batch:
         """bool [B, 1, T, T]: who attends to whom."""
         row, column = self.block[:, :, None], self.block[:, None, :]
         length = self.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
         return (((column == 0) | (row == column)) & causal)[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with every tensor on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
+        gaze = [Gaze(g.heads, *(t.to(device) for t in (g.rows, g.columns, g.goals))) for g in self.gaze]
+        return replace(self, **moved, gaze=gaze)
 
 
 class Encoder:

@@ -101,7 +101,7 @@ def gaze_loss(
 
     `inputs` are the hidden states [B, T, width] that enter each of `LAYERS`; `positions` int64 [B, T].
     """
-    total = torch.zeros(())
+    total = positions.new_zeros((), dtype=torch.float32)
     for number in LAYERS:
         layer = llm.layers[number]
         attention = layer.self_attn

@@ -91,10 +91,11 @@ def align_projector(
     """
     projector, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
     names = [*COLORS, *SHAPES, "top", "bottom", "left", "right", "image"]
-    words = torch.tensor([tokenizer(" " + name, add_special_tokens=False).input_ids for name in names])[:, 0]
-    vectors = embeddings.detach()[words]
+    device = embeddings.device
+    words = torch.tensor([tokenizer(" " + name, add_special_tokens=False).input_ids[0] for name in names])
+    vectors = embeddings.detach()[words.to(device)]
     colors, shapes, rows, columns, background = vectors.split([len(COLORS), len(SHAPES), 2, 2, 1])
-    place = torch.arange(PATCHES * PATCHES)
+    place = torch.arange(PATCHES * PATCHES, device=device)
     half = PATCHES // 2
     where = PLACE_WEIGHT * (rows[place // PATCHES // half] + columns[place % PATCHES // half])
     optimizer = torch.optim.AdamW(projector.parameters(), lr=3e-3, weight_decay=0.0)
@@ -102,15 +103,13 @@ def align_projector(
     stream = batches(tiles, 12, 4, torch.Generator().manual_seed(seed))
     bar = tqdm(range(steps), desc="alignment", unit="step", mininterval=1)
     for step in bar:
-        pixels, owner, color, shape = next(stream)
+        pixels, owner, color, shape = (part.to(device) for part in next(stream))
         with torch.no_grad():
             features = patch_features(model.model.vision_tower, pixels)
         item = owner.clamp(min=0)
         named = colors[color[item]] + shapes[shape[item]] + where
         target = torch.where((owner >= 0)[..., None], named, background)
-        error = (projector(features) - target).square().mean(-1)[
-            owner != -100
-        ].mean() / embeddings.var().item()
+        error = (projector(features) - target).square().mean() / embeddings.var().item()
         error.backward()
         optimizer.step()
         scheduler.step()
@@ -170,7 +169,7 @@ def train_language(
     bar = tqdm(range(1, steps + 1), desc="language model", unit="step", mininterval=1)
     started, smooth, right = time.time(), 0.0, 0.0
     for step in bar:
-        batch = next(stream)
+        batch = next(stream).to(model.device)
         logits, labels = answer_logits(model, batch)
         loss = F.cross_entropy(logits, labels)
         total = loss + GAZE_WEIGHT * gaze_loss(llm, entering, batch.positions, batch.image_start, batch.gaze)

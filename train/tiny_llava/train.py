@@ -68,7 +68,7 @@ def vision_stage(args: argparse.Namespace, train: TileSet, test: TileSet) -> CLI
         tower = CLIPVisionModel(vision_config())
         tower.load_state_dict(load_file(args.vision_weights))
         return tower.eval()
-    tower = train_vision(train, test, args.vision_steps, args.seed)
+    tower = train_vision(train, test, args.vision_steps, args.seed, args.device)
     if args.vision_weights is not None:
         args.vision_weights.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.vision_weights.with_suffix(".tmp")
@@ -94,6 +94,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")
     parser.add_argument("--checkpoint_every", type=int, default=200, help="steps of stage 2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     for flag in ("vision_steps", "steps", "layers", "width", "checkpoint_every"):
         if getattr(args, flag) < 1:
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         tower = vision_stage(args, train, test)
         tokenizer = build_tokenizer(tiles)
         processor = build_processor(tokenizer)
-        model = build_model(tower, tokenizer, args.layers, args.width)
+        model = build_model(tower.cpu(), tokenizer, args.layers, args.width).to(args.device)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
         align_projector(model, train, tokenizer, args.seed)
         train_language(

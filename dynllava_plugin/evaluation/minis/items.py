@@ -126,7 +126,7 @@ class Asker:
             for answer in ("yes", "no"):
                 question = self._yes_no(color, shape, answer)[0]
                 identity = f"{int(tile.path.stem):06d}"
-                self.items.append(Item(len(self.items), str(tile.path), identity, question, answer, **common))
+                self.items.append(Item(len(self.items), str(tile.path), identity, question, answer, **common))  # type: ignore[arg-type]
 
     def _wh(self, color: str, shape: str) -> tuple[str, str, list[str]]:
         which = self.rng.random() < 0.5

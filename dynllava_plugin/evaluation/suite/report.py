@@ -50,7 +50,7 @@ def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
     from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
     from dynllava_plugin.evaluation.records import host, versions
 
-    runs = []
+    runs: list[dict[str, Any]] = []
     for outcome in outcomes:
         state = read_state(outcome.run.folder)
         runs.append(

@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter, merge_adapter
+from dynllava_plugin.model.checkpoints.building import empty_model, fill
 from dynllava_plugin.model.checkpoints.layouts import (
     LLAVA_HF,
     ORIGINAL,
@@ -29,6 +31,7 @@ from dynllava_plugin.model.checkpoints.weights import (
     PREDICTORS,
     VISION,
     check_weights,
+    read_ahead,
     read_vision_weights,
     read_weights,
 )
@@ -36,10 +39,10 @@ from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
+from dynllava_plugin.policies.registry import check_policy, policy_changes
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_FROM = 10**9  # bytes: a smaller model is there at once
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -57,7 +60,8 @@ def load_model(
     ----------
     path_or_hub_id : str or Path
         A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5,
-        llava-hf and this package's own layout are told apart by their config.json.
+        llava-hf and this package's own layout are told apart by their config.json. A folder with a LoRA adapter
+        (and predictors) is merged into the checkpoint that it names.
     device : str or torch.device, optional
         Default: the GPU where there is one, else the CPU.
     dtype : str or torch.dtype, optional
@@ -65,7 +69,8 @@ def load_model(
     attn_implementation : str, optional
         ``"eager"``, ``"sdpa"`` or ``"flash_attention_2"``; default: transformers' choice.
     **sparsity_overrides
-        Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``.
+        Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``; or a policy with its arguments,
+        ``policy="fastv", k=3, r=0.75`` (also as one text, ``policy="fastv,k=3,r=0.75"``).
 
     Returns
     -------
@@ -107,8 +112,8 @@ class _Checkpoint:
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
         text: Any = self.config.text_config
-        text.sparsity = text.sparsity.replace(**sparsity_overrides)
-        text.sparsity.validate(num_layers=text.num_hidden_layers)
+        text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
+        self.policy = check_policy(text.sparsity, text.num_hidden_layers)
         self.tokenizer = read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
             _add_placeholders(self.directory, self.config, self.tokenizer)
@@ -120,23 +125,33 @@ class _Checkpoint:
         attn_implementation: str | None,
     ) -> DynamicLlavaForConditionalGeneration:
         """The model with the checkpoint's weights."""
+        target = _device(device)
+        read_ahead(self.directory)
         tensors = self._weights()
-        with torch.device("meta"):
-            expected = DynamicLlavaForConditionalGeneration(self.config).state_dict()
+        number_type = _dtype(dtype, self.config, tensors)
+        model = self._empty(number_type, attn_implementation)
+        expected = model.state_dict()
         tensors = _with_rows(tensors, expected)
         fresh = self.layout in (ORIGINAL, LLAVA_HF)
         optional = [name for name in expected if self._may_be_absent(name, fresh)]
         check_weights(self.directory, tensors, expected, optional)
-        sparsity = self.config.sparsity
-        if fresh and sparsity.mode != "full":
+        if fresh and self.policy.predictors:
             logger.warning(
                 "%s has no predictors: %s mode starts from untrained ones (train them, or use mode='full')",
                 self.directory,
-                sparsity.mode,
+                self.policy.name,
             )
-        return self._build(tensors, _device(device), _dtype(dtype, self.config, tensors), attn_implementation)
+        with _quiet_transformers():
+            model = fill(model, tensors, number_type, attn_implementation)
+        model.config.name_or_path = str(self.directory)
+        model.generation_config = self._generation_config()
+        torch.nn.Module.to(model, target)
+        return model.eval()
 
     def _weights(self) -> dict[str, torch.Tensor]:
+        if is_adapter(self.directory):
+            base = _Checkpoint(base_of(self.directory), {})
+            return merge_adapter(self.directory, base._weights())
         tensors = read_weights(self.directory)
         if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
             tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))
@@ -147,28 +162,13 @@ class _Checkpoint:
             return bool(self.config.tie_word_embeddings)
         return bool(fresh_predictors and PREDICTORS.match(name)) or _unused_in_vision_tower(name, self.config)
 
-    def _build(
-        self,
-        tensors: dict[str, torch.Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: str | None,
-    ) -> DynamicLlavaForConditionalGeneration:
-        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        large = sum(tensor.nbytes for tensor in tensors.values()) > PROGRESS_FROM
+    def _empty(self, dtype: torch.dtype, attention: str | None) -> DynamicLlavaForConditionalGeneration:
         try:
-            with _quiet_transformers(progress=large):
-                model = DynamicLlavaForConditionalGeneration.from_pretrained(
-                    None, config=self.config, state_dict=tensors, dtype=dtype, **options
-                )
+            return empty_model(self.config, dtype, attention)
         except (ImportError, ValueError) as error:
             if attention is None:
                 raise
             raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
-        model.config.name_or_path = str(self.directory)
-        model.generation_config = self._generation_config()
-        torch.nn.Module.to(model, device)
-        return model.eval()
 
     def _generation_config(self) -> GenerationConfig:
         """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""
@@ -254,12 +254,11 @@ def _dtype(
 
 
 @contextmanager
-def _quiet_transformers(progress: bool) -> Iterator[None]:
-    """Without transformers' table of fresh weights, which one line has said, nor bars that flash by."""
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' table of fresh weights, which one line has said, nor its bars."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not progress:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ def _download(hub_id: str, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=TEXT_FILES))
         if weights:
-            snapshot_download(hub_id, allow_patterns=["model*.safetensors"])
+            snapshot_download(hub_id, allow_patterns=["model*.safetensors", "adapter_model.safetensors"])
             if not list(folder.glob("*.safetensors")):
                 snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's client raises a dozen unrelated types

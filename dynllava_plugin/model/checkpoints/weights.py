@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -81,6 +82,15 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
             if not IGNORED.search(name):
                 tensors[our_name(name)] = tensor
     return tensors
+
+
+def read_ahead(directory: Path) -> None:
+    """Ask the system to read the weight files now, while the model around them is being built."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:

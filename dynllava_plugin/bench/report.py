@@ -1,0 +1,104 @@
+"""Rows as a folder: table.csv, table.md, plots, and the machine they were measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.bench.paper import views
+from dynllava_plugin.bench.plots import draw
+from dynllava_plugin.bench.rows import COLUMNS
+from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.evaluation.records import host, versions
+
+# phase -> (title, columns of its table)
+RATIOS = ("speedup", "ideal_speedup", "of_ideal")
+SECTIONS = {
+    "prefill": ("Prefill", ("median_s", *RATIOS, "tflops_paper", "tflops_exact")),
+    "nocache": ("Decoding without cache, one step", ("median_s", *RATIOS, "tflops_exact")),
+    "decode": (
+        "Decoding with cache, one step",
+        ("path", "median_s", "tokens_per_s", *RATIOS, "kept_share", "cache_bytes", "needed_bytes"),
+    ),
+    "batching": (
+        "Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)",
+        ("path", "median_s", "tokens_per_s", "speedup"),
+    ),
+    "score": (
+        "Scoring an answer in one pass against token by token",
+        ("median_s", "baseline_s", "speedup", "max_difference"),
+    ),
+    "memory": (
+        "Memory",
+        ("cache_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits"),
+    ),
+    "load": (
+        "Loading a checkpoint against reading it with safetensors alone",
+        ("path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes"),
+    ),
+}
+HEADINGS = {
+    "median_s": "ms", "baseline_s": "baseline ms", "tokens_per_s": "tokens/s", "speedup": "speed-up", "ideal_speedup": "ideal",
+    "of_ideal": "measured/ideal", "tflops_paper": "TFLOPs (Eq. 13)", "tflops_exact": "TFLOPs (exact)",
+    "kept_share": "text kept", "max_difference": "largest difference", "cache_bytes": "cache MiB", "needed_bytes": "needed MiB",
+    "growth_bytes": "growth step MiB", "peak_bytes": "peak above weights MiB", "weight_bytes": "weights MiB",
+}  # fmt: skip
+
+
+def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write everything; each file appears whole or not at all."""
+    table = pd.DataFrame(rows, columns=[name for name in COLUMNS if any(name in row for row in rows)])
+    write_text(folder / "table.csv", table.to_csv(index=False))
+    write_text(folder / "table.md", markdown(rows))
+    write_json(folder / "machine.json", {"host": host(), "versions": versions()})
+    draw(rows, folder)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table a phase and shape, then the paper's layouts."""
+    parts = [
+        "# Efficiency",
+        "",
+        "Medians of one interleaved run; random weights. ms a call, a step of decoding is one token a sample.",
+        "",
+    ]
+    for shape, device, dtype in dict.fromkeys((row["shape"], row["device"], row["dtype"]) for row in rows):
+        here = [row for row in rows if (row["shape"], row["device"], row["dtype"]) == (shape, device, dtype)]
+        parts += [f"## {shape}, {device}, {dtype}", ""]
+        for phase, (title, columns) in SECTIONS.items():
+            found = [row for row in here if row["phase"] == phase]
+            if found:
+                parts += [f"### {title}", "", _table(found, columns), ""]
+    return "\n".join([*parts, "## Beside the paper", "", views(rows)])
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    columns = tuple(name for name in columns if any(row.get(name) is not None for row in rows))
+    rows = sorted(rows, key=lambda row: (row["batch"], row["length"], row.get("path") or ""))
+    head = ["batch", "at", "mode", *(HEADINGS.get(name, name) for name in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [
+            str(row["batch"]),
+            str(row["length"]),
+            row["mode"],
+            *(_cell(name, row.get(name)) for name in columns),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes"):
+        return f"{value / 2**20:.1f}"
+    if name in ("median_s", "baseline_s"):
+        return f"{value * 1e3:.2f}"
+    if name in ("speedup", "ideal_speedup", "of_ideal"):
+        return f"{value:.2f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

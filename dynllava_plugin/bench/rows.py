@@ -1,0 +1,75 @@
+"""Measured rows: a JSON file that is whole after every row, so that an interrupted run loses nothing and can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.files import write_text
+
+# What a row is about; everything else is what was measured.
+KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")
+COLUMNS = (
+    *KEYS, "median_s", "min_s", "max_s", "iqr_s", "repeats", "tokens_per_s", "speedup", "ideal_speedup", "of_ideal",
+    "tflops_paper", "tflops_exact", "read_bytes", "kept_share", "cache_bytes", "needed_bytes", "growth_bytes", "peak_bytes",
+    "weight_bytes", "fits", "baseline_s", "max_difference", "image_tokens", "text_tokens", "vision_keep_rate",
+    "text_keep_rate", "threads",
+)  # fmt: skip
+
+
+class Rows:
+    """Rows of a run, kept in a file if there is one.
+
+    Parameters
+    ----------
+    path : Path, optional
+        A JSON list of rows.
+    resume : bool
+        Go on from the rows that the file already holds.
+    common : dict
+        Fields of every row of this run: shape, device, dtype, rates.
+    """
+
+    keys: tuple[str, ...] = KEYS
+    columns: tuple[str, ...] = COLUMNS
+
+    def __init__(self, path: Path | None, resume: bool, common: dict[str, Any]) -> None:
+        self.path, self.common = path, common
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and resume and path.is_file():
+            try:
+                self.rows = json.loads(path.read_text(encoding="utf-8"))
+                for row in self.rows:
+                    row["phase"]
+            except (ValueError, TypeError, KeyError, OSError):
+                raise UserError(f"--json {path}: not a list of benchmark rows; take another file") from None
+        if path is not None:
+            self._write()  # a folder that can't be written to shows now, not after the first hour
+
+    def has(self, wanted: Iterable[dict[str, Any]]) -> bool:
+        """Whether every one of these rows (given by its own `KEYS`) is there already."""
+        return all(any(_matches(row, {**self.common, **keys}) for row in self.rows) for keys in wanted)
+
+    def add(self, **values: Any) -> dict[str, Any]:
+        """A row, in place of an older one about the same."""
+        row = {**self.common, **values}
+        about = {key: row.get(key) for key in self.keys}
+        row = {name: row[name] for name in self.columns if name in row}
+        self.rows = [old for old in self.rows if {key: old.get(key) for key in self.keys} != about]
+        self.rows.append(row)
+        if self.path is not None:
+            self._write()
+        return row
+
+    def _write(self) -> None:
+        try:
+            write_text(self.path, json.dumps(self.rows, indent=1) + "\n")  # type: ignore[arg-type]
+        except OSError as error:
+            raise UserError(f"--json {self.path}: can't be written ({error.strerror})") from None
+
+
+def _matches(row: dict[str, Any], keys: dict[str, Any]) -> bool:
+    return all(row.get(key) == value for key, value in keys.items())

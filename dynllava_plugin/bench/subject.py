@@ -1,0 +1,219 @@
+"""A model of a shape with random weights, and prompts and answers to time it on."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dynllava_plugin.bench.modes import Mode
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
+from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.sparsity.cache import GROWTH_STEP, SparseContextCache
+from dynllava_plugin.sparsity.predictors import KEEP
+
+FILL_CHUNK = 128  # tokens fed at once between two measured lengths
+
+
+class Subject:
+    """A random model on its device.
+
+    Parameters
+    ----------
+    shape : DecoderShape
+    device, dtype
+        Where and in what the weights are drawn: nothing passes through the CPU.
+    images, text : int
+        Image and text tokens of a prompt.
+    vision_keep_rate, text_keep_rate : float
+        Shares that stay.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        images: int,
+        text: int,
+        vision_keep_rate: float,
+        text_keep_rate: float,
+        seed: int = 0,
+    ) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.images, self.text = images, text
+        self.vision_keep_rate, self.text_keep_rate = vision_keep_rate, text_keep_rate
+        torch.manual_seed(seed)
+        with torch.device(device):
+            self.model = DynamicLlavaForConditionalGeneration._from_config(
+                _config(shape, vision_keep_rate), dtype=dtype
+            ).eval()
+        self.model.requires_grad_(False)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.dtype.itemsize
+
+    def context(self, mode: Mode) -> Context:
+        """The mode's context for this prompt."""
+        return mode.context(
+            self.shape.layers, self.images, self.text, self.vision_keep_rate, self.text_keep_rate
+        )
+
+    def switch(self, mode: Mode) -> None:
+        """Bring the model into a mode."""
+        self.model.set_sparsity(**{"mode": "full", "policy": None, "policy_args": {}, **mode.sparsity})
+
+    def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
+        """A batch of prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to one and a half times the length."""
+        return Prompts(self, batch, new_tokens, mixed)
+
+
+class Prompts:
+    """A batch: `batch` prompts of one text-image-text layout, and random answers int64 [B, T]."""
+
+    def __init__(self, subject: Subject, batch: int, new_tokens: int, mixed: bool) -> None:
+        self.subject, self.batch, self.mixed = subject, batch, mixed
+        images, text, device = subject.images, subject.text, subject.device
+        generator = torch.Generator(device=device).manual_seed(batch)
+        spread = (
+            [round(text * (0.5 + i / max(batch - 1, 1))) for i in range(batch)] if mixed else [text] * batch
+        )
+        self.lengths = [images + max(n, 2) for n in spread]
+        self.width = max(self.lengths)
+        high = subject.shape.vocab
+        self.ids = torch.randint(3, high, (batch, self.width), generator=generator, device=device)
+        self.mask = torch.ones_like(self.ids)
+        token = subject.model.config.image_token_id
+        for row, length in enumerate(self.lengths):
+            padding = self.width - length
+            before = padding + (length - images) // 2
+            self.ids[row, :padding], self.mask[row, :padding] = 0, 0
+            self.ids[row, before : before + images] = token
+        self.answers = torch.randint(3, high, (batch, max(new_tokens, 1)), generator=generator, device=device)
+        features = torch.randn(batch, images, subject.shape.hidden, generator=generator, device=device) * 0.02
+        self.encoded = {"image": SimpleNamespace(pooler_output=list(features.to(subject.dtype)))}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's `forward` for the prompts; the images are encoded already."""
+        inputs: dict[str, Any] = {"input_ids": self.ids, "mm_encoder_outputs": self.encoded}
+        return {**inputs, "attention_mask": self.mask} if self.mixed else inputs
+
+    def prefill(self, cache: SparseContextCache | None) -> Any:
+        """The model's output on the prompts, logits of the last token only."""
+        return self.subject.model(
+            **self.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+        )
+
+    def feed(self, cache: SparseContextCache, first: int, last: int) -> None:
+        """Feed answer tokens first..last-1 behind `cache`, many at once: the same decisions as one by one."""
+        for start in range(first, last, FILL_CHUNK):
+            ids = self.answers[:, start : min(start + FILL_CHUNK, last)]
+            mask = torch.cat([self.mask, self.mask.new_ones(self.batch, start + ids.shape[1])], 1)
+            self.subject.model(
+                ids,
+                attention_mask=mask if self.mixed else None,
+                past_key_values=cache,
+                prompt_length=self.width,
+                logits_to_keep=1,
+            )
+
+    def step(self, cache: SparseContextCache, column: int) -> Any:
+        """One decode step: answer token number `column`."""
+        return self.subject.model(
+            self.answers[:, column : column + 1], past_key_values=cache, logits_to_keep=1
+        )
+
+    @torch.no_grad()
+    def calibrate(self) -> float:
+        """Set the output predictor's bias so that exactly the asked share of these answers is kept; returns the share.
+
+        Layers before l see every token, so what enters the predictor doesn't depend on what it decides.
+        """
+        llm = self.subject.model.model.language_model
+        predictor = llm.text_predictor
+        predictor.head[-1].bias.zero_()
+        tokens = torch.cat([self.ids, self.answers], 1)
+        image_mask = tokens == self.subject.model.config.image_token_id
+        scores = []
+        for row in range(self.batch):  # one at a time: padding and memory
+            features = self.encoded["image"].pooler_output[row]
+            hidden = llm.embed_tokens(tokens[row : row + 1])
+            hidden = hidden.masked_scatter(image_mask[row : row + 1, :, None], features)
+            hidden = hidden[:, self.width - self.lengths[row] :]
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            rotary = llm.rotary_emb(hidden, position_ids=positions)
+            for layer in llm.layers[: llm.sparse_layer]:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            logits = predictor(hidden[:, self.lengths[row] :]).float()
+            scores.append(logits[..., KEEP] - logits[..., 1 - KEEP])
+        flat = torch.cat(scores).flatten().sort(descending=True).values
+        kept = round(self.subject.text_keep_rate * flat.numel())
+        if kept < 1:
+            raise UserError(
+                f"--text-keep-rate: {self.subject.text_keep_rate} keeps none of {flat.numel()} tokens; take more"
+            )
+        edge = flat[-1] - 1.0 if kept == flat.numel() else (flat[kept - 1] + flat[kept]) / 2
+        predictor.head[-1].bias[1 - KEEP] += edge.to(predictor.head[-1].bias.dtype)
+        return kept / flat.numel()
+
+
+def estimated_bytes(
+    shape: DecoderShape,
+    contexts: list[Context],
+    batch: int,
+    new_tokens: int,
+    itemsize: int,
+    prefill: bool = True,
+) -> tuple[float, float]:
+    """(weights, everything else) that a run needs at its largest: caches of `contexts` side by side, and a pass's activations."""
+    weights = shape.parameters * itemsize
+    caches = sum(cache_bytes(shape, context, new_tokens, itemsize, batch) for context in contexts)
+    steps = len(contexts) * batch * shape.layers * GROWTH_STEP * shape.kv_bytes(itemsize)
+    tokens = batch * (contexts[0].prompt if prefill else contexts[0].prompt + new_tokens)
+    widest = 4 * shape.hidden + 3 * shape.intermediate
+    return weights, caches + steps + tokens * widest * itemsize + batch * shape.vocab * (itemsize + 4)
+
+
+def check_tokens(images: int, text: int, batch: list[int], new_tokens: int) -> None:
+    """`UserError` for counts that aren't positive."""
+    for flag, value in (("--image-tokens", images), ("--text-tokens", text), ("--new-tokens", new_tokens)):
+        if value < 1:
+            raise UserError(f"{flag}: {value} is not positive")
+    for value in batch:
+        if value < 1:
+            raise UserError(f"--batch: {value} is not positive")
+
+
+def check_rates(vision: float, text: float, images: int) -> None:
+    """`UserError` for a rate that keeps nothing or is out of range."""
+    for flag, rate in (("--vision-keep-rate", vision), ("--text-keep-rate", text)):
+        if not (math.isfinite(rate) and 0 < rate <= 1):
+            raise UserError(f"{flag}: {rate} is outside (0, 1]; nothing would be kept, or more than there is")
+    if math.floor(vision * images + 1e-9) < 1:
+        raise UserError(f"--vision-keep-rate: {vision} keeps none of {images} image tokens")
+
+
+def _config(shape: DecoderShape, vision_keep_rate: float) -> DynamicLlavaConfig:
+    text: dict[str, Any] = dict(
+        model_type="dynamic_llama", vocab_size=shape.vocab, hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, max_position_embeddings=1 << 16, pad_token_id=0,
+        sparsity=dict(
+            vision_keep_rate=vision_keep_rate, predictor_dim=shape.predictor_dim,
+            predictor_ffn_dim=shape.predictor_ffn_dim, predictor_layers=shape.predictor_layers,
+        ),
+    )  # fmt: skip
+    # The prompts' images are encoded already: the vision tower is as small as one can be.
+    vision: dict[str, Any] = dict(
+        model_type="clip_vision_model", hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        image_size=28, patch_size=14, intermediate_size=8, projection_dim=8,
+    )  # fmt: skip
+    return DynamicLlavaConfig(vision_config=vision, text_config=text, image_token_index=1)

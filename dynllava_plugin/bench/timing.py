@@ -1,0 +1,114 @@
+"""Clocks and memory of a device, and interleaved repeats."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dynllava_plugin.errors import UserError
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def find_device(name: str) -> torch.device:
+    """A device that is here, or a `UserError`."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: {name!r} is not a device (cpu, cuda, cuda:0, ...)") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device: {name!r} asked for, but PyTorch sees no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device: {name!r} asked for, but there are {torch.cuda.device_count()} GPUs")
+    elif device.type != "cpu":
+        raise UserError(f"--device: {name!r}; the benchmark knows cpu and cuda")
+    return device
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long `call` takes, by CUDA events or the monotonic clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    calls: Mapping[Key, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 1
+) -> dict[Key, list[float]]:
+    """Seconds of each call, `repeats` times, the calls taking turns so that a slow minute slows all of them."""
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    order = list(calls)
+    for turn in range(repeats):
+        # Each goes first in its turn: what the one before leaves in the caches is nobody's lasting advantage.
+        for key in order[turn % len(order) :] + order[: turn % len(order)]:
+            times[key].append(seconds(calls[key], device))
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, extremes and interquartile range, in seconds."""
+    quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "iqr_s": quarter[2] - quarter[0],
+        "repeats": len(times),
+    }
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return 1 << 62
+
+
+def require_memory(needed: float, device: torch.device, what: str) -> None:
+    """Refuse what can't fit, before anything is allocated."""
+    free = free_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"{what}: needs about {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free; "
+            "take a smaller --shape, --batch or --new-tokens"
+        )
+
+
+def require_disk(needed: float, folder: Path) -> None:
+    """Refuse a checkpoint that the disk can't hold."""
+    free = shutil.disk_usage(folder).free
+    if needed * 1.1 > free:
+        raise UserError(
+            f"load: needs {needed / 2**30:.1f} GiB in {folder}, which has {free / 2**30:.1f} GiB free; set TMPDIR"
+        )
+
+
+def release(device: torch.device) -> None:
+    """Give unused memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,288 @@
+"""`dynllava bench train`: the training attention and a whole training step, against the full-matrix implementation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynllava_plugin.bench.masked_cases import AttentionShape, attention_inputs
+from dynllava_plugin.bench.rows import Rows
+from dynllava_plugin.bench.shapes import SHAPES, shape_named
+from dynllava_plugin.bench.timing import (
+    find_device,
+    free_bytes,
+    interleaved,
+    release,
+    require_memory,
+    summary,
+)
+from dynllava_plugin.bench.train_attention import IMPLEMENTATIONS, plain_bytes
+from dynllava_plugin.bench.train_memory import attention_peak, step_peak
+from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, peak_flops
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.flops import DecoderShape
+
+PARTS = ("attention", "step")
+KEPT = ("paper", "all")
+LENGTHS = "512,1024,2048,4096"
+
+
+class TrainRows(Rows):
+    """Rows of `bench train`: one an implementation, with its ratios to the plain one."""
+
+    keys = ("phase", "shape", "device", "dtype", "implementation", "kept", "batch", "length")
+    columns = (
+        *keys, "median_s", "min_s", "max_s", "iqr_s", "repeats", "peak_bytes", "time_ratio", "memory_ratio", "fits",
+        "samples_per_s", "tokens_per_s", "model_tflops", "mfu", "peak_tflops", "peak_from", "devices", "epoch_hours",
+        "checkpointing", "optimizer", "threads",
+    )  # fmt: skip
+
+
+def add_train(phases: Any) -> None:
+    """The phase `train` and its flags."""
+    text = "training attention and step: time and peak memory against the full matrix"
+    parser = phases.add_parser("train", help=text, description=text)
+    default = "(default: %(default)s)"
+    cuda = torch.cuda.is_available()
+    flag = parser.add_argument
+    flag("--only", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)} {default}")
+    flag(
+        "--shape",
+        default="llava-1.5-7b" if cuda else "cpu-medium",
+        help=f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS {default}",
+    )
+    flag("--lengths", default=LENGTHS, help=f"of the attention, comma-separated {default}")
+    flag(
+        "--kept",
+        default=",".join(KEPT),
+        help=f"what the masks of the attention keep: the paper's rates, all tokens {default}",
+    )
+    flag(
+        "--batch",
+        type=int,
+        help="samples (default: 8 on a GPU; on the CPU 1 for the attention, 4 for a step)",
+    )
+    flag(
+        "--text-tokens",
+        type=int,
+        default=128,
+        help=f"of a step's sample, beside the 576 of its image {default}",
+    )
+    flag(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=cuda,
+        help=f"gradient checkpointing in a step {default}",
+    )
+    flag(
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default="adamw",
+        help=f"states in the weights' dtype {default}",
+    )
+    flag("--devices", default="1,8", help=f"hours of an epoch are given for so many {default}")
+    flag("--peak-tflops", type=float, help="of the device (default: its data sheet's, or measured)")
+    flag("--device", default="cuda" if cuda else "cpu", help=default)
+    flag(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="(default: bfloat16 on a GPU, else float32)",
+    )
+    flag("--repeats", type=int, default=5, help=f"measured turns of every call {default}")
+    flag("--json", type=Path, metavar="FILE", help="rows, whole after every one")
+    flag(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="also write table.csv, table.md, chart.png and machine.json",
+    )
+    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Measure; 130 where the user interrupts, with the rows so far kept."""
+    device, shape = find_device(args.device), shape_named(args.shape)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    parts, kept = _known("--only", args.only, PARTS), _known("--kept", args.kept, KEPT)
+    lengths, devices = _numbers("--lengths", args.lengths), _numbers("--devices", args.devices)
+    for flag, value, least in (
+        ("--repeats", args.repeats, 1),
+        ("--batch", args.batch or 1, 1),
+        ("--text-tokens", args.text_tokens, 4),
+    ):
+        if value < least:
+            raise UserError(f"{flag}: {value} is less than {least}")
+    settings = StepSettings(
+        shape, str(device), dtype, args.batch or (4 if device.type == "cpu" else 8), args.text_tokens,
+        args.checkpointing, args.optimizer,
+    )  # fmt: skip
+    if "step" in parts:
+        require_memory(settings.needed_bytes, device, f"--shape {args.shape} --optimizer {args.optimizer}")
+    path = args.json or (args.output / "rows.json" if args.output else None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rows = TrainRows(
+        path,
+        args.resume,
+        {
+            "shape": args.shape,
+            "device": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
+    )
+    status = 0
+    try:
+        if "attention" in parts:
+            batch = args.batch or (1 if device.type == "cpu" else 8)
+            for length in lengths:
+                for what in kept:
+                    _attention(rows, attention_shape(shape, length, batch, dtype), what, device, args.repeats)
+        if "step" in parts:
+            _step(rows, settings, device, args.repeats, devices, args.peak_tflops)
+    except KeyboardInterrupt:
+        print("interrupted: the rows so far are kept", file=sys.stderr)
+        status = 130
+    if args.output:
+        from dynllava_plugin.bench.train_report import write_report
+
+        write_report(rows.rows, args.output)
+    elif path is None:
+        import json
+
+        print(json.dumps(rows.rows, indent=1))
+    return status
+
+
+def attention_shape(shape: DecoderShape, length: int, batch: int, dtype: torch.dtype) -> AttentionShape:
+    """One layer's attention."""
+    return AttentionShape(length, batch, shape.heads, shape.kv_heads, shape.hidden // shape.heads, dtype)
+
+
+def _attention(rows: Rows, shape: AttentionShape, kept: str, device: torch.device, repeats: int) -> None:
+    release(device)
+    asked = shape.batch
+    while plain_bytes(shape) > free_bytes(device) and shape.batch > 1:  # the plain one must fit beside ours
+        shape = replace(shape, batch=shape.batch // 2)
+    about = {"phase": "attention", "kept": kept, "batch": shape.batch, "length": shape.length}
+    names = list(IMPLEMENTATIONS)
+    if rows.has({**about, "implementation": name} for name in names):
+        return
+    if shape.batch != asked:
+        print(f"batch {shape.batch}: the full matrix of {asked} samples of {shape.length} tokens does not fit",
+              file=sys.stderr)  # fmt: skip
+    if plain_bytes(shape) > free_bytes(device):
+        rows.add(**about, implementation="plain", fits=False)
+        names.remove("plain")
+    inputs = attention_inputs(shape, kept, device)
+    calls = {name: partial(IMPLEMENTATIONS[name], inputs) for name in names}
+    times = interleaved(calls, device, repeats)
+    del inputs, calls
+    release(device)
+    peaks = {name: attention_peak(shape, kept, name, device) for name in names}
+    _add(rows, about, times, peaks, lambda seconds: {})
+
+
+def _step(
+    rows: Rows,
+    settings: StepSettings,
+    device: torch.device,
+    repeats: int,
+    devices: list[int],
+    peak_tflops: float | None,
+) -> None:
+    about = {"phase": "step", "kept": "paper", "batch": settings.batch, "length": settings.length}
+    names = ["plain", "ours"]
+    if rows.has({**about, "implementation": name} for name in names):
+        return
+    release(device)
+    try:
+        peak, peak_from = peak_flops(device, settings.dtype, peak_tflops)
+        step = Step(settings)
+        times = interleaved({name: partial(step, name) for name in names}, device, repeats)
+        here = step if device.type == "cuda" else None
+        if here is None:
+            del step
+            release(device)
+        peaks = {name: step_peak(settings, name, here) for name in names}
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch {settings.batch}: {device} ran out of memory; take less, or --checkpointing (rows so far are kept)"
+        ) from None
+
+    def speed(seconds: float) -> dict[str, Any]:
+        samples_per_s = settings.batch / seconds
+        flops = settings.flops / seconds
+        return {
+            "samples_per_s": samples_per_s, "tokens_per_s": samples_per_s * settings.length,
+            "model_tflops": settings.flops / 1e12, "mfu": flops / peak, "peak_tflops": peak / 1e12, "peak_from": peak_from,
+            "devices": devices, "epoch_hours": [epoch_hours(samples_per_s, n) for n in devices],
+            "checkpointing": settings.checkpointing, "optimizer": settings.optimizer,
+        }  # fmt: skip
+
+    _add(rows, about, times, peaks, speed)
+
+
+def _add(
+    rows: Rows,
+    about: dict[str, Any],
+    times: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    more: Callable[[float], dict[str, Any]],
+) -> None:
+    """A row for each implementation."""
+    base = summary(times["plain"])["median_s"] if "plain" in times else None
+    base_peak = peaks.get("plain")
+    for name, seconds in times.items():
+        found, peak = summary(seconds), peaks[name]
+        row = rows.add(
+            **about, implementation=name, **found, fits=True, peak_bytes=peak,
+            time_ratio=found["median_s"] / base if base else None,
+            memory_ratio=peak / base_peak if base_peak and peak is not None else None,
+            **more(found["median_s"]),
+        )  # fmt: skip
+        print(describe(row), file=sys.stderr, flush=True)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    parts = [
+        f"{row['phase']:9s} {row['kept']:5s} batch {row['batch']:<2d} length {row['length']:<5d} {row['implementation']:5s}",
+        f"{row['median_s'] * 1e3:9.1f} ms",
+    ]
+    if row["peak_bytes"] is not None:
+        parts.append(f"{row['peak_bytes'] / 2**20:7.0f} MiB")
+    if row["time_ratio"] is not None:
+        parts.append(f"time {row['time_ratio']:.2f}x")
+    if row["memory_ratio"] is not None:
+        parts.append(f"memory {row['memory_ratio']:.2f}x of plain")
+    if row.get("mfu") is not None:
+        parts.append(f"{row['samples_per_s']:.2f} samples/s, MFU {row['mfu']:.1%}")
+        parts += [
+            f"{h:.0f} h an epoch on {n}" for n, h in zip(row["devices"], row["epoch_hours"], strict=True)
+        ]
+    return "  ".join(parts)
+
+
+def _numbers(flag: str, values: str) -> list[int]:
+    try:
+        found = [int(value) for value in values.split(",") if value.strip()]
+    except ValueError:
+        raise UserError(f"{flag}: {values!r} is not a comma-separated list of whole numbers") from None
+    if not found or min(found) < 1:
+        raise UserError(f"{flag}: {values!r} must be positive numbers")
+    return found
+
+
+def _known(flag: str, values: str, known: tuple[str, ...]) -> list[str]:
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    wrong = [value for value in found if value not in known]
+    if wrong or not found:
+        raise UserError(f"{flag}: {', '.join(wrong) or 'empty'}; choose from {', '.join(known)}")
+    return list(dict.fromkeys(found))

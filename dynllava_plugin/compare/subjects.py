@@ -1,0 +1,87 @@
+"""What is compared: policies, each at several shares of the image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.policies.registry import arguments_of, check_policy, describe, parse_policy
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+# Without --policies: every way to have fewer image tokens.
+DEFAULT_POLICIES = (
+    "full",
+    "image",
+    "image_text",
+    "fastv",
+    "h2o",
+    "fastv+h2o",
+    "random",
+    "downsample",
+    "visionzip",
+    "divprune",
+    "cdpruner",
+    "prumerge+",
+)
+BUDGETS = ("keep", "r", "n")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the comparison: a policy with the share of tokens it keeps, None where that isn't varied."""
+
+    name: str
+    keep: float | None
+    policy: str  # as `parse_policy` reads it
+
+    def settings(self, sparsity: SparsityConfig) -> SparsityConfig:
+        """The checkpoint's settings with this policy."""
+        name, arguments = parse_policy(self.policy)
+        return sparsity.replace(policy=name, policy_args=arguments)
+
+    def of(self, sparsity: SparsityConfig) -> Policy:
+        """The policy itself."""
+        return policy_of(self.settings(sparsity))
+
+
+def subjects(
+    policies: Sequence[str], keeps: Sequence[float], sparsity: SparsityConfig, num_layers: int
+) -> list[Subject]:
+    """Every policy at every share; one whose text names a budget, or that has none, only as it is.
+
+    Raises
+    ------
+    UserError
+        An unknown policy or argument, a share that keeps nothing, a policy named twice.
+    """
+    for keep in keeps:
+        if not 0 < keep <= 1:
+            raise UserError(f"--keep: {keep} is outside (0, 1]")
+    found: list[Subject] = []
+    for text in policies:
+        name, arguments = parse_policy(text)
+        key = _budget(name, arguments)
+        if key is None:
+            found.append(Subject(text, None, text))
+        else:
+            found += [Subject(text, keep, describe(name, {**arguments, key: keep})) for keep in keeps]
+    for subject in found:
+        check_policy(subject.settings(sparsity), num_layers)
+    names = [(subject.name, subject.keep) for subject in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--policies: {twice[0]} is named twice")
+    return found
+
+
+def _budget(name: str, arguments: dict[str, Any]) -> str | None:
+    """The argument that a share is given to: `keep` of image tokens, or `r` of H2O's cache alone."""
+    known = arguments_of(name)
+    if {key.rpartition(".")[2] for key in arguments} & set(BUDGETS):
+        return None
+    if "keep" in known:
+        return "keep"
+    return "r" if name == "h2o" else None

@@ -1,0 +1,60 @@
+"""The demo's table as a person reads it: a row a mode, a column a benchmark, both harnesses in one cell."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT
+
+COLUMNS = {
+    ("easy_vqa", "accuracy"): "easy-VQA [%]",
+    ("easy_vqa_scenes", "accuracy"): "scenes [%]",
+    ("easy_vqa_describe", "meteor"): "METEOR [%]",
+    ("easy_vqa_describe", "meteor_exact_stem"): "METEOR without synonyms [%]",
+    ("easy_vqa_describe", "ppl"): "PPL",
+}
+DIGITS = {"PPL": 4}  # of a tiny model that is all but sure
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Markdown of `read_results`' rows.
+
+    A cell holds one figure where both harnesses give the same to the printed digit, else "lmms-eval / VLMEvalKit"; "-" where the
+    mode was not run.
+    """
+    shown = {key: title for key, title in COLUMNS.items() if not _rows(table, key).empty}
+    lines = []
+    for mode in dict.fromkeys(table["mode"]):
+        rows = table[table["mode"] == mode]
+        cells = {"mode": mode, "image tokens": _image_tokens(rows)}
+        for key, title in shown.items():
+            cells[title] = _cell(_rows(rows, key), DIGITS.get(title, 1))
+        cells["output tokens kept [%]"] = _output_kept(rows)
+        lines.append(cells)
+    counts = table.groupby("benchmark")["n"].max()
+    note = ", ".join(f"{benchmark} {int(n)}" for benchmark, n in counts.items())
+    return (
+        pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+        + f"\n\nQuestions: {note}. One figure: both harnesses agree; two: lmms-eval / VLMEvalKit.\n"
+    )
+
+
+def _rows(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
+    return table[(table["benchmark"] == key[0]) & (table["metric"] == key[1])]
+
+
+def _cell(rows: pd.DataFrame, digits: int) -> str:
+    by_harness = rows.set_index("harness")["value"]
+    figures = [f"{by_harness[name]:.{digits}f}" for name in (LMMS_EVAL, VLMEVALKIT) if name in by_harness]
+    return " / ".join(dict.fromkeys(figures)) or "-"
+
+
+def _image_tokens(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    return f"{first['kept_image_tokens']:.0f} of {first['image_tokens']:.0f}"
+
+
+def _output_kept(rows: pd.DataFrame) -> str:
+    """Of long answers: a short one's one or two tokens say nothing."""
+    long = rows[rows["benchmark"] == "easy_vqa_describe"]
+    return f"{100 * long['kept_output_share'].iloc[0]:.1f}" if len(long) else "-"

@@ -1,0 +1,200 @@
+"""What a call must compute and read: FLOPs by the paper's Eq. 13 and by exact count, bytes of a decode step, ideal speed-ups.
+
+A multiply-add is two FLOPs. Eq. 13 counts 32 N C^2 + 4 N^2 C a layer (a feed-forward part of three 4C-wide matrices, attention
+over all pairs, image tokens only); the exact count takes the shape's real matrices, causal pairs only, every token, the
+predictors and the logits. The vision tower is in neither: it costs every mode the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a Llama decoder with the two predictors.
+
+    Parameters
+    ----------
+    layers, hidden, intermediate, heads, kv_heads, vocab : int
+        L, d, width of the gated MLP, query heads, key/value heads, rows of the output matrix.
+    predictor_dim, predictor_ffn_dim, predictor_layers : int
+        Width c, MLP width and ViT blocks of the image predictor; the text predictor shares c.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    predictor_dim: int = 512
+    predictor_ffn_dim: int = 2048
+    predictor_layers: int = 2
+
+    @classmethod
+    def of(cls, text_config: Any) -> DecoderShape:
+        """The sizes in a `DynamicLlamaConfig`."""
+        sparsity = text_config.sparsity
+        return cls(
+            text_config.num_hidden_layers,
+            text_config.hidden_size,
+            text_config.intermediate_size,
+            text_config.num_attention_heads,
+            text_config.num_key_value_heads,
+            text_config.vocab_size,
+            sparsity.predictor_dim,
+            sparsity.predictor_ffn_dim,
+            sparsity.predictor_layers,
+        )
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a key or value of all heads."""
+        return self.hidden // self.heads * self.kv_heads
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's matrices."""
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_width
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def image_predictor_parameters(self) -> int:
+        """Weights of the image predictor's matrices."""
+        c = self.predictor_dim
+        return (
+            self.hidden * c + self.predictor_layers * (4 * c * c + 2 * c * self.predictor_ffn_dim) + _head(c)
+        )
+
+    @property
+    def text_predictor_parameters(self) -> int:
+        """Weights of the text predictor's matrices."""
+        return self.hidden * self.predictor_dim + _head(self.predictor_dim)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the decoder, its embeddings, its output matrix and both predictors (biases and norms left out)."""
+        layers = self.layers * self.layer_parameters + 2 * self.vocab * self.hidden
+        return layers + self.image_predictor_parameters + self.text_predictor_parameters
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's key and value in one layer."""
+        return 2 * self.kv_width * itemsize
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a mode leaves to layers from `split` on.
+
+    Parameters
+    ----------
+    split : int
+        First layer with a reduced context; the number of layers where nothing is dropped.
+    images : int
+        Image tokens before `split`.
+    kept_images : int
+        Image tokens from `split` on.
+    text : int
+        Prompt text tokens, kept in every layer.
+    text_keep : float
+        Share of the output tokens that stay as context from `split` on.
+    image_predictor, text_predictor : bool
+        Whether the predictors run.
+    """
+
+    split: int
+    images: int
+    kept_images: int
+    text: int
+    text_keep: float = 1.0
+    image_predictor: bool = False
+    text_predictor: bool = False
+
+    @property
+    def prompt(self) -> int:
+        """Prompt tokens of the first layers."""
+        return self.images + self.text
+
+    def kept(self, generated: float) -> float:
+        """Tokens that layers from `split` on hold after `generated` output tokens."""
+        return self.kept_images + self.text + self.text_keep * generated
+
+    def held(self, layers: int, generated: float) -> float:
+        """Tokens held, summed over `layers` layers, after `generated` output tokens."""
+        return self.split * (self.prompt + generated) + (layers - self.split) * self.kept(generated)
+
+
+def paper_prefill_flops(shape: DecoderShape, context: Context, batch: int = 1) -> float:
+    """Eq. 13 over image tokens, as the paper's tables count: 32 B N C^2 + 4 B N^2 C a layer."""
+
+    def layer(tokens: int) -> float:
+        return 32.0 * tokens * shape.hidden**2 + 4.0 * tokens**2 * shape.hidden
+
+    return batch * (
+        context.split * layer(context.images) + (shape.layers - context.split) * layer(context.kept_images)
+    )
+
+
+def prefill_flops(shape: DecoderShape, context: Context, batch: int = 1) -> float:
+    """Exact count of a prompt's prefill with logits for the last token."""
+    return batch * _pass_flops(shape, context, 0, 0)
+
+
+def uncached_step_flops(shape: DecoderShape, context: Context, generated: int, batch: int = 1) -> float:
+    """Exact count of the step without cache that follows `generated` output tokens.
+
+    The last token is computed in every layer; of the output tokens before it only the kept ones from `split` on.
+    """
+    if not generated:
+        return prefill_flops(shape, context, batch)
+    return batch * _pass_flops(shape, context, generated, context.text_keep * (generated - 1) + 1)
+
+
+def decode_step_flops(shape: DecoderShape, context: Context, generated: int, batch: int = 1) -> float:
+    """Exact count of the step that feeds output token number `generated` + 1 behind a cache."""
+    held = context.held(shape.layers, generated) + shape.layers
+    attention = 4.0 * shape.hidden * held
+    matrices = 2.0 * (shape.layers * shape.layer_parameters + shape.hidden * shape.vocab)
+    predictor = 2.0 * shape.text_predictor_parameters if context.text_predictor else 0.0
+    return batch * (matrices + attention + predictor)
+
+
+def decode_step_bytes(
+    shape: DecoderShape, context: Context, generated: int, itemsize: int, batch: int = 1
+) -> float:
+    """Bytes a decode step must read: every weight once, and each sample's keys and values behind its token."""
+    weights = shape.layers * shape.layer_parameters + shape.vocab * shape.hidden
+    if context.text_predictor:
+        weights += shape.text_predictor_parameters
+    held = context.held(shape.layers, generated) + shape.layers
+    return weights * itemsize + batch * held * shape.kv_bytes(itemsize)
+
+
+def cache_bytes(
+    shape: DecoderShape, context: Context, generated: int, itemsize: int, batch: int = 1
+) -> float:
+    """Bytes of the keys and values that must be held after `generated` output tokens."""
+    return batch * context.held(shape.layers, generated) * shape.kv_bytes(itemsize)
+
+
+def _head(dim: int) -> int:
+    return dim * dim // 2 + dim * dim // 8 + dim // 4 * 2
+
+
+def _pass_flops(shape: DecoderShape, context: Context, generated: int, kept_generated: float) -> float:
+    first = _layer_flops(shape, context.prompt + generated)
+    rest = _layer_flops(shape, context.kept_images + context.text + kept_generated)
+    total = context.split * first + (shape.layers - context.split) * rest + 2.0 * shape.hidden * shape.vocab
+    if context.image_predictor:
+        total += 2.0 * context.images * shape.image_predictor_parameters
+        total += shape.predictor_layers * 4.0 * context.images**2 * shape.predictor_dim
+    if context.text_predictor:
+        total += 2.0 * generated * shape.text_predictor_parameters
+    return total
+
+
+def _layer_flops(shape: DecoderShape, tokens: float) -> float:
+    pairs = tokens * (tokens + 1) / 2
+    return 2.0 * tokens * shape.layer_parameters + 4.0 * shape.hidden * pairs

@@ -1,0 +1,75 @@
+"""A model around tensors that are read already: nothing is drawn that a checkpoint holds, nothing is copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+
+_READY = "_is_hf_initialized"  # transformers' mark of tensors and modules that initialisation leaves alone
+
+
+def empty_model(
+    config: DynamicLlavaConfig, dtype: torch.dtype, attention: str | None
+) -> DynamicLlavaForConditionalGeneration:
+    """The model without memory for its weights (on the meta device).
+
+    Raises
+    ------
+    ImportError, ValueError
+        An attention implementation that isn't there.
+    """
+    with torch.device("meta"):
+        if _spread_over_processes():
+            return DynamicLlavaForConditionalGeneration(config)
+        return DynamicLlavaForConditionalGeneration._from_config(config, dtype=dtype, **_options(attention))
+
+
+def fill(
+    model: DynamicLlavaForConditionalGeneration,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    attention: str | None,
+) -> DynamicLlavaForConditionalGeneration:
+    """`empty_model`'s answer with `tensors` as its parameters; missing ones are drawn as transformers draws them."""
+    if _spread_over_processes():
+        return type(model).from_pretrained(
+            None, config=model.config, state_dict=tensors, dtype=dtype, **_options(attention)
+        )
+    final = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(final, strict=False, assign=True)
+    model.tie_weights()
+    for module in model.modules():
+        if _materialise(module._parameters, nn.Parameter) + _materialise(module._buffers):
+            setattr(module, _READY, False)
+    model.initialize_weights()
+    model._weight_conversions = []  # `save_pretrained` keeps these names
+    return model
+
+
+def _spread_over_processes() -> bool:
+    """Whether DeepSpeed ZeRO-3 or FSDP share the weights out, which transformers' own loader knows how to do."""
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_enabled())
+
+
+def _options(attention: str | None) -> dict[str, Any]:
+    return {} if attention is None else {"attn_implementation": attention}
+
+
+def _materialise(tensors: dict[str, torch.Tensor | None], kind: Any = lambda tensor: tensor) -> int:
+    """Give memory to the tensors that have none, mark the others as final; how many there were."""
+    missing = 0
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device.type == "meta":
+            tensors[name] = kind(torch.empty_like(tensor, device="cpu"))
+            missing += 1
+        else:
+            setattr(tensor, _READY, True)
+    return missing

@@ -1,0 +1,231 @@
+"""`dynllava convert`: any layout to this package's own, or to that of the published Dynamic-LLaVA code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, CLIP_L_336_CONFIG, PUBLISHED_SETTINGS
+from dynllava_plugin.model.checkpoints.loading import load_model, load_without_processor
+from dynllava_plugin.model.checkpoints.processors import TOKENIZER_FILES
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+from dynllava_plugin.model.checkpoints.weights import our_name
+from dynllava_plugin.model.configuration import DynamicLlavaConfig
+
+DYNAMIC, PUBLISHED = "dynamic", "published"
+CLIP_FOLDER = "clip"
+SHARD = 5 * 10**9  # bytes
+# This package's names -> the published ones, applied top to bottom.
+PUBLISHED_NAMES = (
+    (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+    (r"^model\.language_model\.image_predictor\.norm\.", "model.image_score_predictor.down_mlp.0."),
+    (r"^model\.language_model\.image_predictor\.in_proj\.", "model.image_score_predictor.down_mlp.1."),
+    (r"^model\.language_model\.image_predictor\.head\.", "model.image_score_predictor.output_mlp."),
+    (r"^model\.language_model\.image_predictor\.blocks\.", "model.image_score_predictor.transformer."),
+    (r"(?<=_predictor)(\.transformer\.\d+)\.attention_norm\.", r"\1.norm1."),
+    (r"(?<=_predictor)(\.transformer\.\d+)\.ffn_norm\.", r"\1.norm2."),
+    (r"(?<=_predictor)(\.transformer\.\d+)\.qkv_proj\.", r"\1.attn.qkv."),
+    (r"(?<=_predictor)(\.transformer\.\d+)\.out_proj\.", r"\1.attn.proj."),
+    (r"(?<=_predictor)(\.transformer\.\d+)\.fc(\d)\.", r"\1.mlp.fc\2."),
+    (r"^model\.language_model\.text_predictor\.norm\.", "model.output_text_score_predictor.output_mlp.0."),
+    (r"^model\.language_model\.text_predictor\.in_proj\.", "model.output_text_score_predictor.output_mlp.1."),
+    (r"^model\.language_model\.text_predictor\.head\.0\.", "model.output_text_score_predictor.output_mlp.3."),
+    (r"^model\.language_model\.text_predictor\.head\.2\.", "model.output_text_score_predictor.output_mlp.5."),
+    (r"^model\.language_model\.text_predictor\.head\.4\.", "model.output_text_score_predictor.output_mlp.7."),
+    (r"^model\.language_model\.", "model."),
+)
+TEXT_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias"),
+    *("attention_dropout", "bos_token_id", "eos_token_id"),
+)
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, tokenizer: str | Path | None = None
+) -> list[str]:
+    """Write a checkpoint of any layout in another one.
+
+    Parameters
+    ----------
+    source : str or Path
+        What `load_model` takes; an adapter is merged.
+    target : path
+        A folder that does not exist yet, or is empty. It appears when all of it is written.
+    to : "dynamic" | "published"
+        This package's own layout, or that of the published code.
+    tokenizer : path, optional
+        Folder with the LLM's ``tokenizer.model``, which the published code needs; default: the source.
+
+    Returns
+    -------
+    list of str
+        What the reader of the result has to know, a line each.
+
+    Raises
+    ------
+    UserError
+        The source can't be read, the target is in use, or the model has no place in the published layout.
+    """
+    folder = Path(target)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder; convert into a new one")
+    directory = find_checkpoint(source)
+    complete = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    if complete:
+        model, processor = load_model(source, device="cpu")
+    else:
+        model, processor = load_without_processor(source, device="cpu"), None
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        if to == DYNAMIC:
+            notes = _write_dynamic(model, processor, temporary)
+        else:
+            notes = _write_published(model, processor, temporary, Path(tokenizer or directory))
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return notes if complete else [f"{source} has no tokenizer, so {folder} has none either", *notes]
+
+
+def published_name(ours: str) -> str:
+    """The published code's name of one of this package's parameters."""
+    name = ours
+    for pattern, replacement in PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    assert our_name(name) == ours, (ours, name)
+    return name
+
+
+def _write_dynamic(model: Any, processor: Any, folder: Path) -> list[str]:
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return []
+
+
+def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) -> list[str]:
+    config = model.config
+    rows = published_rows(config, processor and processor.tokenizer)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor = tensor[:rows].clone()
+        tensors[published_name(name)] = tensor.contiguous()
+    _save_shards(tensors, folder)
+    tower = _vision_tower(config)
+    if tower == CLIP_FOLDER:
+        _write_vision_tower(model, processor, folder / CLIP_FOLDER)
+    values = published_config(config, rows, tower, str(model.dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if processor is None:
+        return []
+    if (tokenizer / "tokenizer.model").is_file():
+        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            if (tokenizer / name).is_file():
+                shutil.copy(tokenizer / name, folder / name)
+        return []
+    processor.tokenizer.save_pretrained(folder)
+    return [
+        f"{tokenizer} has no tokenizer.model: this package reads the tokenizer.json in its stead, the published "
+        "code does not; name a folder that has it with --tokenizer"
+    ]
+
+
+def published_rows(config: DynamicLlavaConfig, tokenizer: Any) -> int:
+    """Rows of the vocabulary in the published layout, which has no image and no padding token of its own."""
+    text: Any = config.text_config
+    if config.placeholder_tokens:
+        return text.vocab_size - config.placeholder_tokens
+    # llava-hf adds <image> and <pad> behind the LLM's tokens, and rows that nothing refers to behind those.
+    added = sorted((config.image_token_index, text.pad_token_id or 0))
+    if tokenizer is not None and added == [len(tokenizer) - 2, len(tokenizer) - 1]:
+        return added[0]
+    return text.vocab_size
+
+
+def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: str) -> dict[str, Any]:
+    """config.json of the published layout; `rows` is its vocabulary, `tower` its `mm_vision_tower`."""
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    full = config.vision_feature_select_strategy == "full"
+    values = {name: getattr(text, name) for name in TEXT_FIELDS if getattr(text, name, None) is not None}
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") not in ("default", "linear", "dynamic"):
+        raise UserError(f"rope_type {rope['rope_type']!r} has no place in the published layout")
+    scaling = None
+    if rope.get("rope_type", "default") != "default":
+        scaling = {"type": rope["rope_type"], "factor": rope["factor"]}
+    sparsity = config.sparsity
+    return {
+        **values,
+        "architectures": ["DynamicLlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "vocab_size": rows,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": scaling,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if full else "patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": tower,
+        "use_mm_proj": True,
+        "tokenizer_model_max_length": 2048,
+        "tokenizer_padding_side": "right",
+        "sparse_config": {
+            **{theirs: getattr(sparsity, ours) for ours, theirs in PUBLISHED_SETTINGS.items()},
+            "use_vision_predictor": True,
+            "use_text_predictor": sparsity.text_predictor,
+            "use_output_text_predictor": sparsity.text_predictor,
+            "use_instruct_predictor": False,
+        },
+    }
+
+
+def _vision_tower(config: DynamicLlavaConfig) -> str:
+    """CLIP ViT-L/14-336 by its name; any other tower goes into a folder of the checkpoint."""
+    vision: Any = config.vision_config
+    same = all(getattr(vision, name) == value for name, value in CLIP_L_336_CONFIG.items())
+    return CLIP_L_336 if same else CLIP_FOLDER
+
+
+def _write_vision_tower(model: Any, processor: Any, folder: Path) -> None:
+    folder.mkdir()
+    values = {**model.config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    tensors = model.model.vision_tower.state_dict()
+    _save_shards({f"vision_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder)
+    if processor is not None:
+        processor.image_processor.save_pretrained(folder)
+
+
+def _save_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Tensors as safetensors, in files of up to `SHARD` bytes with an index."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD)

@@ -1,0 +1,108 @@
+"""Decode steps of one shape as CUDA graphs or through `torch.compile`.
+
+A `StaticCache` is a `SparseContextCache` that decides how a step runs. On CUDA a step is captured as a graph and replayed until
+a buffer has to grow; elsewhere it runs as it is. With `compile_options` it goes through `torch.compile` first, whose mode
+"reduce-overhead" does the capturing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dynllava_plugin.sparsity.cache import SparseContextCache
+
+CAPTURE_THEMSELVES = ("reduce-overhead", "max-autotune")  # torch.compile's modes with CUDA graphs
+# int64 [B, 1] tokens, bool [B, 1] False on padding, int64 [B, 1] positions -> logits [B, 1, V], bool [B, 1] decisions
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class StaticCache(SparseContextCache):
+    """A KV cache whose single-token steps can be captured and compiled.
+
+    Parameters
+    ----------
+    num_layers, sparse_layer, growth_step : int
+        As for `SparseContextCache`.
+    compile_options : dict, optional
+        Arguments of `torch.compile`; without them a step isn't compiled.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        sparse_layer: int,
+        growth_step: int | None = None,
+        compile_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(num_layers, sparse_layer, growth_step, static=True)
+        self.compile_options = compile_options
+        self.captures = (compile_options or {}).get("mode") not in CAPTURE_THEMSELVES
+        self._step: Step | None = None
+        self._settings: Any = None
+        self._graph: _Graph | None = None
+
+    def is_step(self, input_ids: torch.Tensor | None, prompt_length: int | None) -> bool:
+        """Whether a call is one output token a sample; any other call goes the common way."""
+        one = input_ids is not None and input_ids.shape[1] == 1 and self.seen > 0
+        return one and (prompt_length is None or prompt_length <= self.seen)
+
+    @torch.no_grad()
+    def run(self, step: Step, settings: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs of `step(*inputs)`, which may be captured: it must be the same for equal `settings`."""
+        if self._step is None or self._settings != settings:
+            self._step = step if self.compile_options is None else torch.compile(step, **self.compile_options)
+            self._settings, self._graph = settings, None
+        self.reserve_step()
+        if self.captures and inputs[0].device.type == "cuda":
+            if self._graph is None or not self._graph.fits(self, inputs):
+                self._graph = None  # its memory is free again before the next capture
+                self._graph = _Graph(self, self._step, inputs)
+            logits, keep = self._graph.replay(inputs)
+        else:
+            if self.compile_options is not None:
+                self._pin_addresses()
+            logits, keep = self._step(*inputs)
+        logits, keep = logits.clone(), keep.clone()  # a graph writes the next step's over them
+        self.note(1, keep)
+        return logits, keep
+
+    def _pin_addresses(self) -> None:
+        """Tell `torch.compile` that the buffers it writes stay where they are, as its own graphs ask for."""
+        for tensor in self.tensors():
+            torch._dynamo.mark_static_address(tensor)
+
+
+class _Graph:
+    """A captured decode step over a cache's present buffers."""
+
+    def __init__(self, cache: StaticCache, step: Step, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        lengths = [track.lengths for track in (cache.dense, cache.sparse) if track.lengths is not None]
+        before = [length.clone() for length in lengths]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries set themselves up, which a capture may not do
+                step(*self.inputs)
+                # What a trial step wrote lies behind the lengths again.
+                for length, value in zip(lengths, before, strict=True):
+                    length.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits, self.keep = step(*self.inputs)
+        self.addresses = cache.addresses()
+
+    def fits(self, cache: StaticCache, inputs: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the cache's tensors and the batch are those of the capture."""
+        return self.inputs[0].shape == inputs[0].shape and self.addresses == cache.addresses()
+
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the captured step for other tokens."""
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given)
+        self.graph.replay()
+        return self.logits, self.keep

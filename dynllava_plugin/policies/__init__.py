@@ -1,0 +1,6 @@
+"""Ways to choose which tokens stay: Dynamic-LLaVA's predictors and the methods it is compared with."""
+
+from dynllava_plugin.policies.base import Choice, Gate, Policy, TokenLayout
+from dynllava_plugin.policies.registry import POLICIES, parse_policy, policy_of
+
+__all__ = ["POLICIES", "Choice", "Gate", "Policy", "TokenLayout", "parse_policy", "policy_of"]

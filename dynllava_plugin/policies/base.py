@@ -1,0 +1,199 @@
+"""What a policy is: which tokens stay, where, and what it may look at to decide.
+
+The model asks a policy at named points and knows none by name:
+
+1. `reduce_patches` inside the vision tower and `reduce_tokens` behind the projector: fewer image tokens enter the LLM;
+2. `keep_image` and `keep_output` at the gate, the input of layer `layer`: what later layers hold;
+3. `new_cache`: a KV cache that may let tokens go later.
+
+A policy overrides the points where it decides something and says so in `decides`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.points import Choice, Gate, Patches, Reduced, TokenLayout
+from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+
+__all__ = [
+    "CACHE",
+    "IMAGE",
+    "OUTPUT",
+    "Choice",
+    "Gate",
+    "ImagePolicy",
+    "InputPolicy",
+    "Patches",
+    "Policy",
+    "Reduced",
+    "TokenLayout",
+    "count",
+    "share",
+    "top_tokens",
+]
+IMAGE, OUTPUT, CACHE = "image", "output", "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Everything stays, unless a subclass overrides a point and names what it decides.
+
+    A subclass is a frozen dataclass whose fields are its arguments. `keep`, `layer` and `seed`, where a subclass has
+    them, default to the model's `vision_keep_rate`, `sparse_layer` and `random_seed`.
+    """
+
+    name: ClassVar[str]
+    rule: ClassVar[str]
+    source: ClassVar[str]
+    # IMAGE, OUTPUT and CACHE: whose tokens it drops, and which of the checkpoint's predictors it reads.
+    decides: ClassVar[frozenset[str]] = frozenset()
+    predictors: ClassVar[frozenset[str]] = frozenset()
+    uses_chance: ClassVar[bool] = False
+    # A step depends on what earlier steps did: no run without a cache, no scoring in one pass.
+    sequential: ClassVar[bool] = False
+    reduces_patches: ClassVar[bool] = False
+    reduces_tokens: ClassVar[bool] = False
+    # Whose queries and keys `Patches` has: of the layer that the projector reads ("selected") or of the "last" one.
+    vision_layer: ClassVar[str] = "selected"
+    # The argument that says at which layer it acts; in a combination it follows the other part's, unless `follows` is False.
+    layer_argument: ClassVar[str] = "layer"
+    follows: ClassVar[bool] = True
+    # `keep` doesn't default to the model's rate.
+    own_budget: ClassVar[bool] = False
+
+    @property
+    def gate_layer(self) -> int:
+        """The first layer with a reduced context; of no consequence to a policy that acts before the LLM only."""
+        return getattr(self, self.layer_argument, 1)
+
+    @property
+    def at_input(self) -> bool:
+        """Whether it acts before the LLM."""
+        return self.reduces_patches or self.reduces_tokens
+
+    @property
+    def packed_positions(self) -> bool:
+        """See `TokenLayout`."""
+        return getattr(self, "positions", "original") == "packed"
+
+    @property
+    def image_seed(self) -> int | None:
+        """What an image's own seed is mixed with; None where nothing is left to chance."""
+        return int(getattr(self, "seed", 0)) if self.uses_chance else None
+
+    @property
+    def attention_layer(self) -> int | None:
+        """The layer whose last prompt row `Gate.attention` is, before the gate; None where it isn't needed."""
+        return None
+
+    @property
+    def cache_rule(self) -> object:
+        """What the KV cache must know of the policy (`SparseContextCache.rule`); None for one that lets nothing go."""
+        return None
+
+    def reduce_patches(self, patches: Patches) -> Reduced:
+        """Which patches go on to the projector, and as what (merged ones change)."""
+        raise NotImplementedError
+
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+        """Which projected image tokens [M, N, d] go on; `question()` is [M, d], the mean of the prompt's word embeddings."""
+        raise NotImplementedError
+
+    def keep_image(self, gate: Gate) -> Choice | None:
+        """bool [M, N] at the gate; None keeps all."""
+        return None
+
+    def keep_output(self, gate: Gate) -> Choice | None:
+        """bool [B, L - output_start] at the gate; None keeps all."""
+        return None
+
+    def new_cache(self, num_layers: int) -> SparseContextCache:
+        """An empty KV cache."""
+        return SparseContextCache(num_layers, self.gate_layer)
+
+    def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
+        """Equivalent tokens: mean over the LLM's layers of the image tokens present, `kept` of `total` behind the decision."""
+        if IMAGE not in self.decides:
+            return total
+        before = 0 if self.at_input else self.gate_layer
+        return (before * total + (num_layers - before) * kept) / num_layers
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """`UserError` for an argument out of range or a policy that doesn't fit the model."""
+        if self.at_input or not self.decides:
+            return
+        layer = self.gate_layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise UserError(f"{self.name}: layer {layer!r} is not a positive integer")
+        if num_layers is not None and layer >= num_layers:
+            raise UserError(
+                f"{self.name}: layer {layer} is outside the model, which has layers 0..{num_layers - 1}"
+            )
+        if OUTPUT in self.predictors and not text_predictor:
+            raise UserError(
+                f"{self.name}: needs an output-text predictor, which this checkpoint lacks; use 'image'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePolicy(Policy):
+    """A policy with a budget of image tokens: the share `keep` of each image's, at least one."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({IMAGE})
+
+    keep: float = 0.2
+
+    def kept_tokens(self, total: int) -> int:
+        """How many of an image's `total` tokens stay."""
+        return num_kept_image_tokens(total, self.keep)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `Policy.check`, and the budget."""
+        super().check(num_layers, text_predictor)
+        share(self.name, "keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputPolicy(ImagePolicy):
+    """An image policy that acts before the LLM.
+
+    `positions` is "packed", as in the methods' LLaVA code, where the LLM is given a shorter prompt, or "original":
+    every token keeps the position id it has with the whole image.
+    """
+
+    positions: str = "packed"
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `ImagePolicy.check`, and `positions`."""
+        super().check(num_layers, text_predictor)
+        if self.positions not in ("packed", "original"):
+            raise UserError(
+                f"{self.name}: positions={self.positions!r} is unknown; choose packed or original"
+            )
+
+
+def top_tokens(score: torch.Tensor, count: int) -> Choice:
+    """[M, N] scores -> the `count` highest of each image."""
+    kept = score.topk(count, dim=-1).indices
+    return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(-1, kept, True), score)
+
+
+def share(name: str, argument: str, value: Any, zero: bool = False) -> None:
+    """`UserError` unless `value` is in (0, 1], or [0, 1) with `zero` (a share that goes)."""
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not number or not (0 <= value < 1 if zero else 0 < value <= 1):
+        bounds = "[0, 1): it is the share that goes, and something must stay" if zero else "(0, 1]"
+        raise UserError(f"{name}: {argument}={value!r} is outside {bounds}")
+
+
+def count(name: str, argument: str, value: Any) -> None:
+    """`UserError` unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: {argument}={value!r} is not a positive integer")

@@ -1,0 +1,112 @@
+"""Two or three policies in one: each decides its own kind of token (`fastv+h2o`, `image+structure`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.base import CACHE, IMAGE, OUTPUT, Choice, Gate, Patches, Policy, Reduced
+from dynllava_plugin.sparsity.cache import SparseContextCache
+
+_WHAT = {IMAGE: "image tokens", OUTPUT: "output tokens", CACHE: "what leaves the cache"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Policy):
+    """Hands each point to the one of `parts` that decides it."""
+
+    parts: tuple[Policy, ...]
+
+    name = "combined"  # each instance has its parts' names
+    rule = "each of its parts"
+    source = "its parts'"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", "+".join(part.name for part in self.parts))
+        owners: dict[str, Policy] = {}
+        for part in self.parts:
+            if not part.decides:
+                raise UserError(f"{self.name}: {part.name} decides nothing, leave it out")
+            for what in sorted(part.decides):
+                if what in owners:
+                    raise UserError(
+                        f"{self.name}: {owners[what].name} and {part.name} both decide {_WHAT[what]}"
+                    )
+                owners[what] = part
+        object.__setattr__(self, "decides", frozenset(owners))
+        object.__setattr__(self, "predictors", frozenset().union(*(part.predictors for part in self.parts)))
+        for name in ("uses_chance", "sequential", "reduces_patches", "reduces_tokens"):
+            object.__setattr__(self, name, any(getattr(part, name) for part in self.parts))
+        object.__setattr__(self, "vision_layer", self._image.vision_layer)
+        layers = {part.name: part.gate_layer for part in self.parts if not part.at_input}
+        if len(set(layers.values())) > 1:
+            found = " and ".join(f"{name} at layer {layer}" for name, layer in layers.items())
+            raise UserError(f"{self.name}: {found}; give them the same layer")
+
+    def _owner(self, what: str) -> Policy:
+        return next((part for part in self.parts if what in part.decides), _NOTHING)
+
+    @property
+    def _image(self) -> Policy:
+        return self._owner(IMAGE)
+
+    @property
+    def gate_layer(self) -> int:
+        """The one that its parts share."""
+        return next((part.gate_layer for part in self.parts if not part.at_input), 1)
+
+    @property
+    def packed_positions(self) -> bool:
+        """As the image policy's."""
+        return self._image.packed_positions
+
+    @property
+    def image_seed(self) -> int | None:
+        """As the image policy's."""
+        return self._image.image_seed
+
+    @property
+    def attention_layer(self) -> int | None:
+        """As the image policy's."""
+        return self._image.attention_layer
+
+    @property
+    def cache_rule(self) -> object:
+        """As the cache policy's."""
+        return self._owner(CACHE).cache_rule
+
+    def reduce_patches(self, patches: Patches) -> Reduced:
+        """As the image policy."""
+        return self._image.reduce_patches(patches)
+
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+        """As the image policy."""
+        return self._image.reduce_tokens(features, question)
+
+    def keep_image(self, gate: Gate) -> Choice | None:
+        """As the image policy."""
+        return self._image.keep_image(gate)
+
+    def keep_output(self, gate: Gate) -> Choice | None:
+        """As the output policy."""
+        return self._owner(OUTPUT).keep_output(gate)
+
+    def new_cache(self, num_layers: int) -> SparseContextCache:
+        """As the policy that decides what leaves it."""
+        owner = self._owner(CACHE)
+        return owner.new_cache(num_layers) if owner is not _NOTHING else super().new_cache(num_layers)
+
+    def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
+        """As the image policy."""
+        return self._image.image_tokens(total, kept, num_layers)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """Every part."""
+        for part in self.parts:
+            part.check(num_layers, text_predictor)
+
+
+_NOTHING = Policy()

@@ -1,0 +1,67 @@
+"""Downsampling: a coarser grid of averaged image tokens, the plain baseline that pruning has to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.base import InputPolicy, Reduced, share
+from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downsample(InputPolicy):
+    """The grid of projected image tokens average-pooled to at most the share `r` (or `keep`) of its tokens.
+
+    The pooled grid is the largest near-square that fits the budget: a = floor(sqrt(n)) rows of floor(n / a) tokens.
+    """
+
+    name = "downsample"
+    rule = "average-pooled image grid"
+    source = "arXiv 2510.07143"
+    reduces_tokens = True
+
+    r: float | None = None
+
+    def kept_tokens(self, total: int) -> int:
+        """Rows times columns of the pooled grid."""
+        rows, columns = self.grid(total)
+        return rows * columns
+
+    def grid(self, total: int) -> tuple[int, int]:
+        """Rows and columns of the pooled grid of a square one of `total` tokens."""
+        side = math.isqrt(total)
+        if side * side != total:
+            raise UserError(f"{self.name}: {total} image tokens are not a square grid")
+        budget = num_kept_image_tokens(total, self.keep if self.r is None else self.r)
+        rows = math.isqrt(budget)
+        return rows, min(budget // rows, side)
+
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+        """A pooled token stands at the middle of its cell."""
+        images, total, width = features.shape
+        rows, columns = self.grid(total)
+        side = math.isqrt(total)
+        grid = features.transpose(1, 2).reshape(images, width, side, side)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)
+        device = features.device
+        middle = [
+            ((2 * torch.arange(n, device=device) + 1) * side).div(2 * n, rounding_mode="floor")
+            for n in (rows, columns)
+        ]
+        keep = torch.zeros(images, side, side, dtype=torch.bool, device=device)
+        keep[:, middle[0][:, None], middle[1]] = True
+        keep = keep.flatten(1)
+        tokens = features.clone()
+        tokens[keep] = pooled.flatten(0, 1)
+        return Reduced(tokens, keep)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `InputPolicy.check`, and r."""
+        super().check(num_layers, text_predictor)
+        if self.r is not None:
+            share(self.name, "r", self.r)

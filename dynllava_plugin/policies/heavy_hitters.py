@@ -1,0 +1,234 @@
+"""H2O's KV cache: every head ranks its tokens by the attention they have received and lets the last ones go.
+
+Lengths are the same for all heads and layers of a sample; which tokens fill them differs from head to head. A token that
+goes is overwritten by the last one of its head: order in the cache has no meaning, positions are in the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dynllava_plugin.sparsity.cache import (
+    ContextTrack,
+    RaggedLayer,
+    SparseContextCache,
+    _Chunk,
+    _gather_tokens,
+    _Prefill,
+    packing_order,
+)
+
+BLOCK = 256  # prompt rows whose attention is computed at once
+
+
+class HeavyHitterTrack(ContextTrack):
+    """A track whose samples hold at most max(1, floor(r * seen)) tokens."""
+
+    def __init__(self, r: float) -> None:
+        self.r = r
+        super().__init__()
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        super().reset()
+        # Tensors from the first call on.
+        self.seen: Any = None  # int64 [B] tokens that entered
+        self.arriving: Any = None  # bool [B, q] of this call
+        self.mask: torch.Tensor | None = None  # bool [B, 1, q, K], None where everything may be seen
+        self.full: Any = None  # int64 [B] tokens held before this call's eviction
+        self.recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
+
+    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """As `ContextTrack.begin`; then plan how many of the tokens each sample holds must go."""
+        first = self.lengths is None
+        self.mask, self.arriving = super().begin(keep), keep
+        assert self._pending is not None
+        self.full = self._pending
+        entering = keep.sum(1)
+        self._seen_then = entering if self.seen is None else self.seen + entering
+        self._pending = torch.minimum(self.full, self.budget(self._seen_then))
+        self.recent = (self._pending + 1) // 2
+        if first:
+            self._pending_bound = int(self._pending.max())
+            self.capacity = self._pending_bound + self.growth_step
+        return self.mask
+
+    def budget(self, seen: torch.Tensor) -> torch.Tensor:
+        """int64 [B]: tokens that may stay of `seen`."""
+        return (seen * self.r + 1e-6).floor().long().clamp(min=1)
+
+    def commit(self) -> None:
+        """Advance the lengths after every layer has carried out the plan."""
+        super().commit()
+        self.seen = self._seen_then
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Replace the samples by `rows` int64 [B'] of the present ones."""
+        super().index(rows)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, rows.to(self.seen.device))
+
+
+class HeavyHitterLayer(RaggedLayer):
+    """Keys, values, the attention each token has received (float32 [B, H_kv, capacity]) and its order number (int32)."""
+
+    track: HeavyHitterTrack
+    received: Any = None  # tensors from the prompt on
+    number: Any = None
+    _prompt: Any = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `RaggedLayer.update`; a prompt is stored by `observe`, once its attention is known."""
+        if isinstance(self.track.plan, _Prefill):
+            self._prompt = (key_states, value_states)
+            return key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Add what rotated queries [B, H, q, D] attend of `key` [B, H_kv, K, D], and let tokens go."""
+        plan = self.track.plan
+        if isinstance(plan, _Prefill):
+            self._store_prompt(query, key, plan.order, scaling)
+        elif isinstance(plan, _Chunk):
+            self._add_chunk(plan, query, key, scaling)
+        else:
+            self._add_step(query, key, scaling)
+
+    def _store_prompt(
+        self, query: torch.Tensor, key: torch.Tensor, order: torch.Tensor | None, scaling: float
+    ) -> None:
+        track = self.track
+        length = query.shape[2]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        received = self._received(query, key, causal & track.arriving[:, None, None], scaling)
+        keys, values = self._prompt
+        if order is not None:
+            received = received.gather(2, order[:, None].expand(-1, received.shape[1], -1))
+            keys, values = _gather_tokens(keys, order), _gather_tokens(values, order)
+        number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
+        self._keep_best(keys, values, received, number, track.full)
+        self.is_initialized = True
+        self._prompt = None
+
+    def _add_step(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        track = self.track
+        assert track.lengths is not None and track._pending is not None
+        self._grow_marks()
+        rows = torch.arange(query.shape[0], device=query.device)
+        last, bound = track.lengths, key.shape[2]
+        self.received[rows, :, last] = 0
+        self.number[rows, :, last] = track.seen[:, None].to(torch.int32)
+        slots = torch.arange(bound, device=query.device)
+        mask = (slots <= last[:, None])[:, None, None]
+        self.received[:, :, :bound] += self._received(query, key, mask, scaling)
+        evicts = track.full > track._pending  # at most one a sample: a budget never shrinks
+        old = self.number[:, :, :bound] < (track._seen_then - track.recent)[:, None, None]
+        scores = self.received[:, :, :bound].masked_fill(~(old & (slots <= last[:, None])[:, None]), math.inf)
+        leaving = torch.where(evicts[:, None], scores.argmin(-1), last[:, None])  # [B, H_kv]
+        heads = torch.arange(leaving.shape[1], device=query.device)
+        for buffer in (self.keys, self.values, self.received, self.number):
+            buffer[rows[:, None], heads, leaving] = buffer[rows[:, None], heads, last[:, None]]
+
+    def _add_chunk(self, plan: _Chunk, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        track = self.track
+        self._grow_marks()
+        received = self._received(query, key, track.mask, scaling)
+        self.received[:, :, : plan.bound] += received[:, :, : plan.bound]
+        self.received[plan.rows, :, plan.slots] = received[plan.rows, :, plan.bound + plan.columns]
+        numbers = track.seen[:, None] + track.arriving.cumsum(1) - 1
+        self.number[plan.rows, :, plan.slots] = numbers[plan.rows, plan.columns, None].to(torch.int32)
+        capacity = self.keys.shape[2]
+        self._keep_best(self.keys, self.values, self.received, self.number, track.full, capacity)
+
+    def _received(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """float32 [B, H_kv, K]: the attention that each key receives from this call's real tokens, by blocks of rows."""
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        query = query.view(batch, groups, heads // groups, length, width)
+        total = torch.zeros(batch, groups, key.shape[2], dtype=torch.float32, device=key.device)
+        for start in range(0, length, BLOCK):
+            block = slice(start, start + BLOCK)
+            scores = torch.einsum("bhgqd,bhkd->bhgqk", query[:, :, :, block], key).float() * scaling
+            if mask is not None:
+                visible = mask[:, :, block] if mask.shape[2] > 1 else mask
+                scores = scores.masked_fill(~visible[:, :, None], torch.finfo(torch.float32).min)
+            weights = scores.softmax(-1) * self.track.arriving[:, None, None, block, None]
+            total += weights.sum((2, 3))
+        return total
+
+    def _keep_best(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        received: torch.Tensor,
+        number: torch.Tensor,
+        held: torch.Tensor,
+        capacity: int | None = None,
+    ) -> None:
+        """Fill the buffers with the recent tokens and heaviest others of the first `held` [B] slots."""
+        track = self.track
+        assert track._pending is not None
+        batch, heads, length = received.shape
+        slots = torch.arange(length, device=received.device)
+        there = (slots < held[:, None])[:, None]
+        fresh = number >= (track._seen_then - track.recent)[:, None, None]
+        score = received.masked_fill(fresh, math.inf).masked_fill(~there, -math.inf)
+        ranks = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        stays = ranks < track._pending[:, None, None]
+        order, _ = packing_order(stays.flatten(0, 1))
+        order = order.view(batch, heads, -1)
+        room = (capacity or track.capacity) - order.shape[2]
+        pad = torch.nn.functional.pad
+        index = order[..., None]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys = pad(keys.gather(2, index.expand(-1, -1, -1, keys.shape[3])), (0, 0, 0, room))
+        self.values = pad(values.gather(2, index.expand(-1, -1, -1, values.shape[3])), (0, 0, 0, room))
+        self.received = pad(received.gather(2, order), (0, room))
+        self.number = pad(number.gather(2, order), (0, room))
+
+    def _grow_marks(self) -> None:
+        missing = self.keys.shape[2] - self.received.shape[2]
+        if missing > 0:
+            self.received = torch.nn.functional.pad(self.received, (0, missing))
+            self.number = torch.nn.functional.pad(self.number, (0, missing))
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Replace the samples by `rows` int64 [B'] of the present ones."""
+        super().index(rows)
+        if self.is_initialized:
+            self.received = self.received.index_select(0, rows.to(self.received.device))
+            self.number = self.number.index_select(0, rows.to(self.number.device))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.received = self.number = None
+
+
+class HeavyHitterCache(SparseContextCache):
+    """Layers before `start_layer` hold every token, the others the heavy hitters and the recent ones."""
+
+    def __init__(self, num_layers: int, start_layer: int, r: float) -> None:
+        super().__init__(num_layers, start_layer)
+        self.rule = ("h2o", r)
+        self.sparse = HeavyHitterTrack(r)
+        for index in range(start_layer, num_layers):
+            self.layers[index] = HeavyHitterLayer(self.sparse)
+        self.watch = self._observe
+
+    def _observe(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, attention_mask: Any, scaling: float
+    ) -> None:
+        self.layers[layer].observe(query, key, scaling)
+
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys, values and what ranks them."""
+        marks = [t for x in self.layers if isinstance(x, HeavyHitterLayer) for t in (x.received, x.number)]
+        return super().num_bytes() + sum(t.numel() * t.element_size() for t in marks if t is not None)

@@ -1,0 +1,86 @@
+"""Chance: the controls that every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dynllava_plugin.policies.base import (
+    IMAGE,
+    OUTPUT,
+    Choice,
+    Gate,
+    ImagePolicy,
+    Policy,
+    share,
+    top_tokens,
+)
+from dynllava_plugin.sparsity.selection import num_kept_image_tokens, random_image_scores
+
+_PAPER = "arXiv 2412.00876, baselines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomImage(ImagePolicy):
+    """The share `r` (or `keep`) of each image's tokens, drawn from a seed of the image and `seed`."""
+
+    name = "random"
+    rule = "image tokens by chance"
+    source = _PAPER
+    decides = frozenset({IMAGE})
+    uses_chance = True
+
+    layer: int = 2
+    r: float | None = None
+    seed: int = 0
+
+    def kept_tokens(self, total: int) -> int:
+        """floor(r * total), at least one."""
+        return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
+
+    def keep_image(self, gate: Gate) -> Choice:
+        """An image is treated alike alone and in any batch."""
+        assert gate.layout.image_seeds is not None
+        score = random_image_scores(gate.layout.image_seeds, gate.layout.tokens_per_image, gate.hidden.device)
+        return top_tokens(score, self.kept_tokens(score.shape[1]))
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `ImagePolicy.check`, and r."""
+        super().check(num_layers, text_predictor)
+        if self.r is not None:
+            share(self.name, "r", self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomText(Policy):
+    """The share `r` of output tokens, each by a fair draw from its position and `seed`."""
+
+    name = "random_text"
+    rule = "output tokens by chance"
+    source = _PAPER
+    decides = frozenset({OUTPUT})
+
+    layer: int = 2
+    r: float = 0.5
+    seed: int = 0
+
+    def keep_output(self, gate: Gate) -> Choice:
+        """A function of the position alone, so that every way to decode draws alike."""
+        score = uniform(gate.of_output(gate.position_ids.expand_as(gate.valid)), self.seed)
+        return Choice(score < self.r, self.r - score)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `Policy.check`, and r."""
+        super().check(num_layers, text_predictor)
+        share(self.name, "r", self.r)
+
+
+def uniform(numbers: torch.Tensor, seed: int) -> torch.Tensor:
+    """int64 tensor -> float32 in [0, 1) of the same shape: a hash of number and seed (splitmix's finaliser, 32 bits)."""
+    mask = 0xFFFFFFFF
+    offset = ((seed & mask) * 0x85EBCA6B) & mask
+    x = ((numbers & mask) * 0x1E3779B1 + offset) & mask
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ (x >> shift)) * factor & mask
+    return ((x ^ (x >> 15)) >> 8).float() / 2**24

@@ -1,0 +1,222 @@
+"""Every policy by its name, and from a name and arguments to a policy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from functools import lru_cache
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.base import Policy
+from dynllava_plugin.policies.cdpruner import CDPruner
+from dynllava_plugin.policies.combined import Combined
+from dynllava_plugin.policies.divprune import DivPrune
+from dynllava_plugin.policies.downsample import Downsample
+from dynllava_plugin.policies.fastv import FastV
+from dynllava_plugin.policies.full import Full
+from dynllava_plugin.policies.h2o import H2O
+from dynllava_plugin.policies.learned import LearnedImage, LearnedImageText, LearnedText
+from dynllava_plugin.policies.prumerge import PruMergePlus
+from dynllava_plugin.policies.random import RandomImage, RandomText
+from dynllava_plugin.policies.structure import Structure
+from dynllava_plugin.policies.visionzip import VisionZip
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        Full,
+        LearnedImage,
+        LearnedImageText,
+        LearnedText,
+        FastV,
+        H2O,
+        RandomImage,
+        RandomText,
+        Structure,
+        Downsample,
+        VisionZip,
+        DivPrune,
+        CDPruner,
+        PruMergePlus,
+    )
+}
+LEARNED = "learned"
+# Arguments that default to the model's setting of another name.
+SHARED = {
+    "keep": "vision_keep_rate",
+    "layer": "sparse_layer",
+    "start_layer": "sparse_layer",
+    "seed": "random_seed",
+}
+_EXCLUSIVE = ("keep", "r", "n")  # ways to give one budget
+
+
+def policy_of(sparsity: SparsityConfig) -> Policy:
+    """The policy that the settings name; without `policy`, the one that `mode` and `image_policy` stand for.
+
+    Raises
+    ------
+    UserError
+        An unknown policy or argument (the known ones are listed), or a combination that decides something twice.
+    """
+    name = sparsity.policy
+    if name is None:
+        name = sparsity.mode
+        if name != "full" and sparsity.image_policy == "random":
+            name = "random" if name == "image" else "random+text"
+    settings = tuple(getattr(sparsity, setting) for setting in SHARED.values())
+    learned_text = sparsity.mode != "image" and sparsity.text_predictor
+    try:
+        return _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
+    except TypeError:
+        raise UserError(
+            f"{name}: its arguments must be numbers or text, not {sparsity.policy_args}"
+        ) from None
+
+
+@lru_cache(maxsize=64)  # asked for in every decoding step
+def _policy(
+    name: str, arguments: tuple[tuple[str, Any], ...], settings: tuple[Any, ...], learned_text: bool
+) -> Policy:
+    name = "+".join(_meant(part, learned_text) for part in _parts(name))
+    parts = _parts(name)
+    defaults = dict(zip(SHARED, settings, strict=True))
+    if len(parts) == 1:
+        return _one(name, dict(arguments), defaults)
+    given = _distribute(name, parts, dict(arguments))
+    made = [_one(part, given[part], defaults) for part in parts]
+    # A part with no layer of its own (chance, the cache) acts where the others do.
+    follower = {
+        part: policy.follows and policy.layer_argument not in given[part]
+        for part, policy in zip(parts, made, strict=True)
+    }
+    leaders = {
+        m.gate_layer for part, m in zip(parts, made, strict=True) if not follower[part] and not m.at_input
+    }
+    if len(leaders) == 1:
+        for index, part in enumerate(parts):
+            if follower[part] and not made[index].at_input:
+                made[index] = replace(made[index], **{made[index].layer_argument: min(leaders)})
+    return Combined(parts=tuple(made))
+
+
+def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
+    """``"fastv,k=3,r=0.75"`` -> ("fastv", {"k": 3, "r": 0.75}), as policies are written on every command line."""
+    name, *pairs = [part.strip() for part in text.split(",")]
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise UserError(f"policy: {pair!r} in {text!r} is not argument=value")
+        arguments[key] = _number(value)
+    return name, arguments
+
+
+def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
+    """What a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`."""
+    if changes.get("policy") is None:
+        return changes
+    settings = {field.name for field in fields(SparsityConfig)}
+    name, arguments = parse_policy(str(changes["policy"]))
+    arguments |= changes.get("policy_args") or {}
+    arguments |= {key: value for key, value in changes.items() if key not in settings}
+    return {
+        **{key: value for key, value in changes.items() if key in settings},
+        "policy": name,
+        "policy_args": arguments,
+    }
+
+
+def check_policy(sparsity: SparsityConfig, num_layers: int | None = None) -> Policy:
+    """The policy of the settings, which fit it and a model of `num_layers` layers, or a `UserError`."""
+    sparsity.validate(num_layers)
+    policy = policy_of(sparsity)
+    policy.check(num_layers, sparsity.text_predictor)
+    return policy
+
+
+def describe(name: str, arguments: dict[str, Any]) -> str:
+    """The inverse of `parse_policy`."""
+    return ",".join([name, *(f"{key}={value}" for key, value in arguments.items())])
+
+
+def arguments_of(name: str) -> list[str]:
+    """What a policy's arguments are called; of a combination, all of its parts'."""
+    found: list[str] = []
+    for part in _parts(name):
+        found += [field for field in _names(_class_of(_meant(part, True))) if field not in found]
+    return found
+
+
+def _one(name: str, arguments: dict[str, Any], defaults: dict[str, Any]) -> Policy:
+    policy = _class_of(name)
+    known = _names(policy)
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise UserError(f"{name}: no argument {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    budgets = [argument for argument in _EXCLUSIVE if argument in arguments]
+    if "keep" in known and len(budgets) > 1:
+        raise UserError(f"{name}: {' and '.join(budgets)} say the same thing; give one")
+    taken = {key: value for key, value in defaults.items() if key in known}
+    if policy.own_budget:
+        del taken["keep"]
+    made = policy(**{**taken, **arguments})
+    made.check()
+    return made
+
+
+def _meant(name: str, learned_text: bool) -> str:
+    """`learned` is both predictors, or the image's where the checkpoint or its mode has no more."""
+    return name if name != LEARNED else "image_text" if learned_text else "image"
+
+
+def _class_of(name: str) -> type[Policy]:
+    if name not in POLICIES:
+        known = ", ".join([*POLICIES, LEARNED])
+        raise UserError(f"policy: unknown value {name!r}; choose one of {known}, or several joined by +")
+    return POLICIES[name]
+
+
+def _parts(name: str) -> list[str]:
+    """``fastv+h2o`` -> both; the + that ends ``prumerge+`` belongs to it."""
+    return re.split(r"\+(?=[^+])", name)
+
+
+def _names(policy: type[Policy]) -> list[str]:
+    return [field.name for field in fields(policy)]
+
+
+def _distribute(name: str, parts: list[str], arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of a combination to its parts: `fastv.r` to fastv, `k` to whom it fits, never to two that differ in meaning."""
+    given: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    if len(given) < len(parts):
+        raise UserError(f"{name}: names a policy twice")
+    known = {part: arguments_of(part) for part in parts}
+    for key, value in arguments.items():
+        part, dot, argument = key.rpartition(".")
+        if dot:
+            if part not in given:
+                raise UserError(f"{name}: {key} names no part of it; the parts are {', '.join(parts)}")
+            given[part][argument] = value
+            continue
+        owners = [part for part in parts if key in known[part]]
+        if not owners:
+            raise UserError(f"{name}: no argument {key!r}; it has {', '.join(arguments_of(name))}")
+        if len(owners) > 1 and key not in SHARED:
+            raise UserError(
+                f"{name}: {key} is an argument of {' and '.join(owners)}; write {owners[0]}.{key} or {owners[1]}.{key}"
+            )
+        for owner in owners:
+            given[owner][key] = value
+    return given
+
+
+def _number(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text

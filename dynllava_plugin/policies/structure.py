@@ -1,0 +1,29 @@
+"""Every other output token: the paper's structured control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynllava_plugin.policies.base import OUTPUT, Choice, Gate, Policy, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure(Policy):
+    """Output tokens whose position is a multiple of `period` stay; image tokens all stay."""
+
+    name = "structure"
+    rule = "every other output token"
+    source = "arXiv 2412.00876, baselines"
+    decides = frozenset({OUTPUT})
+
+    layer: int = 2
+    period: int = 2
+
+    def keep_output(self, gate: Gate) -> Choice:
+        """By the position id, so that every way to decode keeps the same tokens."""
+        return Choice(gate.of_output(gate.position_ids.expand_as(gate.valid)) % self.period == 0)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `Policy.check`, and the period."""
+        super().check(num_layers, text_predictor)
+        count(self.name, "period", self.period)

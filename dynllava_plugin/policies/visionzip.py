@@ -1,0 +1,109 @@
+"""VisionZip: the patches the class token looks at, and the others merged into a few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.base import InputPolicy, Patches, Reduced, count
+from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(InputPolicy):
+    """`n` tokens of an image: `contextual` merged ones, and as dominant ones the class token and the most attended patches.
+
+    Attention and keys are those of the layer whose output the projector reads. Of the patches that are not dominant
+    every (N - dominant) // contextual-th is a target; each other one joins the target with the most similar key
+    (cosine of the keys' mean over heads); a target becomes itself plus the mean of what joined it. Without
+    `contextual` it is the paper's share, 10 of 64.
+    """
+
+    name = "visionzip"
+    rule = "dominant tokens by CLS attention and merged context tokens, before the LLM"
+    source = "arXiv 2412.04467"
+    reduces_patches = True
+
+    n: int | None = None
+    contextual: int | None = None
+
+    def kept_tokens(self, total: int) -> int:
+        """n, but no more than there are."""
+        return num_kept_image_tokens(total, self.keep) if self.n is None else min(self.n, total)
+
+    def merged_tokens(self, kept: int) -> int:
+        """How many of the `kept` tokens are contextual."""
+        merged = round(kept * 10 / 64) if self.contextual is None else self.contextual
+        if merged >= kept:
+            raise UserError(f"{self.name}: contextual={merged} leaves no dominant token among n={kept}")
+        return merged
+
+    def reduce_patches(self, patches: Patches) -> Reduced:
+        """The class token comes first, then dominant and contextual tokens, each in the order of their places.
+
+        With original positions a token stands at its own place, the class token at the first free one.
+        """
+        images, total = patches.hidden.shape[:2]
+        kept = self.kept_tokens(total)
+        attention = patches.cls_attention()
+        if kept >= total:
+            return Reduced(patches.hidden, torch.ones_like(attention, dtype=torch.bool), attention)
+        merged = self.merged_tokens(kept)
+        dominant = _sorted(attention.topk(kept - merged - 1, dim=-1).indices)  # [M, D]
+        others = _others(dominant, total)  # [M, R]
+        step = max(1, others.shape[1] // max(merged, 1))
+        is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
+        is_target[torch.arange(0, others.shape[1], step, device=others.device)[:merged]] = True
+        targets, joining = others[:, is_target], others[:, ~is_target]
+        key = patches.key[:, 1:].unflatten(-1, (patches.heads, -1)).float().mean(2)
+        key = torch.nn.functional.normalize(key, dim=-1)
+        hidden = patches.hidden
+        tokens = [patches.cls[:, None], _pick(hidden, dominant)]
+        if merged:
+            similarity = _pick(key, joining) @ _pick(key, targets).transpose(1, 2)
+            joins = torch.nn.functional.one_hot(similarity.argmax(-1), merged).to(hidden)  # [M, J, T]
+            mean = joins.transpose(1, 2) @ _pick(hidden, joining) / joins.sum(1).clamp(min=1)[..., None]
+            tokens.append(_pick(hidden, targets) + mean)
+        keep = torch.zeros(images, total, dtype=torch.bool, device=hidden.device)
+        keep.scatter_(1, torch.cat([dominant, targets], 1), True)
+        first_free = (~keep).to(torch.uint8).argmax(1, keepdim=True)
+        keep.scatter_(1, first_free, True)
+        places = torch.cat([first_free, dominant, targets], 1)
+        return Reduced(
+            in_places(hidden, torch.cat(tokens, 1), places, self.packed_positions), keep, attention
+        )
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `InputPolicy.check`, n and contextual."""
+        super().check(num_layers, text_predictor)
+        if self.n is not None:
+            count(self.name, "n", self.n)
+        if self.contextual is not None:
+            count(self.name, "contextual", self.contextual)
+            if self.n is not None:
+                self.merged_tokens(self.n)
+
+
+def in_places(hidden: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, packed: bool) -> torch.Tensor:
+    """`hidden` [M, N, c] with `tokens` [M, n, c] at `places` [M, n]; `packed`: in the tokens' order instead of the places'."""
+    if packed:
+        places = _sorted(places)
+    return hidden.scatter(1, places[..., None].expand(-1, -1, hidden.shape[-1]), tokens.to(hidden))
+
+
+def _sorted(places: torch.Tensor) -> torch.Tensor:
+    return places.sort(dim=-1).values
+
+
+def _others(places: torch.Tensor, total: int) -> torch.Tensor:
+    """int64 [M, D] places -> [M, total - D]: the other ones, in order."""
+    taken = torch.zeros(places.shape[0], total, dtype=torch.bool, device=places.device).scatter_(
+        1, places, True
+    )
+    return (~taken).nonzero()[:, 1].view(places.shape[0], -1)
+
+
+def _pick(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,76 @@
+"""`dynllava show IMAGE QUESTION`: answers, with a picture and a page of what each policy kept."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dynllava_plugin.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="an image file")
+    add("question", metavar="QUESTION")
+    add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")
+    add("--policy", nargs="+", default=[None], metavar="POLICY",
+        help="one or several, side by side, e.g. image_text fastv,k=2 (default: the checkpoint's)")  # fmt: skip
+    add("--vision-keep-rate", "--vision_keep_rate", type=float, help="share of image tokens that stay")
+    add(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=int,
+        default=256,
+        help="of the answer (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        help="the picture's file (default: IMAGE's name + _kept.png, here); the page lies beside it as .html",
+    )
+    add("--device", help="cpu, cuda, cuda:0, ...")
+    add("--dtype", help="float32, bfloat16, float16")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer under each policy, draw, and say where the files are."""
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: {args.max_new_tokens} is not positive")
+    output = args.output or Path(f"{Path(args.image).stem}_kept.png")
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output: {output} must end in .png")
+
+    from dynllava_plugin import load_model
+    from dynllava_plugin.evaluation.files import write_text
+    from dynllava_plugin.evaluation.images import load_image
+    from dynllava_plugin.evaluation.settings import ModelSettings
+    from dynllava_plugin.policies.registry import policy_changes
+    from dynllava_plugin.visualize.explain import explain
+    from dynllava_plugin.visualize.page import page
+    from dynllava_plugin.visualize.picture import draw
+
+    image = load_image(args.image)  # before the checkpoint: a wrong path costs no time
+    settings = [
+        ModelSettings(args.pretrained, vision_keep_rate=args.vision_keep_rate, policy=policy)
+        for policy in args.policy
+    ]
+    model, processor = load_model(args.pretrained, device=args.device, dtype=args.dtype)
+    base, explanations = model.config.sparsity, []
+    for setting in settings:
+        model.config.text_config.sparsity = base
+        model.set_sparsity(**policy_changes(setting.sparsity()))
+        explanations.append(
+            explain(model, processor, image, args.question, args.max_new_tokens, setting.policy)
+        )
+        print(f"{explanations[-1].policy}: {explanations[-1].answer}", flush=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.png")
+    try:
+        draw(explanations).save(temporary)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_text(output.with_suffix(".html"), page(explanations))
+    print(f"picture: {output}\npage: {output.with_suffix('.html')}")
+    return 0

@@ -1,0 +1,195 @@
+"""`explain`: the decisions of one question about one image, as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.prefill_costs import prefill_costs
+from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.flops import DecoderShape
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What stayed.
+
+    Attributes
+    ----------
+    policy, question, answer : str
+    image : uint8 [H, W, 3]
+        As the model saw it: padded, resized, cropped.
+    grid : (rows, columns)
+        Of image tokens.
+    image_keep : bool [rows * columns]
+        Row by row. Where a policy merges tokens: the places that the merged ones take.
+    image_score : float32 [rows * columns] or None
+        How much each token spoke for staying, on the policy's own scale; None where it has none.
+    tokens : list of str, T
+        The answer, piece by piece; the end token is left out.
+    text_keep : bool [T]
+        Whether later tokens could see it. The last token is never looked back at and counts as kept.
+    text_score : float32 [T] or None
+    equivalent_tokens : float
+        Mean over layers of the image tokens present in prefill.
+    """
+
+    policy: str
+    question: str
+    answer: str
+    image: np.ndarray
+    grid: tuple[int, int]
+    image_keep: np.ndarray
+    image_score: np.ndarray | None
+    tokens: list[str]
+    text_keep: np.ndarray
+    text_score: np.ndarray | None
+    equivalent_tokens: float
+
+
+@torch.inference_mode()
+def explain(
+    model: Any,
+    processor: Any,
+    image: Any,
+    question: str,
+    max_new_tokens: int = 256,
+    policy_name: str | None = None,
+) -> Explanation:
+    """Answer `question` about `image` greedily under the model's policy and say what it kept.
+
+    Parameters
+    ----------
+    model, processor
+        As `load_model` gives them; the policy is the one set by `set_sparsity`.
+    image : path or PIL image
+    question : str
+    max_new_tokens : int
+    policy_name : str, optional
+        What to call the policy; its own name where None.
+
+    Notes
+    -----
+    H2O decides for each head of each layer, so that a token's score is the share of them that hold it in the end, and it
+    counts as kept where that is at least a half.
+
+    Raises
+    ------
+    UserError
+        An image that can't be read, an empty question.
+    """
+    policy = model.model.language_model.policy
+    prompt = conversation_prompt([(question, None)], 1, "question")
+    picture = load_image(image, "")
+    inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    out = model.generate(
+        **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )  # fmt: skip
+    width = inputs["input_ids"].shape[1]
+    answer = _without_end(out.sequences[0, width:].tolist(), model, processor)
+    decisions = (_held if policy.sequential else _decided)(model, dict(inputs), answer)
+    places = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    side = round(places**0.5)
+    if side * side != places:
+        raise UserError(f"image: {places} image tokens are not a square grid, which is all that can be drawn")
+    kept = int(decisions["image_keep"].sum()) if not policy.sequential else None
+    counts = {
+        "prompt_tokens": width,
+        "image_tokens": places,
+        "kept_image_tokens": places if kept is None else kept,
+    }
+    return Explanation(
+        policy=policy_name or policy.name,
+        question=question,
+        answer=processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        image=_as_seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor),
+        grid=(side, side),
+        tokens=_pieces(processor.tokenizer, answer),
+        equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
+            "equivalent_tokens"
+        ],
+        **decisions,
+    )
+
+
+def _decided(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, Any]:
+    """All decisions in one pass over prompt and answer, which are those of decoding."""
+    width = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer], device=model.device, dtype=torch.int64)], 1)
+    out = model(
+        ids, pixel_values=inputs["pixel_values"], use_cache=False, prompt_length=width, logits_to_keep=1
+    )
+    places = int((ids == model.config.image_token_id).sum())
+    image_keep = np.ones(places, dtype=bool) if out.image_keep is None else out.image_keep[0].cpu().numpy()
+    text_keep = np.ones(len(answer), dtype=bool)
+    text_score = None
+    if answer:
+        text_keep = out.text_keep[0, -len(answer) :].cpu().numpy().copy()
+        text_score = _array(out.text_score, -len(answer))
+        text_keep[-1] = True
+    return {
+        "image_keep": image_keep, "image_score": _array(out.image_score), "text_keep": text_keep, "text_score": text_score,
+    }  # fmt: skip
+
+
+def _array(score: torch.Tensor | None, start: int = 0) -> np.ndarray | None:
+    return None if score is None else score[0, start:].float().cpu().numpy()
+
+
+def _held(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, Any]:
+    """For a policy that lets tokens go: what the heads hold in the end."""
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    entered = out.token_index[0]  # the prompt's tokens that entered the sparse layers, by column
+    order = entered[entered >= 0].tolist()
+    mask = inputs["attention_mask"]
+    width = mask.shape[1]
+    for token in answer[:-1]:
+        mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+        ids = torch.tensor([[token]], device=model.device)
+        out = model(ids, attention_mask=mask, past_key_values=out.past_key_values, logits_to_keep=1)
+    columns = order + list(range(width, width + len(answer) - 1))
+    share = np.zeros(width + len(answer), dtype=np.float32)
+    heads = 0
+    for layer in out.past_key_values.layers:
+        numbers = getattr(layer, "number", None)
+        if numbers is not None:
+            for head in numbers[0, :, : int(layer.track.lengths[0])].cpu().tolist():
+                share[[columns[number] for number in head]] += 1
+                heads += 1
+    share /= max(heads, 1)
+    is_image = (inputs["input_ids"][0] == model.config.image_token_id).cpu().numpy()
+    image, text = share[:width][is_image], share[width:]
+    if len(text):
+        text[-1] = 1.0
+    return {"image_keep": image >= 0.5, "image_score": image, "text_keep": text >= 0.5, "text_score": text}
+
+
+def _without_end(ids: list[int], model: Any, processor: Any) -> list[int]:
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end, processor.tokenizer.eos_token_id])
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token's text: what it adds to the text before it."""
+    pieces, before = [], ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        pieces.append(text[len(before) :] if text.startswith(before) else text)
+        before = text
+    return pieces
+
+
+def _as_seen(pixels: torch.Tensor, image_processor: Any) -> np.ndarray:
+    """Normalised [3, H, W] pixels -> uint8 [H, W, 3]."""
+    mean = torch.tensor(image_processor.image_mean)[:, None, None]
+    std = torch.tensor(image_processor.image_std)[:, None, None]
+    values = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return values.permute(1, 2, 0).numpy()

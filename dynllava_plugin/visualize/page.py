@@ -1,0 +1,94 @@
+"""An explanation as one HTML file without anything from outside: hovering over a patch or a word shows its score."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from dynllava_plugin.visualize.explain import Explanation
+from dynllava_plugin.visualize.picture import summary
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; color: #141414; }
+.policies { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
+section { width: 384px; } h2 { font-size: 16px; margin: 0; } .note { color: #5a5a5a; font-size: 13px; margin: 0 0 6px; }
+.image { position: relative; width: 384px; height: 384px; }
+.image img { position: absolute; width: 100%; height: 100%; image-rendering: auto; }
+.patch { position: absolute; box-sizing: border-box; }
+.patch.dropped { background: rgba(128, 128, 128, 0.88); }
+.patch:hover, .token:hover { outline: 2px solid #d1495b; z-index: 2; }
+.token { white-space: pre-wrap; } .token.dropped { color: #b2b2b2; }
+#tip { position: fixed; display: none; background: #141414; color: white; font-size: 13px; padding: 3px 8px; border-radius: 4px;
+  pointer-events: none; z-index: 3; }
+"""
+_SCRIPT = """
+const tip = document.getElementById("tip");
+document.addEventListener("mousemove", event => {
+  const target = event.target.closest("[data-tip]");
+  tip.style.display = target ? "block" : "none";
+  if (!target) return;
+  tip.textContent = target.dataset.tip;
+  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
+  tip.style.top = (event.clientY + 16) + "px";
+});
+"""
+
+
+def page(explanations: Sequence[Explanation]) -> str:
+    """HTML text."""
+    sections = "\n".join(_section(explanation) for explanation in explanations)
+    question = escape(explanations[0].question)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{question}</title>\n'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{question}</h1>\n"
+        f'<div class="policies">\n{sections}\n</div>\n<div id="tip"></div>\n'
+        f"<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(explanation: Explanation) -> str:
+    rows, columns = explanation.grid
+    patches = []
+    for index, kept in enumerate(explanation.image_keep):
+        row, column = divmod(index, columns)
+        place = f"left:{100 * column / columns:.4f}%;top:{100 * row / rows:.4f}%;"
+        place += f"width:{100 / columns:.4f}%;height:{100 / rows:.4f}%"
+        name = f"row {row + 1}, column {column + 1}"
+        tip = escape(_tip(name, bool(kept), _score(explanation.image_score, index)), quote=True)
+        patches.append(
+            f'<div class="patch{"" if kept else " dropped"}" style="{place}" data-tip="{tip}"></div>'
+        )
+    words = []
+    for index, (token, kept) in enumerate(zip(explanation.tokens, explanation.text_keep, strict=True)):
+        tip = escape(
+            _tip(f"token {index + 1}", bool(kept), _score(explanation.text_score, index)), quote=True
+        )
+        words.append(
+            f'<span class="token{"" if kept else " dropped"}" data-tip="{tip}">{escape(token)}</span>'
+        )
+    note = "<br>".join(escape(line) for line in summary(explanation))
+    return (
+        f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
+        f'<div class="image"><img alt="the image as the model saw it" src="{_data_url(explanation.image)}">'
+        f'{"".join(patches)}</div>\n<p class="answer">{"".join(words)}</p></section>'
+    )
+
+
+def _tip(name: str, kept: bool, score: float | None) -> str:
+    said = "no score" if score is None else f"score {score:.4g}"
+    return f"{name}: {'kept' if kept else 'dropped'}, {said}"
+
+
+def _score(scores: np.ndarray | None, index: int) -> float | None:
+    return None if scores is None else float(scores[index])
+
+
+def _data_url(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

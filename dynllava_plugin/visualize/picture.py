@@ -1,0 +1,121 @@
+"""An explanation as a picture, in the manner of the paper's Figures 6 to 8: what was dropped is grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dynllava_plugin.visualize.explain import Explanation
+
+SIZE, MARGIN, LINE = 384, 16, 22  # pixels
+KEPT, DROPPED, NOTE = (20, 20, 20), (178, 178, 178), (90, 90, 90)
+
+
+def greyed(explanation: Explanation, size: int = 448) -> Image.Image:
+    """The image at `size` pixels square, patches that were dropped greyed."""
+    picture = Image.fromarray(explanation.image).resize((size, size), Image.Resampling.BICUBIC)
+    rows, columns = explanation.grid
+    keep = explanation.image_keep.reshape(rows, columns)
+    mask = Image.fromarray((~keep).astype(np.uint8) * 255).resize((size, size), Image.Resampling.NEAREST)
+    grey = Image.blend(
+        picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (128, 128, 128)), 0.8
+    )
+    picture.paste(grey, mask=mask)
+    return picture
+
+
+def draw(explanations: Sequence[Explanation], size: int = SIZE) -> Image.Image:
+    """One panel an explanation, side by side: title, image, question and answer."""
+    panels = [_panel(explanation, size) for explanation in explanations]
+    height = max(panel.height for panel in panels)
+    picture = Image.new("RGB", (sum(panel.width for panel in panels), height), "white")
+    left = 0
+    for panel in panels:
+        picture.paste(panel, (left, 0))
+        left += panel.width
+    return picture
+
+
+def _panel(explanation: Explanation, size: int) -> Image.Image:
+    font, small = _font(15), _font(13)
+    width = size + 2 * MARGIN
+    words = _wrapped(explanation.tokens, explanation.text_keep, font, size)
+    asked = _wrapped([f" {word}" for word in explanation.question.split()], None, small, size)
+    notes = summary(explanation)
+    height = 4 * MARGIN + LINE * (1 + len(notes) + len(words) + len(asked)) + size
+    panel = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(panel)
+    pen.text((MARGIN, MARGIN), explanation.policy, fill=KEPT, font=font)
+    top = MARGIN + LINE
+    for note in notes:
+        pen.text((MARGIN, top), note, fill=NOTE, font=small)
+        top += LINE
+    panel.paste(greyed(explanation, size), (MARGIN, top))
+    top += size + MARGIN
+    for line in asked:
+        _write(pen, line, top, small, NOTE)
+        top += LINE
+    for line in words:
+        _write(pen, line, top, font, None)
+        top += LINE
+    return panel
+
+
+def summary(explanation: Explanation) -> list[str]:
+    """How much stayed, in lines that fit above an image."""
+    kept, total = int(explanation.image_keep.sum()), len(explanation.image_keep)
+    dropped = int((~explanation.text_keep).sum())
+    return [
+        f"image tokens: {kept} of {total} kept, {explanation.equivalent_tokens:.1f} equivalent",
+        f"output tokens: {dropped} of {len(explanation.tokens)} dropped",
+    ]
+
+
+def _wrapped(
+    tokens: Sequence[str], keep: np.ndarray | None, font: Any, width: int
+) -> list[list[tuple[str, bool, float]]]:
+    """Lines of (text, kept, left edge); a word that is several tokens stays in one line where it fits."""
+    lines: list[list[tuple[str, bool, float]]] = [[]]
+    left = 0.0
+    for index, token in enumerate(tokens):
+        starts_word = token[:1].isspace()
+        text = token.replace("\n", " ")
+        word = text + "".join(piece for piece in _rest_of_word(tokens, index + 1) if starts_word)
+        if (
+            left
+            and left + font.getlength(word.rstrip()) > width
+            and (starts_word or left + font.getlength(text) > width)
+        ):
+            lines.append([])
+            left = 0.0
+        if not lines[-1]:
+            text = text.lstrip()
+        lines[-1].append((text, True if keep is None else bool(keep[index]), left))
+        left += font.getlength(text)
+    return lines
+
+
+def _rest_of_word(tokens: Sequence[str], start: int) -> list[str]:
+    rest = []
+    for token in tokens[start:]:
+        if token[:1].isspace():
+            break
+        rest.append(token)
+    return rest
+
+
+def _write(pen: Any, line: list[tuple[str, bool, float]], top: float, font: Any, color: Any) -> None:
+    for text, kept, left in line:
+        pen.text((MARGIN + left, top), text, fill=color or (KEPT if kept else DROPPED), font=font)
+
+
+def _font(size: int) -> Any:
+    try:
+        from matplotlib import font_manager
+
+        return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)

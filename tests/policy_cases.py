@@ -1,0 +1,64 @@
+"""The policies that the tests run, and the one function that says how many image tokens each must keep.
+
+A new policy needs one line in `CASES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.tiny_random import TOKENS_PER_IMAGE
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy as a user writes it.
+
+    `kept` is the number of image tokens that stay of each 16-token image (None: it varies); `full` the arguments with
+    which it must equal full context.
+    """
+
+    text: str
+    kept: int | None
+    full: str
+    cacheless: bool = True
+
+
+def floor(rate: float) -> int:
+    return max(1, math.floor(rate * TOKENS_PER_IMAGE + 1e-9))
+
+
+CASES = [
+    Case("full", 16, "full"),
+    Case("image", floor(0.3), "image,keep=1"),
+    Case("image_text,keep=0.5", 8, ""),
+    Case("text", 16, ""),
+    Case("fastv,k=3,r=0.75", 4, "fastv,k=3,r=0"),
+    Case("fastv,k=1,keep=0.4", floor(0.4), "fastv,keep=1"),
+    Case("fastv+text,k=2", floor(0.3), ""),
+    Case("random,r=0.1", 1, "random,r=1"),
+    Case("random_text,r=0.4", 16, "random_text,r=1"),
+    Case("structure", 16, "structure,period=1"),
+    Case("image+structure,layer=3", floor(0.3), "image+structure,keep=1,period=1"),
+    Case("h2o,r=0.5", 16, "h2o,r=1", cacheless=False),
+    Case("fastv+h2o,k=1,fastv.r=0.5,h2o.r=0.4", 8, "fastv+h2o,keep=1,h2o.r=1", cacheless=False),
+    Case("downsample,r=0.4", 6, "downsample,r=1"),
+    Case("visionzip,n=6,contextual=2", 6, "visionzip,n=16"),
+    Case("visionzip+text,positions=original", floor(0.3), ""),
+    Case("divprune,r=0.25", 4, "divprune,r=1"),
+    Case("cdpruner,n=5", 5, "cdpruner,n=99"),
+    Case("prumerge+", None, ""),
+    Case("prumerge+,keep=0.4", floor(0.4), "prumerge+,keep=1"),
+    Case("fastv+random_text,fastv.r=0.5,random_text.r=0.5", 8, ""),
+]
+IDS = [case.text for case in CASES]
+
+Picker = Callable[[Case], bool]
+
+
+def cases(picked: Picker = lambda case: True) -> dict:
+    """For `pytest.mark.parametrize`."""
+    chosen = [case for case in CASES if picked(case)]
+    return {"argnames": "case", "argvalues": chosen, "ids": [case.text for case in chosen]}

@@ -1,0 +1,106 @@
+"""Buffers that grow: contents stay, nothing is copied on the CPU, memory follows what is written."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynllava_plugin.sparsity import buffers
+from dynllava_plugin.sparsity.buffers import RESERVE, grown, zeros
+from tests.tiny_random import batch_of, random_model, random_sample
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.booleans(),
+)  # fmt: skip
+def test_growing_keeps_the_contents(batch, heads, width, dtype, steps, contiguous):
+    like = torch.zeros(batch, heads, 1, width, dtype=dtype)
+    slots = 2
+    buffer = like.new_zeros(batch, heads, slots, width) if contiguous else zeros(like, slots)
+    expected = torch.zeros(batch, heads, slots, width, dtype=dtype)
+    for step in steps:
+        expected = torch.nn.functional.pad(expected, (0, 0, 0, step))
+        slots += step
+        buffer = grown(buffer, slots)
+        values = torch.randn(batch, heads, width).to(dtype)
+        buffer[:, :, slots - 1], expected[:, :, slots - 1] = values, values
+        assert torch.equal(buffer, expected)
+
+
+def test_growing_on_the_cpu_moves_nothing_until_the_reservation_ends():
+    buffer = zeros(torch.zeros(2, 4, 1, 8), 10)
+    assert grown(buffer, 10 + RESERVE).data_ptr() == buffer.data_ptr()
+    assert grown(buffer, 11 + RESERVE).data_ptr() != buffer.data_ptr()
+
+
+def test_without_reservations_it_grows_by_copying(monkeypatch):
+    monkeypatch.setattr(buffers, "_reserved", lambda like, shape: None)
+    buffer = zeros(torch.zeros(2, 4, 1, 8), 10)
+    buffer.copy_(torch.randn_like(buffer))
+    larger = grown(buffer, 20)
+    assert torch.equal(larger[:, :, :10], buffer) and not larger[:, :, 10:].any()
+    assert larger.data_ptr() != buffer.data_ptr() and buffer.is_contiguous()
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
+)
+def test_memory_follows_what_is_written():
+    before = resident()
+    buffer = zeros(torch.zeros(8, 8, 1, 64), 100)  # 67 MB of address space
+    buffer[:] = 1.0
+    written = buffer.numel() * 4
+    assert written * 0.8 < resident() - before < written * 1.3 + 2**20
+    buffer = grown(buffer, 500)
+    assert resident() - before < written * 1.3 + 2**20
+
+
+def test_a_copied_cache_holds_the_same_and_goes_its_own_way():
+    model, rng = random_model(), random.Random(0)
+    batch = batch_of([random_sample(rng, 1, 4)])
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(**batch, past_key_values=cache, use_cache=True)
+        twin = copy.deepcopy(cache)
+        expected = model(torch.tensor([[5]]), past_key_values=cache).logits
+        assert twin.get_seq_length() == cache.get_seq_length() - 1
+        torch.testing.assert_close(model(torch.tensor([[5]]), past_key_values=twin).logits, expected)
+    assert twin.layers[3].track is twin.sparse and twin.layers[0].track is twin.dense
+    assert twin.layers[0].keys.untyped_storage().nbytes() < 2**20
+
+
+def test_appending_costs_the_same_at_any_length():
+    """Storing one token behind 40 times the context takes no longer, growth included (attention itself is not in this)."""
+    model = random_model()
+
+    def seconds_per_append(prompt):
+        cache = model.new_cache()
+        heads, width = 2, 8
+        states = torch.randn(4, heads, prompt, width)
+        cache.dense.begin(torch.ones(4, prompt, dtype=torch.bool))
+        cache.layers[0].update(states, states)
+        cache.dense.commit()
+        one, keep = torch.randn(4, heads, 1, width), torch.ones(4, 1, dtype=torch.bool)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(130):  # two growth steps
+                cache.dense.begin(keep)
+                cache.layers[0].update(one, one)
+                cache.dense.commit()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds_per_append(40_000) < 3 * seconds_per_append(1000) + 1e-3

@@ -1,0 +1,84 @@
+"""The Triton attention: in Triton's interpreter, compiled for a GPU that isn't here, and run where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux only")
+
+from dynllava_plugin.sparsity import masked_softmax_kernels as kernels  # noqa: E402
+from dynllava_plugin.sparsity.masked_softmax_triton import Tile, constants  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
+CASES = [
+    dict(seed=0, batch=2, heads=[2, 1], length=37, dim=16, rate=0.5, padding="left", dtype="float32"),
+    dict(seed=1, batch=2, heads=[1, 1], length=41, dim=24, rate=0.0, padding="whole sample", dtype="float32"),
+    dict(
+        seed=3,
+        batch=1,
+        heads=[1, 1],
+        length=70,
+        dim=16,
+        rate=0.3,
+        padding="anywhere",
+        dtype="float32",
+        spread=8,
+    ),
+    dict(seed=4, batch=1, heads=[1, 1], length=40, dim=16, rate=1.0, padding="right", dtype="float16"),
+    dict(seed=5, batch=1, heads=[1, 1], length=1, dim=16, rate=0.0, padding="none", dtype="float32"),
+]
+
+
+def test_equals_the_full_matrix_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_interpreter"],
+        input=json.dumps(CASES), capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == len(CASES)
+    for case, errors in zip(CASES, found, strict=True):
+        for name, error in errors.items():
+            assert error <= TOLERANCE[case["dtype"]], f"{name} is off by {error:.1e} in {case}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more"),
+    [
+        (kernels._forward_kernel, {}),
+        (kernels._query_kernel, {}),
+        (kernels._kept_kernel, {}),
+        (kernels._dropped_kernel, {"NEED_KEEP": True}),
+    ],
+)
+def test_compiles_to_tensor_core_code_without_a_gpu(kernel, more):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = {**constants(32, torch.bfloat16, Tile(32, 32)), **more}
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+    tensors = {"q", "k", "v", "out", "upstream", "grad_q", "grad_k", "grad_v"}
+    types = {name: "*bf16" for name in tensors} | {"packing": "*i32"}
+    types |= {name: "*fp32" for name in ("lse", "cap", "delta", "grad_keep")}
+    types |= {name: "fp32" for name in ("scale", "scaling", "max_exponent")}
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values), target=GPUTarget("cuda", 80, 32), options=options
+    )
+    assert "mma.sync" in compiled.asm["ptx"] and compiled.asm["cubin"]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; without one the interpreter runs the kernels"
+)
+def test_equals_the_full_matrix_on_this_gpu():
+    from dynllava_plugin.bench.masked_check import check
+
+    assert check()

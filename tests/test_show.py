@@ -1,0 +1,186 @@
+"""`explain`, the picture and the page: what they show is what the model decided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dynllava_plugin import load_model
+from dynllava_plugin.cli import main
+from dynllava_plugin.visualize import Explanation, explain
+from dynllava_plugin.visualize.page import page
+from dynllava_plugin.visualize.picture import draw, greyed
+from tests.browser import Browser, find_browser
+
+QUESTION = "Describe the image in detail."
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A red and a blue box on white, wider than high."""
+    image = Image.new("RGB", (160, 128), "white")
+    image.paste((200, 30, 30), (20, 30, 60, 90))
+    image.paste((30, 30, 200), (100, 60, 150, 110))
+    path = tmp_path_factory.mktemp("show") / "boxes.png"
+    image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model, processor = load_model("tiny", device="cpu")
+    return model, processor
+
+
+def explained(tiny: tuple[Any, Any], picture: Path, policy: str, tokens: int = 7) -> Explanation:
+    tiny[0].set_sparsity(policy=policy)
+    return explain(*tiny, picture, QUESTION, max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "policy", ["full", "fastv,k=2,keep=0.25", "visionzip,n=9", "image+structure", "h2o,r=0.4"]
+)
+def test_explanation_is_what_the_model_does(tiny: tuple[Any, Any], picture: Path, policy: str) -> None:
+    found = explained(tiny, picture, policy)
+    assert found.image.shape == (128, 128, 3) and found.image.dtype == np.uint8
+    assert found.grid == (8, 8) and found.image_keep.shape == (64,)
+    assert len(found.tokens) == len(found.text_keep) > 0
+    assert "".join(found.tokens).strip() == found.answer
+    if policy == "full":
+        assert found.image_keep.all() and found.text_keep.all() and found.image_score is None
+    elif policy.startswith("h2o"):
+        assert 0 < found.image_keep.mean() < 1 and ((found.image_score >= 0) & (found.image_score <= 1)).all()
+    else:
+        expected = {"fastv": 16, "vision": 9, "image+": 12}[
+            next(k for k in ("fastv", "vision", "image+") if policy.startswith(k))
+        ]
+        assert found.image_keep.sum() == expected
+    if policy.startswith("fastv"):
+        kept, dropped = found.image_score[found.image_keep], found.image_score[~found.image_keep]
+        assert kept.min() >= dropped.max()
+    if policy == "image+structure":
+        assert (found.text_keep[:-2] != found.text_keep[1:-1]).all()
+
+
+def test_image_is_shown_as_the_model_saw_it(tiny: tuple[Any, Any], picture: Path) -> None:
+    """Padded to a square: the mean colour above and below, the boxes between."""
+    found = explained(tiny, picture, "full", tokens=1)
+    _, processor = tiny
+    seen = np.asarray(processor.prepare_image(Image.open(picture)))
+    assert np.abs(found.image.astype(int) - seen.astype(int)).max() <= 1
+
+
+def test_dropped_patches_and_words_are_grey(tiny: tuple[Any, Any], picture: Path) -> None:
+    found = explained(tiny, picture, "image+structure")
+    image = np.asarray(greyed(found, 256)).astype(int)
+    for place, kept in enumerate(found.image_keep):
+        row, column = divmod(place, 8)
+        patch = image[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
+        is_grey = np.ptp(patch, axis=2).max() <= 1 and np.abs(patch - 140).max() <= 60
+        assert is_grey or kept
+        original = np.asarray(
+            Image.fromarray(found.image).resize((256, 256), Image.Resampling.BICUBIC)
+        ).astype(int)
+        same = np.array_equal(
+            patch, original[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
+        )
+        assert same == bool(kept)
+    both = draw([found, explained(tiny, picture, "full")])
+    assert both.width == 2 * draw([found]).width and both.height >= draw([found]).height
+    words = np.asarray(draw([found]))[-120:].reshape(-1, 3)
+    assert (words == (178, 178, 178)).all(1).any() and (words == (20, 20, 20)).all(1).any()
+
+
+@pytest.mark.skipif(
+    find_browser() is None, reason="no Chromium here (Debian: apt-get install chromium-headless-shell)"
+)
+def test_page_in_a_browser(tiny: tuple[Any, Any], picture: Path, tmp_path: Path) -> None:
+    """Hovering shows each patch's and word's score; nothing is fetched, nothing fails."""
+    explanations = [explained(tiny, picture, text) for text in ("fastv,k=2,keep=0.25", "image+structure")]
+    file = tmp_path / "page.html"
+    file.write_text(page(explanations), encoding="utf-8")
+    browser = Browser(find_browser() or "", tmp_path / "profile")
+    try:
+        browser.open(file)
+        assert browser.value("document.querySelectorAll('section').length") == 2
+        assert browser.value("document.querySelectorAll('img')[0].naturalWidth") == 128
+        assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "none"
+        for number, found in enumerate(explanations):
+            section = f"section:nth-of-type({number + 1})"
+            dropped = [place for place, kept in enumerate(found.image_keep) if not kept]
+            kept = [place for place, kept in enumerate(found.image_keep) if kept]
+            for place, word in ((dropped[0], "dropped"), (kept[-1], "kept")):
+                browser.hover(f"{section} .patch", place)
+                row, column = divmod(place, 8)
+                score = f"{float(found.image_score[place]):.4g}"
+                expected = f"row {row + 1}, column {column + 1}: {word}, score {score}"
+                assert browser.value("document.getElementById('tip').textContent") == expected
+                assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "block"
+            color = browser.value(
+                f"getComputedStyle(document.querySelectorAll('{section} .patch')[{dropped[0]}]).backgroundColor"
+            )
+            assert color.startswith("rgba(128, 128, 128")
+            browser.hover(f"{section} .token", 1)
+            state = "kept" if found.text_keep[1] else "dropped"
+            assert (
+                browser.value("document.getElementById('tip').textContent") == f"token 2: {state}, no score"
+            )
+            text = browser.value(f"document.querySelector('{section} .answer').textContent")
+            assert text.strip() == found.answer
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
+        assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "none"
+        assert browser.problems == []
+        assert all(url.startswith(("file:", "data:")) for url in browser.requests)
+    finally:
+        browser.close()
+
+
+def test_command(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out" / "kept.png"
+    flags = [
+        "--policy",
+        "full",
+        "random,r=0.5",
+        "--max-new-tokens",
+        "3",
+        "--output",
+        str(target),
+        "--device",
+        "cpu",
+    ]
+    assert main(["show", str(picture), "what color is it?", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "random,r=0.5: " in printed and f"picture: {target}" in printed
+    assert Image.open(target).width > 800 and "<section>" in target.with_suffix(".html").read_text()
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["missing.png", "what?"], "image missing.png doesn't exist"),
+        (["{image}", "what?", "--policy", "fast"], "policy: unknown value 'fast'"),
+        (["{image}", " "], "question: the question is empty"),
+        (["{image}", "what?", "--output", "kept.jpg"], "--output: kept.jpg must end in .png"),
+        (["{image}", "what?", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not positive"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    flags: list[str], problem: str, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", *(flag.format(image=picture) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {problem}") and error.count("\n") == 1
+
+
+def test_an_unreadable_image_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    assert main(["show", str(broken), "what?"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

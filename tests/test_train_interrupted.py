@@ -1,0 +1,206 @@
+"""Runs that are killed, stopped, out of disk or out of luck, and go on with the same command."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests import processes
+from tests.processes import Job, run
+from tests.training_kit import save_checkpoint, save_mixture
+from train import checkpoints
+from train.data import ConversationDataset
+from train.finetune import main
+
+RECIPE = "--global_batch_size 4 --per_device_train_batch_size 2 --max_steps 6 --save_steps 2"
+RATES = "--learning_rate 1e-3 --predictor_learning_rate 1e-3 --neftune_noise_alpha 1"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("interrupted")
+    mixture, images = save_mixture(folder / "data", samples=11)
+    checkpoint = save_checkpoint(folder / "checkpoint")
+    return [
+        *("--model_name_or_path", str(checkpoint), "--data_path", str(mixture)),
+        *("--image_folder", str(images), "--data_cache", str(folder / "cache"), "--use_cpu"),
+        *("--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
+        *RECIPE.split(),
+        *RATES.split(),
+    ]
+
+
+def command(flags: list[str], folder: Path, *more: str) -> list[str]:
+    return [*flags, "--output_dir", str(folder), *more]
+
+
+def job(flags: list[str], folder: Path, before=None, *arguments) -> Job:
+    return Job(command(flags, folder), folder.with_suffix(".log"), before=before, arguments=arguments)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory) -> tuple[Path, int]:
+    """A run's folder, and how many changes to files it made."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    count = folder.with_suffix(".count")
+    (done,) = run(job(flags, folder, processes.kill_at_event, str(folder), 0, str(count)))
+    assert done.status == 0, done.output
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    return folder, int(count.read_text())
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(flags, uninterrupted, tmp_path):
+    reference, changes = uninterrupted
+    assert changes > 40
+    # Ever later: the first kills are before the first checkpoint, the last while the model itself is saved.
+    moments = [*sorted(random.Random(0).sample(range(3, changes), 4)), changes - 2]
+    folder = tmp_path / "out"
+    killed = 0
+    for moment in moments:
+        count = str(tmp_path / "count")
+        (done,) = run(job(flags, folder, processes.kill_at_event, str(folder), moment, count))
+        assert done.status in (0, -signal.SIGKILL), done.output
+        killed += done.status != 0
+        if done.status == 0:
+            break
+    assert killed >= 2
+    (done,) = run(job(flags, folder))
+    assert done.status == 0, done.output
+    assert same(weights(reference), weights(folder))
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    steps = [line.split(",")[0] for line in (folder / "train_log.csv").read_text().splitlines()]
+    assert steps == ["step", "1", "2", "3", "4", "5", "6"]
+
+
+@pytest.fixture(scope="module")
+def half_way(flags, tmp_path_factory) -> Path:
+    """A run killed right behind its second checkpoint."""
+    folder = tmp_path_factory.mktemp("half") / "out"
+    (done,) = run(job(flags, folder, processes.kill_behind, str(folder / "checkpoint-4")))
+    assert done.status == -signal.SIGKILL
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    return folder
+
+
+def test_a_checkpoint_cut_short_is_passed_over(flags, uninterrupted, half_way, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(half_way, folder)
+    damaged = folder / "checkpoint-4" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    (done,) = run(job(flags, folder))
+    assert done.status == 0, done.output
+    assert "checkpoint-4: not used" in done.output and "optimizer.pt" in done.output
+    assert "going on from" in done.output and "checkpoint-2\n" in done.output
+    assert same(weights(uninterrupted[0]), weights(folder))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_cut_of_any_file_is_noticed(half_way, tmp_path, data):
+    files = sorted(path.name for path in (half_way / "checkpoint-4").iterdir())
+    folder = tmp_path / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(half_way, folder)
+    assert checkpoints.last_whole(folder) == (folder / "checkpoint-4", [])
+    damaged = folder / "checkpoint-4" / data.draw(st.sampled_from(files))
+    content = damaged.read_bytes()
+    if length := data.draw(st.integers(0, len(content) - 1)):
+        damaged.write_bytes(content[:length])
+    else:
+        damaged.unlink()
+    whole, notes = checkpoints.last_whole(folder)
+    if damaged.name == "manifest.json" and length == len(content) - 1:  # its line break
+        assert whole == folder / "checkpoint-4"
+    else:
+        assert whole == folder / "checkpoint-2" and len(notes) == 1 and damaged.name in notes[0]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(flags, uninterrupted, tmp_path):
+    folder = tmp_path / "out"
+    (done,) = run(job(flags, folder, processes.terminate_in_step, 3))
+    assert done.status == 128 + signal.SIGTERM
+    # The step it came in was counted before, the next one is the last.
+    assert "stopped by SIGTERM after step 4" in done.output and not (folder / "config.json").exists()
+    assert "Traceback" not in done.output
+    (done,) = run(job(flags, folder))
+    assert done.status == 0 and "checkpoint-4\n" in done.output
+    assert same(weights(uninterrupted[0]), weights(folder))
+
+
+@pytest.mark.parametrize("limit", [None, 50_000])
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(flags, uninterrupted, tmp_path, limit):
+    folder = tmp_path / "out"
+    (done,) = run(job(flags, folder, processes.fill_disk_at, 4, limit))
+    assert done.status == 2, done.output
+    (error,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert "checkpoint-4 could not be saved" in error and "GB are free there" in error
+    assert f"{folder / 'checkpoint-2'} is whole" in error
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (folder / ".saving").exists()
+    if limit is None:
+        (done,) = run(job(flags, folder))
+        assert done.status == 0 and "checkpoint-2\n" in done.output
+        assert same(weights(uninterrupted[0]), weights(folder))
+
+
+def test_a_finished_run_is_left_alone_and_another_one_is_not_mixed_in(flags, half_way, tmp_path, capsys):
+    short = [*flags, "--max_steps", "2", "--output_dir", str(tmp_path / "short")]
+    assert main(short) == 0
+    before = (tmp_path / "short" / "model.safetensors").stat().st_mtime_ns
+    assert main(short) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "short" / "model.safetensors").stat().st_mtime_ns == before
+    folder = tmp_path / "out"
+    shutil.copytree(half_way, folder)
+    assert main(command(flags, folder, "--learning_rate", "2e-3")) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-4 of a run with --learning_rate 0.001, not 0.002" in error
+    assert "--overwrite_output_dir" in error
+    # How the batch is laid out may change in mid-run.
+    again = command(flags, folder, "--per_device_train_batch_size", "4", "--logging_steps", "3")
+    assert main(again) == 0
+    assert "going on from" in capsys.readouterr().out
+    fresh = command(flags, folder, "--overwrite_output_dir", "true", "--max_steps", "1")
+    assert main(fresh) == 0
+    assert "going on from" not in capsys.readouterr().out
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(flags, tmp_path, capsys, monkeypatch):
+    load = ConversationDataset.load
+
+    def poisoned(self, index):
+        sample = load(self, index)
+        return {**sample, "pixel_values": sample["pixel_values"] * (float("nan") if index == 3 else 1)}
+
+    monkeypatch.setattr(ConversationDataset, "load", poisoned)
+    folder = tmp_path / "out"
+    assert main(command(flags, folder)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "the loss is nan" in error and "(id 's3')" in error
+    assert error.count("(id ") == 2  # the micro-batch's, not the whole step's
+    assert not (folder / "config.json").exists()
+    for checkpoint in folder.glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+
+
+def test_run_record_is_readable(uninterrupted):
+    record = json.loads((uninterrupted[0] / "run.json").read_text())
+    assert record["finished"] and record["arguments"]["learning_rate"] == 1e-3

@@ -1,0 +1,116 @@
+"""Two processes on the CPU: the losses and weights of one process with the same global batch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes import Job, allow_deepspeed_on_cpu, allow_fsdp_on_cpu, run, side_by_side
+from tests.training_kit import save_checkpoint, save_mixture
+
+RECIPE = "--global_batch_size 4 --max_steps 4 --learning_rate 1e-3 --predictor_learning_rate 1e-3"
+COMPARED = (
+    "loss",
+    "lm_loss",
+    "image_keep_loss",
+    "text_keep_loss",
+    "image_keep_rate",
+    "text_keep_rate",
+    "tau",
+)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("parallel")
+    mixture, images = save_mixture(folder / "data", samples=10)
+    checkpoint = save_checkpoint(folder / "checkpoint")
+    return [
+        *("--model_name_or_path", str(checkpoint), "--data_path", str(mixture)),
+        *("--image_folder", str(images), "--data_cache", str(folder / "cache")),
+        *("--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
+        *RECIPE.split(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory) -> Path:
+    """One process, the whole global batch at once."""
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    one = [*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
+    (done,) = run(Job(one, folder.with_suffix(".log")))
+    assert done.status == 0, done.output
+    return folder
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    with (folder / "train_log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def two(flags: list[str], folder: Path, *more: str, **environment: Any) -> None:
+    """Two processes of half a global batch each."""
+    both = [*flags, "--per_device_train_batch_size", "2", "--output_dir", str(folder), *more]
+    done = run(*side_by_side(both, folder.with_suffix(".log"), 2, **environment))
+    assert [one.status for one in done] == [0, 0], "\n".join(one.output for one in done)
+    assert "global batch 4 = 2 x 2 processes x 1 accumulated" in done[0].output
+
+
+def assert_the_same(folder: Path, reference: Path) -> None:
+    rows, expected = log(folder), log(reference)
+    assert len(rows) == len(expected) == 4
+    for row, other in zip(rows, expected, strict=True):
+        for name in COMPARED:
+            assert row.get(name) == pytest.approx(other.get(name), rel=1e-4, abs=1e-4), (row["step"], name)
+    weights, others = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_ddp(flags, alone, tmp_path):
+    two(flags, tmp_path / "out", "--use_cpu")
+    assert_the_same(tmp_path / "out", alone)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DynamicLlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def test_fsdp2(flags, alone, tmp_path):
+    two(flags, tmp_path / "out", "--use_cpu", before=allow_fsdp_on_cpu, **FSDP2)
+    assert_the_same(tmp_path / "out", alone)
+
+
+def deepspeed(folder: Path, stage: int) -> str:
+    """A DeepSpeed configuration file of `stage`, as accelerate's config would make it."""
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "overlap_comm": False}
+    settings = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+    }
+    settings |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    settings |= {"zero_allow_untested_optimizer": True}
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(flags, alone, tmp_path, stage):
+    settings = ["--deepspeed", deepspeed(tmp_path, stage)]
+    two(flags, tmp_path / "out", *settings, before=allow_deepspeed_on_cpu, DS_ACCELERATOR="cpu")
+    assert_the_same(tmp_path / "out", alone)

@@ -1,0 +1,120 @@
+"""LoRA for the LLM (in a quantised one: QLoRA) beside predictors that train in full, through peft."""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dynllava_plugin.errors import UserError
+from train.arguments import AdapterArguments
+
+PREDICTORS = ("image_predictor", "text_predictor")
+# Of a state dict's names: what is trained.
+ADAPTER_PARTS = ("lora_", *(f"{name}.modules_to_save" for name in PREDICTORS))
+DECODER = "model.language_model.layers"
+
+
+def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) -> Any:
+    """The model with LoRA in its decoder layers; predictors trainable, everything else frozen.
+
+    Parameters
+    ----------
+    model : DynamicLlavaForConditionalGeneration
+    args : AdapterArguments
+    compute_dtype : torch.dtype
+        What a quantised layer computes in.
+
+    Returns
+    -------
+    peft.PeftModel
+        Its `save_pretrained` writes adapter and predictors.
+
+    Raises
+    ------
+    UserError
+        peft or bitsandbytes is missing, or there is nothing to quantise on.
+    """
+    if not find_spec("peft"):
+        raise UserError('--lora_rank needs peft: pip install -e ".[train]"')
+    from peft import LoraConfig, get_peft_model
+
+    if args.quantize != "none":
+        quantize(model, args.quantize, compute_dtype)
+    # The vision tower has layers of the same names; only the LLM's get an adapter.
+    targets = "|".join(args.lora_targets)
+    trained = [name for name in PREDICTORS if getattr(model.model.language_model, name) is not None]
+    config = LoraConfig(
+        task_type=None,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,  # type: ignore[arg-type]
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"{re.escape(DECODER)}\..*\.({targets})",
+        modules_to_save=trained,
+    )
+    adapted = get_peft_model(model, config)
+    for name in trained:  # copies in the LLM's dtype, but these train
+        getattr(model.model.language_model, name).modules_to_save.float()
+    return adapted
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether `add_adapter` made this model."""
+    return hasattr(model, "peft_config")
+
+
+def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """peft's files: the adapter's matrices and the predictors, and what they belong to."""
+    from peft import get_peft_model_state_dict
+
+    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def quantize(model: Any, kind: str, compute_dtype: torch.dtype) -> None:
+    """Replace the decoder's linear layers by bitsandbytes' 4-bit (NF4, double quantisation) or 8-bit ones.
+
+    Their weights are quantised when the model moves to its device.
+    """
+    if not find_spec("bitsandbytes"):
+        raise UserError(f"--quantize {kind} needs bitsandbytes: pip install bitsandbytes")
+    import bitsandbytes as bnb
+
+    layers = model.get_submodule(DECODER)
+    for name, layer in list(layers.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        if kind == "4bit":
+            new: Any = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=compute_dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            new.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+            )
+        else:
+            new = bnb.nn.Linear8bitLt(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                has_fp16_weights=False,
+            )
+            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        if layer.bias is not None:
+            new.bias = layer.bias
+        parent, _, attribute = name.rpartition(".")
+        setattr(layers.get_submodule(parent), attribute, new)

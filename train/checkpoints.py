@@ -1,0 +1,150 @@
+"""Checkpoints to go on from: whole or not there, and known for whole before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dynllava_plugin.errors import UserError
+
+MANIFEST = "manifest.json"
+SAVING = ".saving"
+NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """A run's checkpoint folders, oldest first, whole or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step a checkpoint was saved after."""
+    name = NAME.match(checkpoint.name)
+    assert name, checkpoint
+    return int(name[1])
+
+
+def seal(folder: Path) -> None:
+    """List a folder's files and sizes in its manifest, everything on disk before that."""
+    sizes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
+    _sync(manifest)
+    _sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What a checkpoint lacks, in words; None where it is whole."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no readable {MANIFEST}, so it was not finished"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole (None: there is none), and a line for each newer one that isn't."""
+    notes: list[str] = []
+    for folder in reversed(checkpoints(output_dir)):
+        problem = damage(folder)
+        if problem is None:
+            return folder, notes
+        notes.append(f"{folder}: not used, {problem}")
+    return None, notes
+
+
+def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) -> None:
+    """Move a sealed checkpoint into place, then delete older ones.
+
+    Parameters
+    ----------
+    folder : Path
+        The sealed checkpoint, alone in a folder on the same disk.
+    output_dir : Path
+    keep : int or None
+        How many whole ones stay; all where None. Older damaged ones never do.
+    best : str or None
+        A checkpoint that stays in any case.
+    """
+    target = output_dir / folder.name
+    discard(target)  # a damaged one, or this step's from before
+    os.replace(folder, target)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    _sync(output_dir)
+    older = [path for path in checkpoints(output_dir) if step_of(path) < step_of(target)]
+    whole = [path for path in older if damage(path) is None]
+    kept = whole if keep is None else whole[len(whole) - (keep - 1) :]
+    for path in older:
+        if path not in kept and (best is None or path != Path(best)):
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; under another name first, so that half of it is never taken for one."""
+    if folder.exists():
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_up(output_dir: Path) -> None:
+    """Delete what a killed run left behind."""
+    for path in [output_dir / SAVING, *output_dir.glob(".deleting-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def saying_what_is_left(what: str, output_dir: Path, partial: Path, delete: bool) -> Iterator[None]:
+    """Turn whatever goes wrong while saving into one line that names the last whole checkpoint.
+
+    Parameters
+    ----------
+    what : str
+        What is being saved.
+    output_dir, partial : Path
+        The run's folder, and where in it the half-saved files are.
+    delete : bool
+        Whether this process deletes those.
+
+    Raises
+    ------
+    UserError
+        The disk is full, or anything else that the writers raise.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors, PyTorch and Python each have their own for a full disk
+        if delete:
+            shutil.rmtree(partial, ignore_errors=True)
+        last = last_whole(output_dir)[0]
+        left = f"{last} is whole" if last else "there is no earlier checkpoint"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        free = shutil.disk_usage(output_dir).free / 1e9  # PyTorch's writer doesn't say that a disk is full
+        raise UserError(
+            f"{what} could not be saved ({reason}; {free:.1f} GB are free there); {left}: make room, then give the "
+            "same command again to go on"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,113 @@
+"""Evaluation during training: held-out samples through the engine that both harnesses use."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynllava_plugin.evaluation.answers import Answer, Score
+from dynllava_plugin.evaluation.engine import Engine
+from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.model.prompts import vicuna_v1
+from train.mixture import Mixture
+from train.samples import Sample
+
+MAX_NEW_TOKENS = 64
+SHORT_ANSWER = 3  # words: up to here an answer is right or wrong
+
+
+class HeldOut:
+    """Samples that are not trained on.
+
+    Each sample's last question is answered greedily (at most 64 tokens), and its last answer scored.
+
+    Parameters
+    ----------
+    mixture : Mixture
+    image_folder : path
+    batch_size : int
+        Samples in one forward pass.
+    """
+
+    def __init__(self, mixture: Mixture, image_folder: str | Path, batch_size: int) -> None:
+        self.mixture, self.image_folder, self.batch_size = mixture, Path(image_folder), batch_size
+
+    def measure(self, model: Any, processor: Any, accelerator: Any, sharded: bool) -> dict[str, float]:
+        """Metrics over all samples, the same on every process.
+
+        Parameters
+        ----------
+        model : DynamicLlavaForConditionalGeneration
+            Left in the mode (training or not) it came in.
+        processor : DynamicLlavaProcessor
+        accelerator : accelerate.Accelerator
+        sharded : bool
+            No process holds all weights, so that all must go through every sample together; otherwise each
+            process takes its part.
+
+        Returns
+        -------
+        `eval_accuracy`
+            Share of the answers of up to three words that are met exactly (case and a final stop aside); absent
+            where there is none.
+        `eval_ppl`
+            Mean over samples of exp(mean negative log-likelihood) of the last answer, under the sparsified decode.
+        `eval_kept_image_share`, `eval_kept_output_share`
+            Of image tokens, and of generated tokens that were fed back.
+        `eval_samples`, `eval_seconds`
+        """
+        begin = time.monotonic()
+        own = range(len(self.mixture))
+        if not sharded:
+            own = own[accelerator.process_index :: accelerator.num_processes]
+        samples = [self.mixture[index] for index in own]
+        was_training = model.training
+        model.eval()
+        try:
+            with accelerator.autocast():
+                engine = Engine(model, processor, self.batch_size)
+                requests = [self._request(sample) for sample in samples]
+                generation = Generation.from_task({"max_new_tokens": MAX_NEW_TOKENS})
+                answers, scores = engine.generate(requests, generation), engine.score(requests)
+        finally:
+            model.train(was_training)
+        sums = torch.tensor(_sums(samples, answers, scores), dtype=torch.float64, device=accelerator.device)
+        if not sharded:
+            sums = accelerator.reduce(sums, reduction="sum")
+        short, right, count, ppl, image, kept_image, output, kept_output = sums.tolist()
+        metrics = {"eval_accuracy": right / short} if short else {}
+        metrics |= {"eval_ppl": ppl / count}
+        metrics |= {"eval_kept_image_share": kept_image / image} if image else {}
+        metrics |= {"eval_kept_output_share": kept_output / output} if output else {}
+        return {**metrics, "eval_samples": count, "eval_seconds": time.monotonic() - begin}
+
+    def _request(self, sample: Sample) -> Request:
+        *earlier, (question, answer) = sample.turns
+        images = tuple(str(self.image_folder / image) for image in sample.images)
+        prompt = vicuna_v1([*earlier, (question, None)])
+        return Request(prompt, images, sample.name, continuation=f" {answer.strip()}")
+
+
+def _sums(samples: list[Sample], answers: list[Answer], scores: list[Score]) -> list[float]:
+    totals = [0.0] * 8
+    for sample, answer, score in zip(samples, answers, scores, strict=True):
+        reference = sample.turns[-1][1]
+        short = len(reference.split()) <= SHORT_ANSWER
+        parts = [
+            short,
+            short and _plain(answer.text) == _plain(reference),
+            1,
+            math.exp(min(score.loss, 700.0)),
+        ]
+        parts += [answer.image_tokens, answer.kept_image_tokens or 0]
+        parts += [answer.cached_tokens or 0, answer.kept_tokens or 0]
+        totals = [total + float(part) for total, part in zip(totals, parts, strict=True)]
+    return totals
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower().removesuffix(".")

@@ -1,0 +1,232 @@
+"""A training mixture in LLaVA's JSON format: checked once, then an Arrow file that every process maps.
+
+A parsed JSON of 1 GB would take several GB in each process. Here its samples are read one by one and kept as Arrow
+in a cache folder; the file is memory-mapped, so that all processes and workers of a node share its pages, and a
+second start reads nothing but its index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynllava_plugin.errors import UserError
+from train.json_stream import JsonList
+from train.samples import Sample, opens_with_image, read_sample
+
+FORMAT = 1  # of the cached files; another number builds them anew
+ROWS = 4096  # samples a record batch
+
+
+class Mixture:
+    """Samples of a cached mixture, by number.
+
+    Parameters
+    ----------
+    arrow_file : path
+    data_path : path
+        The JSON file, for names.
+    rows : int64 [n], optional
+        Which of the file's conversations, in order; all where None.
+    """
+
+    def __init__(self, arrow_file: Path, data_path: Path, rows: np.ndarray | None = None) -> None:
+        import pyarrow as pa
+
+        self.arrow_file, self.data_path = arrow_file, data_path
+        with pa.memory_map(str(arrow_file)) as source:
+            self._table = pa.ipc.open_file(source).read_all()
+        self.rows = np.arange(self._table.num_rows) if rows is None else rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.arrow_file, self.data_path, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.rows[index])
+        values = {name: self._table[name][row].as_py() for name in ("images", "questions", "answers")}
+        turns = tuple(zip(values["questions"], values["answers"], strict=True))
+        return Sample(self.name(index), tuple(values["images"]), turns)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def name(self, index: int) -> str:
+        """How errors call a sample: its place in the file and its id."""
+        row = int(self.rows[index])
+        return _name(self.data_path, row, self._table["id"][row].as_py())
+
+    def take(self, indices: np.ndarray) -> Mixture:
+        """The samples with these numbers."""
+        return Mixture(self.arrow_file, self.data_path, self.rows[indices])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON file."""
+        return self._table.schema.metadata[b"digest"].decode()
+
+    def image_counts(self) -> np.ndarray:
+        """int64 [n]: images of each sample."""
+        import pyarrow.compute as pc
+
+        return pc.list_value_length(self._table["images"]).to_numpy()[self.rows].astype(np.int64)
+
+    def lengths(self, tokens_per_image: int) -> np.ndarray:
+        """int64 [n]: about how many tokens each sample has, four characters of text a token."""
+        return self._table["characters"].to_numpy()[self.rows] // 4 + self.image_counts() * tokens_per_image
+
+    def images(self) -> list[str]:
+        """Every image's path, once, in order of first use."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        used = self._table["images"].combine_chunks().take(pa.array(self.rows))
+        return pc.unique(pc.list_flatten(used)).to_pylist()
+
+    def first_user(self, image: str) -> str:
+        """Name of the first sample with this image."""
+        return next(sample.name for sample in self if image in sample.images)
+
+    def check(self) -> None:
+        """`UserError` with the first problem that only matters where conversations without images are used."""
+        import pyarrow.compute as pc
+
+        problems = self._table["problem"]
+        if problems.null_count < len(problems):
+            found = pc.drop_null(problems.take(self.rows))
+            if len(found):
+                raise UserError(found[0].as_py())
+
+
+def open_mixture(
+    data_path: str | Path, cache: str | Path | None = None, text_only: bool = False
+) -> tuple[Mixture, int]:
+    """A mixture, through the cache: parsed and checked where it is new or has changed.
+
+    Parameters
+    ----------
+    data_path : path
+        A JSON list in LLaVA's format.
+    cache : path, optional
+        Folder of the Arrow files; default ``$XDG_CACHE_HOME/dynllava``, else ``~/.cache/dynllava``.
+    text_only : bool
+        Whether conversations without an image belong to it.
+
+    Returns
+    -------
+    mixture : Mixture
+        In file order.
+    left_out : int
+        Conversations without an image that don't belong to it.
+
+    Raises
+    ------
+    UserError
+        Not a JSON list of conversations, the first sample that is malformed, or a cache that can't be written.
+    """
+    path = Path(data_path)
+    arrow_file = _cached(path, cache)
+    everything = Mixture(arrow_file, path)
+    if text_only:
+        everything.check()
+        return everything, 0
+    rows = np.flatnonzero(everything.image_counts())
+    if not len(rows):
+        raise UserError(
+            f"--data_path {data_path}: none of its {len(everything)} samples has an 'image' to train on"
+        )
+    return everything.take(rows), len(everything) - len(rows)
+
+
+def _cached(path: Path, cache: str | Path | None) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynllava"
+    folder = Path(cache) if cache is not None else default
+    try:
+        facts = path.stat()
+    except OSError:
+        raise UserError(f"--data_path {path}: no such file") from None
+    identity = f"{FORMAT} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    arrow_file = folder / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
+    if not arrow_file.is_file():
+        temporary = arrow_file.with_name(f".{arrow_file.name}-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        except OSError as error:
+            raise UserError(
+                f"--data_cache {folder}: cannot write there ({error.strerror}); name another"
+            ) from None
+        try:
+            _write(path, temporary)
+            os.replace(temporary, arrow_file)
+        except OSError as error:
+            raise UserError(f"--data_cache {folder}: cannot write there ({error})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return arrow_file
+
+
+def _write(path: Path, target: Path) -> None:
+    """Parse the JSON and write its samples as Arrow."""
+    import pyarrow as pa
+
+    texts = pa.list_(pa.large_string())
+    schema = pa.schema(
+        {"id": pa.string(), "images": pa.list_(pa.string()), "questions": texts, "answers": texts}
+        | {"characters": pa.int64(), "problem": pa.string()}
+    )
+    schema = schema.with_metadata({"digest": _digest(path)})
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        for number, item in enumerate(JsonList(path)):
+            rows.append(_row(path, number, item))
+            if len(rows) == ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+                rows = []
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _row(path: Path, number: int, item: Any) -> dict[str, Any]:
+    identity = repr(item["id"]) if isinstance(item, dict) and "id" in item else None
+    problem = None
+    try:
+        sample = read_sample(_name(path, number, identity), item)
+    except UserError as error:
+        if not _plain_text(item):
+            raise
+        sample, problem = Sample("", (), ()), str(error)
+    questions, answers = [turn[0] for turn in sample.turns], [turn[1] for turn in sample.turns]
+    return {
+        "id": identity,
+        "images": list(sample.images),
+        "questions": questions,
+        "answers": answers,
+        "characters": sum(map(len, questions)) + sum(map(len, answers)),
+        "problem": problem,
+    }
+
+
+def _plain_text(item: Any) -> bool:
+    """Whether a malformed sample is a conversation without images, which most runs leave out."""
+    if not isinstance(item, dict) or item.get("image") or not isinstance(item.get("conversations"), list):
+        return False
+    return not opens_with_image(item["conversations"])
+
+
+def _name(path: Path, row: int, identity: str | None) -> str:
+    return f"{path}: sample {row}" + (f" (id {identity})" if identity else "")

@@ -1,0 +1,127 @@
+"""What a run is: the arguments that decide its weights, kept beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+from train import checkpoints
+from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
+
+RECORD = "run.json"
+DATA = ("model_max_length", "text_only", "held_out")
+# Not how a step is spread over processes, what is logged, nor where files go: those may change in mid-run.
+RECIPE = (
+    *("seed", "data_seed", "learning_rate", "predictor_learning_rate", "global_batch_size", "tau_start"),
+    *("tau_end", "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
+    *("bf16", "fp16", "train_sampling_strategy", "neftune_noise_alpha"),
+)
+
+
+def describe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RecipeArguments,
+    adapter_args: AdapterArguments,
+    data_digest: str,
+) -> dict[str, Any]:
+    """The arguments that decide a run's weights, JSON-ready."""
+    values = {
+        **vars(model_args),
+        **{name: getattr(data_args, name) for name in DATA},
+        **{name: getattr(args, name, None) for name in RECIPE},
+        **vars(adapter_args),
+        "data_path": data_digest,  # the file may move
+    }
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+class RunRecord:
+    """`run.json` of an output folder.
+
+    Parameters
+    ----------
+    output_dir : Path
+    values : dict
+        What the run that is starting is (see `describe`).
+    """
+
+    def __init__(self, output_dir: Path, values: dict[str, Any]) -> None:
+        self.output_dir, self.values = output_dir, values
+        self.found = self._read()
+
+    def difference(self) -> str | None:
+        """The first argument that the folder's run had otherwise, in words; None where it is this run."""
+        if self.found is None:
+            return "another run"
+        before = self.found.get("arguments", {})
+        for name, value in self.values.items():
+            if before.get(name) != value:
+                if name == "data_path":
+                    return "a run on other data (--data_path)"
+                return f"a run with --{name} {before.get(name)}, not {value}"
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the model of this very run."""
+        done = (self.output_dir / "config.json").exists() or (
+            self.output_dir / "adapter_config.json"
+        ).exists()
+        return bool(self.found and self.found.get("finished") and done and self.difference() is None)
+
+    def write(self, finished: bool) -> None:
+        """Say what the folder holds from now on."""
+        temporary = self.output_dir / f".{RECORD}"
+        record = {"finished": finished, "arguments": self.values}
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.output_dir / RECORD)
+
+    def start(self, overwrite: bool, changes_files: bool) -> tuple[Path | None, list[str]]:
+        """Where to go on: the newest whole checkpoint of this run (None: from the beginning).
+
+        Parameters
+        ----------
+        overwrite : bool
+            Another run's checkpoints may be deleted.
+        changes_files : bool
+            This process is the one that deletes and writes.
+
+        Returns
+        -------
+        checkpoint : Path or None
+        notes : list of str
+            Lines about checkpoints that were passed over.
+
+        Raises
+        ------
+        UserError
+            The folder holds another run's checkpoints.
+        """
+        there = checkpoints.checkpoints(self.output_dir)
+        other = self.difference()
+        if other is None and self.finished:  # and to be replaced, or `start` would not be called
+            other = "the same run, finished"
+        if there and other and not overwrite:
+            raise UserError(
+                f"--output_dir {self.output_dir} holds {there[-1].name} of {other}: give that run's flags to go "
+                "on, another folder, or --overwrite_output_dir true to start anew"
+            )
+        if changes_files:
+            checkpoints.clean_up(self.output_dir)
+            if other:
+                for path in there:
+                    checkpoints.discard(path)
+            self.write(finished=False)
+        return (None, []) if other else checkpoints.last_whole(self.output_dir)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.output_dir / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
