@@ -43,7 +43,7 @@ def check_table(table: pd.DataFrame, runs: Sequence[Run], minis: Path, limit: in
     limit : int or None
         Questions of each benchmark.
     """
-    problems = []
+    problems = _check_pairs(runs)
     for run in runs:
         rows = table[(table["benchmark"] == run.benchmark.name) & (table["harness"] == run.harness)]
         if rows.empty:
@@ -53,6 +53,47 @@ def check_table(table: pd.DataFrame, runs: Sequence[Run], minis: Path, limit: in
             if problem:
                 problems.append(f"{run.title}, {row['metric']}: {problem}")
     return problems
+
+
+# Both harnesses ask these in the same words.
+_SAME_WORDS = (
+    "easy_vqa",
+    "easy_vqa_scenes",
+    "easy_vqa_describe",
+    "VQAv2",
+    "GQA",
+    "POPE",
+    "LVIS-VQA single",
+    "LVIS-VQA multi",
+    "ShareGPT4V-VQA",
+)
+
+
+def _check_pairs(runs: Sequence[Run]) -> list[str]:
+    """The same question has the same answer in both harnesses."""
+    problems = []
+    for name in _SAME_WORDS:
+        pair = {run.harness: run for run in runs if run.benchmark.name == name}
+        if len(pair) == 2:
+            said = [list(_answers(run).values()) for run in pair.values()]
+            if said[0] != said[1]:
+                problems.append(f"{name}: the harnesses' saved answers differ")
+    return problems
+
+
+def _answers(run: Run) -> dict[int, str]:
+    tasks = run.benchmark.tasks(run.harness)
+    if run.harness == LMMS_EVAL:
+        task = next((task for task in tasks if task.endswith("_answer")), tasks[0])
+        return lmms_eval_predictions(run.output, task)
+    found = vlmevalkit_predictions(run.output, tasks[0])
+    # A conversation of one answer is a list in one harness and a text in the other.
+    return {row: _unpacked(text) for row, text in found.items()}
+
+
+def _unpacked(text: str) -> str:
+    answers = json.loads(text) if text.startswith("[") else [text]
+    return answers[0] if len(answers) == 1 else json.dumps(answers)
 
 
 def _check_cell(row: dict[str, Any], run: Run, minis: Path, limit: int | None) -> str:
