@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo table-full policies bench-gpu test lint format clean
+.PHONY: help setup demo smoke table-full policies bench-gpu test lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
 	@echo "make test    run the test suite"
+	@echo "make smoke   every benchmark's miniature through both harnesses, each cell of the table checked (10 min)"
 	@echo "make lint    ruff and mypy"
 
 setup: $(READY)
@@ -25,6 +26,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(PY) -m dynllava_plugin.demo
+
+smoke: setup
+	$(PY) -m dynllava_plugin.evaluation.smoke
 
 # The committed table: every test question instead of a sample (hours on 2 cores).
 table-full: setup

@@ -9,6 +9,7 @@ from importlib import import_module
 from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import table_command
+from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             loaded = import_module(module_name)
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    for module in (suite_command, table_command, mini_command, checkpoint_command):
+    for module in (suite_command, table_command, build_command, mini_command, checkpoint_command):
         module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)

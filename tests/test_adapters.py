@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,9 +19,15 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.journal import Journal
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava, LossAndGreedy
+from dynllava_plugin.evaluation.prompting import conversation_request
 from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+
+ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
 
 
 def test_entry_point_names_the_model() -> None:
@@ -106,6 +114,100 @@ def test_multi_round_asks_the_task_for_each_round(lm: DynamicLlava, documents: l
     answers = lm.generate_until_multi_round(requests)
     assert [len(item) for item in answers] == [2, 3]
     assert seen[0] == (1, 1, None) and seen[-1] == (3, 3, {"round": 2})
+
+
+TALK = [
+    ("what color is the shape?", "it is red."),
+    ("Is it a circle?", "no"),
+    ("Describe the image.", "a shape"),
+]
+
+
+def test_conversations_keep_earlier_answers_as_output_text(lm: DynamicLlava, documents: list) -> None:
+    """By lmms-eval's protocol and by hand; the loss is the logarithm of the rounds' mean perplexity."""
+
+    def next_round(doc: Any, previous_output: list, round_idx: int, previous_round_info: Any) -> tuple:
+        finished = round_idx == len(TALK)
+        question = "" if finished else TALK[round_idx][0]
+        return None, question, finished, previous_output, {"conversation": True}
+
+    arguments = {"max_new_tokens": 4}
+    call = (TALK[0][0], arguments, visual, next_round, 0, "first", "test")
+    RECORD.clear()
+    (answers,) = lm.generate_until_multi_round([request(lm, "generate_until_multi_round", 0, call)])
+    image, turns, by_hand = documents[0]["image"], [], []
+    for question, _ in TALK:
+        asked = conversation_request([*turns, (question, None)], [image], "by hand")
+        by_hand += lm.engine.generate([asked], Generation.from_task(arguments))
+        turns.append((question, by_hand[-1].text))
+    assert answers == [answer.text for answer in by_hand]
+    noted = RECORD.to_dict("lmms-eval")["tokens"]["first"]
+    assert noted["n"] == 1 and noted["generated_tokens"] == sum(a.generated_tokens for a in by_hand)
+
+    call = ("", lambda doc: TALK, visual, 1, "first", "test")
+    ((loss, _),) = lm.loglikelihood([request(lm, "loglikelihood", 1, call)])
+    whole = conversation_request([*TALK[:2], (TALK[2][0], None)], [documents[1]["image"]], "x", TALK[2][1])
+    (score,) = lm.engine.score([whole])
+    assert math.exp(loss) == pytest.approx(score.perplexity) and len(score.rounds) == 3
+
+
+def test_padding_requests_are_answered_but_not_noted(lm: DynamicLlava, documents: list) -> None:
+    call = ("is it red?", {"max_new_tokens": 2}, visual, 0, "first", "test")
+    plain, padding = (request(lm, "generate_until", 0, call) for _ in range(2))
+    padding.metadata["__padding_only__"] = True
+    RECORD.clear()
+    assert len(lm.generate_until([plain, padding])) == 2
+    assert RECORD.to_dict("lmms-eval")["tokens"]["first"]["n"] == 1
+
+
+def test_images_are_decoded_when_their_turn_comes(lm: DynamicLlava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all at once: a benchmark has more images than memory. One decode a question, in the background."""
+    decoded: list[str] = []
+
+    class Documents:
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            decoded.append(threading.current_thread().name)
+            return {"image": Image.new("RGB", (16, 16), (index % 7, 0, 0))}
+
+    done: list[int] = []
+    lm.task_dict = {"many": {"test": Documents()}}
+    monkeypatch.setattr("dynllava_plugin.evaluation.engine._WINDOW", 4)
+    monkeypatch.setattr(
+        lm.engine,
+        "_generate_batch",
+        lambda batch, generation: done.append(len(decoded)) or [ANSWER] * len(batch),
+    )
+    calls = [("is it red?", {}, visual, index, "many", "test") for index in range(20)]
+    lm.generate_until([request(lm, "generate_until", 0, call) for call in calls])
+    assert len(decoded) == 20 and all(name.startswith("prefetch") for name in decoded)
+    assert done[0] <= 8 and done[-1] == 20  # the first batch starts when at most two windows are decoded
+
+
+def test_a_run_that_was_cut_short_asks_only_what_is_missing(
+    lm: DynamicLlava, documents: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [("is it red?", {"max_new_tokens": 2}, visual, 0, "first", "test")]
+    calls.append(("Describe the image.", {"max_new_tokens": 5}, visual, 1, "second", "test"))
+    monkeypatch.setattr(lm, "_journal", Journal(tmp_path))
+    requests = [request(lm, "generate_until", call[3], call) for call in calls]
+    before = [answer.text for answer in lm.generate_until(requests[:1])]
+    monkeypatch.setattr(lm, "_journal", Journal(tmp_path))
+    asked: list[str] = []
+    generate = lm.engine._generate_batch
+    monkeypatch.setattr(
+        lm.engine,
+        "_generate_batch",
+        lambda batch, generation: (
+            asked.extend(item.request.name for item in batch) or generate(batch, generation)
+        ),
+    )
+    RECORD.clear()
+    after = [answer.text for answer in lm.generate_until(requests)]
+    assert asked == ["second test 1"] and after[:1] == before
+    assert {name: part["n"] for name, part in RECORD.to_dict("x")["tokens"].items()} == {
+        "first": 1,
+        "second": 1,
+    }
 
 
 def test_lmms_eval_names_bad_samples_and_arguments(lm: DynamicLlava, documents: list) -> None:
@@ -246,3 +348,48 @@ def test_vlmevalkit_refuses_video() -> None:
     model.set_dump_image(Questions(1).dump_image)
     with pytest.raises(UserError, match=r"LLaVA-1\.5 reads images and text, not video"):
         model.generate_inner([{"type": "video", "value": "a.mp4"}, {"type": "text", "value": "what?"}], "V")
+
+
+def test_vlmevalkit_conversations_equal_lmms_evals(lm: DynamicLlava, tmp_path: Path) -> None:
+    """The same rounds, the same context, the same score."""
+    from dynllava_plugin.evaluation.vlmevalkit_model import TURNS
+    from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+
+    path = tmp_path / "image.png"
+    Image.new("RGB", (20, 30), "red").save(path)
+    model = KitModel(batch_size=2, device="cpu", pretrained="tiny", mode="image_text", max_new_tokens=4)
+    model.set_dump_image(Questions(1).dump_image)
+    text = {"type": "text", "value": TALK[0][0], TURNS: [list(turn) for turn in TALK]}
+    found = model.generate([{"type": "image", "value": str(path)}, text], "Talks")
+    lm.task_dict = {"first": {"test": [{"image": Image.open(path)}]}}
+
+    def next_round(doc: Any, previous_output: list, round_idx: int, previous_round_info: Any) -> tuple:
+        finished = round_idx == len(TALK)
+        return None, "" if finished else TALK[round_idx][0], finished, None, {"conversation": True}
+
+    call = (TALK[0][0], {"max_new_tokens": 4}, visual, next_round, 0, "first", "test")
+    (answers,) = lm.generate_until_multi_round([request(lm, "generate_until_multi_round", 0, call)])
+    assert json.loads(found["prediction"]) == answers
+    call = ("", lambda doc: TALK, visual, 0, "first", "test")
+    ((loss, _),) = lm.loglikelihood([request(lm, "loglikelihood", 0, call)])
+    assert found["extra_records"]["ppl"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "text"),
+    [
+        ("POPE", {"question": "Is there a cat? Please answer yes or no."}, "Is there a cat?\nAnswer the question using"),
+        ("VizWiz", {"question": "What is it?"}, "What is it?\nWhen the provided information is insufficient"),
+        ("RealWorldQA", {"question": "Which?", "A": "left", "B": "right", "C": float("nan")}, "Which?\nA. left\nB. right\nAns"),
+        ("MMBench_DEV_EN", {"question": "Which?", "hint": "Look.", "A": "1", "B": "2"}, "Look.\nWhich?\nA. 1\nB. 2\nAnswer"),
+    ],
+)  # fmt: skip
+def test_llava_wording(dataset: str, row: dict, text: str) -> None:
+    from dynllava_plugin.evaluation.vlmevalkit_prompts import has_own_wording, llava_question
+
+    assert has_own_wording(dataset) and llava_question(dataset, row).startswith(text)
+    assert not has_own_wording("GQA_TestDev_Balanced") and not has_own_wording("CV-Bench-2D")
+    model = kit_model([])
+    assert model.use_custom_prompt(dataset) and not model.use_custom_prompt("GQA_TestDev_Balanced")
+    model.prompts = "kit"
+    assert not model.use_custom_prompt(dataset)

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynllava_plugin.evaluation.costs import DecoderShape, OutputCost, output_cost
+from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.prompting import conversation_prompt, conversation_request
 from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.flops import DecoderShape
 from tests.tiny_random import EOS, PAD, batch_of, random_model, random_sample
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -163,7 +164,7 @@ def test_counts_of_an_answer_behind_earlier_ones(engine: Engine) -> None:
     assert engine.features.computed == 1  # one image, two questions
 
 
-SHAPE = DecoderShape(5, 2, 32, 64, 4, 2, 8, 100, 4)
+DECODER = CachedDecoder(DecoderShape(5, 32, 64, 4, 2, 100), sparse_layer=2, itemsize=4)
 
 
 @given(
@@ -189,12 +190,12 @@ def test_costs_counted_layer_by_layer(dense: int, dropped: int, keep: list[bool]
         kept += 2 * 32 * 100 if stays else 0
     grown = sum(map(len, per_layer)) - start
     expected = OutputCost(grown * 2 * 2 * 8 * 4, flops, kept)
-    assert output_cost(SHAPE, dense, dense - dropped, keep) == expected
+    assert output_cost(DECODER, dense, dense - dropped, keep) == expected
 
 
 def test_full_context_costs_what_the_paper_says() -> None:
     """7B: 103 MiB and 2.75 TFLOPs for 206 output tokens (Table 3, LLaVA-1.5, LVIS-VQA single)."""
-    llama = DecoderShape(32, 2, 4096, 11008, 32, 32, 128, 32000, 2)
+    llama = CachedDecoder(DecoderShape(32, 4096, 11008, 32, 32, 32000), sparse_layer=2, itemsize=2)
     cost = output_cost(llama, 640, 640, [True] * 206)
     assert cost.kv_bytes / 2**20 == pytest.approx(103)
     assert cost.flops == cost.flops_kept == pytest.approx(2.75e12, rel=0.03)

@@ -176,3 +176,12 @@ def test_benchmarks_are_found_by_any_of_their_names(name: str, found: str) -> No
 def test_an_unknown_benchmark_suggests_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"{name}: no such benchmark; .*{hint}"):
         find_benchmark(name)
+
+
+def test_docs_list_every_benchmark_with_its_commands() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for benchmark in BENCHMARKS:
+        lmms, kit = ",".join(benchmark.tasks("lmms-eval")), " ".join(benchmark.tasks("vlmevalkit"))
+        line = next(line for line in text.splitlines() if line.startswith(f"| {benchmark.name} |"))
+        assert f"--tasks {lmms}`" in line
+        assert f"--data {kit}`" in line if kit else line.endswith("| - |")

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynllava_plugin.flops import DecoderShape
+
 
 @dataclass(frozen=True)
 class OutputCost:
@@ -41,86 +43,52 @@ class OutputCost:
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of a Llama decoder that decide what a token costs.
+class CachedDecoder:
+    """A decoder and what its cache holds where.
 
     Attributes
     ----------
-    layers, sparse_layer : int
-        L, and l: layers from l on hold the kept tokens only.
-    hidden, intermediate, heads, kv_heads, head_dim, vocabulary : int
-    bytes_per_value : int
-        Of the cache's dtype.
+    shape : DecoderShape
+    sparse_layer : int
+        l: layers from l on hold the kept tokens only.
+    itemsize : int
+        Bytes of a number in the cache.
     """
 
-    layers: int
+    shape: DecoderShape
     sparse_layer: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    bytes_per_value: int
+    itemsize: int
 
     @classmethod
-    def of(cls, model: Any) -> DecoderShape:
-        """The decoder's shape of a loaded model."""
-        config = model.config.text_config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            sparse_layer=model.config.sparsity.sparse_layer,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            vocabulary=config.vocab_size,
-            bytes_per_value=model.dtype.itemsize,
-        )
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.bytes_per_value
-
-    @property
-    def layer_flops(self) -> int:
-        """One token through one layer's projections and MLP, without attention's products."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def attention_flops(self) -> int:
-        """One token attending to one other (or itself) in one layer: scores and weighted values."""
-        return 4 * self.heads * self.head_dim
+    def of(cls, model: Any) -> CachedDecoder:
+        """The decoder of a loaded model."""
+        shape = DecoderShape.of(model.config.text_config)
+        return cls(shape, model.config.sparsity.sparse_layer, model.dtype.itemsize)
 
 
-def output_cost(shape: DecoderShape, dense: int, sparse: int, keep: Sequence[bool]) -> OutputCost:
+def output_cost(decoder: CachedDecoder, dense: int, sparse: int, keep: Sequence[bool]) -> OutputCost:
     """The cost of output tokens behind a context.
 
     Parameters
     ----------
-    shape : DecoderShape
+    decoder : CachedDecoder
     dense, sparse : int
         Tokens of context in layers < l and in layers >= l before the first output token.
     keep : sequence of bool [T]
         For each output token that was fed, whether layers >= l hold it.
     """
-    below, above = shape.sparse_layer, shape.layers - shape.sparse_layer
-    kept = sum(keep)
+    shape = decoder.shape
+    below, above = decoder.sparse_layer, shape.layers - decoder.sparse_layer
+    matrices, attention = 2 * shape.layer_parameters, 4 * shape.hidden  # of one token; per token it sees
+    logits = 2 * shape.hidden * shape.vocab
     flops = flops_kept = 0.0
     for stays in keep:
         dense += 1
         seen = sparse + 1  # a token always attends to itself
-        both = shape.layers * shape.layer_flops + 2 * shape.hidden * shape.vocabulary
-        flops += both + shape.attention_flops * (below * dense + above * seen)
-        here = below * (shape.layer_flops + shape.attention_flops * dense)
-        if stays:
-            sparse += 1
-            here += above * (shape.layer_flops + shape.attention_flops * seen)
-            here += 2 * shape.hidden * shape.vocabulary
-        flops_kept += here
-    held = below * len(keep) + above * kept
-    return OutputCost(held * shape.kv_bytes_per_token, flops, flops_kept)
+        first = below * (matrices + attention * dense)
+        rest = above * (matrices + attention * seen) + logits
+        flops += first + rest
+        flops_kept += first + rest * stays
+        sparse += stays
+    held = below * len(keep) + above * sum(keep)
+    return OutputCost(held * shape.kv_bytes(decoder.itemsize), flops, flops_kept)

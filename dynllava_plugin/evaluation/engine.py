@@ -11,7 +11,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer, Score
-from dynllava_plugin.evaluation.costs import DecoderShape, output_cost
+from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.evaluation.features import ImageFeatures
 from dynllava_plugin.evaluation.histories import read_histories
 from dynllava_plugin.evaluation.prefetch import Preparation, Prepared
@@ -46,7 +46,7 @@ class Engine:
             raise UserError(f"batch_size: {batch_size} is not a positive integer")
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.features = ImageFeatures(model)
-        self.shape = DecoderShape.of(model)
+        self.decoder = CachedDecoder.of(model)
         self.seconds = self.model_seconds = 0.0
         eos = model.generation_config.eos_token_id
         eos = processor.tokenizer.eos_token_id if eos is None else eos
@@ -171,6 +171,11 @@ class Engine:
         total = self._token_count(text)
         return [(self._token_count(text[:s]) - total, self._token_count(text[:e]) - total) for s, e in spans]
 
+    def _cost(self, dense: int, sparse: int, keep: list[bool]) -> OutputCost | None:
+        """As `output_cost`; None under a policy whose cache isn't split at layer l for good."""
+        policy = getattr(self.model.config.sparsity, "policy", None)
+        return None if policy else output_cost(self.decoder, dense, sparse, keep)
+
     def _earlier_answers(self, ids: torch.Tensor, batch: list[Prepared]) -> torch.Tensor | None:
         """bool [B, L] of the prompts' own output text; None where no prompt has any."""
         if not any(item.request.output_spans for item in batch):
@@ -221,7 +226,7 @@ class Engine:
                 # Where the cache lets prompt tokens go later, its length no longer tells.
                 noted = output.past_key_values.images_kept
                 kept_image = image_tokens[row] - dropped_image if noted is None else int(noted[row])
-                cost = output_cost(self.shape, prompt_tokens[row], history.context, keep)
+                cost = self._cost(prompt_tokens[row], history.context, keep)
             answers.append(
                 Answer(
                     text=_truncate(text, generation.until),
@@ -277,7 +282,7 @@ class Engine:
                         tokens=end - start,
                         is_greedy=bool(greedy[row, place].all()),
                         kept_tokens=sum(stays),
-                        cost=output_cost(self.shape, dense, dense - dropped - lost, stays),
+                        cost=self._cost(dense, dense - dropped - lost, stays),
                     )
                 )
             scores.append(rounds[0] if len(rounds) == 1 else _joined(rounds))
@@ -296,7 +301,7 @@ def _joined(rounds: list[Score]) -> Score:
         tokens=sum(score.tokens for score in rounds),
         is_greedy=all(score.is_greedy for score in rounds),
         kept_tokens=sum(score.kept_tokens for score in rounds),
-        cost=sum(costs[1:], costs[0]),
+        cost=sum(costs[1:], costs[0]) if costs else None,
         rounds=tuple(rounds),
     )
 

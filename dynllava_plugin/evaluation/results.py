@@ -30,6 +30,7 @@ COUNTS = (
     "equivalent_tokens",
     "prefill_gflops",
 )
+COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
 SETTINGS = ("vision_keep_rate", "text_keep_rate", "image_policy")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
@@ -103,6 +104,7 @@ def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield {**row, "status": NEEDS_JUDGE}
             else:
                 value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
+                value = _recorded(manifest, task, key) if value is None else value
                 if value is not None:
                     stderr = None if stderr is None else stderr * factor
                     yield {**row, "value": value * factor, "stderr": stderr, "status": SCORED}
@@ -132,11 +134,28 @@ def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if count:  # predictions are there
                     yield {**row, "status": NEEDS_JUDGE}
                 continue
-            names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
-            if entry.get("error_message") or not names:
+            if entry.get("error_message"):
                 continue
-            if isinstance(metrics[names[0]], (int, float)):
-                yield {**row, "value": metrics[names[0]] * factor, "status": SCORED}
+            names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
+            value = metrics[names[0]] if names else _recorded(manifest, dataset, key)
+            if isinstance(value, (int, float)):
+                yield {**row, "value": value * factor, "status": SCORED}
+
+
+def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
+    """What the run's own record has of a task: the output text's costs.
+
+    In lmms-eval perplexity and answers are two tasks; in VLMEvalKit one dataset, whose keys name the run.
+    """
+    name, generated = key.removesuffix("_ppl_run").removesuffix("_meteor_run"), not key.endswith("_ppl_run")
+    if name not in COSTS:
+        return None
+    parts = [manifest.get(part) or {} for part in ("tokens", "scored")]
+    if name == key:
+        found = [part[task][name] for part in parts if name in part.get(task, {})]
+    else:
+        found = [parts[0 if generated else 1].get(task, {}).get(name)]
+    return found[0] if found else None
 
 
 def _judged(manifest: dict[str, Any], task: str) -> bool:
@@ -189,8 +208,9 @@ def _common(manifest: dict[str, Any], model_args: str, path: Path) -> dict[str, 
 
 def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
     tokens = manifest.get("tokens") or {}
-    # The perplexity task generates nothing: its answer task's counts go with it.
-    return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or {}
+    # The perplexity task generates nothing: its answer task's counts go with it, or those of what it scored.
+    scored = (manifest.get("scored") or {}).get(task) or {}
+    return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or scored
 
 
 def _prediction_rows(folder: Path, stem: str) -> int | None:

@@ -14,7 +14,7 @@ from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
-from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished, judge_failures
 from dynllava_plugin.evaluation.vlmevalkit_setup import (
     MODEL_NAME,
     gather_before_leaving,
@@ -136,7 +136,8 @@ def _write_manifest(folder: Path, judge: Judge | None, more: dict[str, object]) 
     if RECORD.settings is None:
         return  # everything was reused: the earlier run's manifest still holds
     if judge is not None:
-        more["judge"] = {"model": judge.model, "url": judge.url, "unanswered": {}}
+        unanswered = judge_failures(folder)
+        more["judge"] = {"model": judge.model, "url": judge.url, "unanswered": unanswered}
     write_json(folder / MANIFEST_NAME, RECORD.to_dict(VLMEVALKIT, **more))
 
 

@@ -1,4 +1,4 @@
-"""easy-VQA as VLMEvalKit datasets: the same rows, prompts and metrics as the lmms-eval tasks."""
+"""Our VLMEvalKit datasets, and easy-VQA's: the same rows, prompts and metrics as the lmms-eval tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.smp import dump, get_intermediate_file_path, load
 
 from dynllava_plugin.evaluation import easy_vqa
+from dynllava_plugin.evaluation.generation.vlmevalkit_datasets import (
+    LVIS_VQA_Multi,
+    LVIS_VQA_Single,
+    ShareGPT4V_VQA,
+)
 from dynllava_plugin.evaluation.text_metrics import meteor, meteor_name
 from dynllava_plugin.evaluation.vlmevalkit_model import REFERENCE, TOKEN_LIMIT
 from dynllava_plugin.evaluation.vlmevalkit_vqav2 import VQAv2
@@ -82,11 +87,22 @@ class EasyVQA_Describe(EasyVQA):
         return metrics
 
 
+_DATASETS = (
+    EasyVQA,
+    EasyVQA_Scenes,
+    EasyVQA_Describe,
+    VQAv2,
+    LVIS_VQA_Single,
+    LVIS_VQA_Multi,
+    ShareGPT4V_VQA,
+)
+
+
 def register() -> None:
     """Make the datasets known to the kit."""
     import vlmeval.dataset as kit
 
-    for dataset in (EasyVQA, EasyVQA_Scenes, EasyVQA_Describe, VQAv2):
+    for dataset in _DATASETS:
         if dataset not in kit.DATASET_CLASSES:
             kit.DATASET_CLASSES.insert(0, dataset)
             kit.SUPPORTED_DATASETS.extend(dataset.supported_datasets())

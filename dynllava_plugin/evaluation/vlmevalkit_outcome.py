@@ -71,3 +71,11 @@ def check_run(
         elif not reason and not entry.get("metrics"):
             failures.append(f"{dataset}: VLMEvalKit scored nothing")
     return failures
+
+
+def judge_failures(folder: Path) -> dict[str, int]:
+    """Answers that the judge gave no score, by dataset; datasets without any are left out."""
+    from vlmeval.smp import collect_run_benchmark_report
+
+    rows = collect_run_benchmark_report(str(folder)) or []
+    return {row["benchmark"]: int(row["judge_failed"]) for row in rows if row.get("judge_failed")}

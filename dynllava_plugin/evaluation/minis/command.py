@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG
 
-# What `dynllava eval --data DIR` looks for in DIR.
-HUB, KIT, TRUTH, LONG = "datasets", "LMUData", "truth", "generation"
+TRUTH = "truth"
 MARKER = "miniatures.txt"
 
 
@@ -67,6 +67,7 @@ def _write(folder: Path) -> None:
     from dynllava_plugin.evaluation.minis.hub import Config, write_repo
     from dynllava_plugin.evaluation.minis.items import RECIPES, items_of
     from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
+    from dynllava_plugin.evaluation.minis.long_answers import write_generation_sets
 
     recipes: dict[str, Callable[[], dict[str, Config]]] = {
         "VQAv2": hub_short.vqav2,
@@ -88,6 +89,7 @@ def _write(folder: Path) -> None:
     for name, recipe in recipes.items():
         write_repo(folder / HUB, repos[name], recipe())
     write_tsvs(folder / KIT)
+    write_generation_sets(folder / LONG)
     for name in RECIPES:
         lines = [item.to_json() for item in items_of(name)]
         write_text(folder / TRUTH / f"{name}.jsonl", "\n".join(lines) + "\n")

@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     add("--text-keep-rate", type=float)
     add("--image-policy", choices=IMAGE_POLICIES)
     add("--random-seed", type=int)
+    add("--policy", help="instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75")
     add("--device")
     add("--dtype")
     add("--attn-implementation")

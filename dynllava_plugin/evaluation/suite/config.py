@@ -24,7 +24,7 @@ class SuiteConfig:
     ----------
     benchmarks : tuple of str
         Names of `dynllava benchmarks`, or a harness's task names.
-    pretrained, device, dtype, attn_implementation, vision_keep_rate, text_keep_rate, image_policy, random_seed
+    pretrained, device, dtype, attn_implementation, vision_keep_rate, text_keep_rate, image_policy, random_seed, policy
         As `ModelSettings`.
     mode : tuple of str
         Each is evaluated on its own; empty: as the checkpoint says.
@@ -52,6 +52,7 @@ class SuiteConfig:
     text_keep_rate: float | None = None
     image_policy: str | None = None
     random_seed: int | None = None
+    policy: str | None = None
     harness: str = BOTH
     limit: int | None = None
     batch_size: int = 8

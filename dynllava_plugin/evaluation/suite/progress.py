@@ -98,8 +98,8 @@ def headline(run: Run) -> str:
 
     try:
         table = read_results(run.output)
-    except UserError as error:
-        return f"finished, but {error}"
+    except UserError:
+        return "finished without a result"
     rows = table[table["benchmark"] == run.benchmark.name].to_dict("records")
     if not rows:
         return "finished"

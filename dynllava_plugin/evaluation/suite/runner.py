@@ -142,7 +142,7 @@ class Runner:
         progress.started(run)
         code = self._execute(run)
         seconds = time.monotonic() - started
-        problem = "" if code == 0 else "stopped" if self._stopped else _reason(run, code)
+        problem = "" if code == 0 else "stopped" if self._stopped else _reason(run, code, self.data)
         if not self._stopped:
             ended = {"state": FAILED if problem else DONE, "seconds": round(seconds, 1), "problem": problem}
             write_json(run.folder / STATE, {**ended, **facts})
@@ -186,13 +186,14 @@ def _plain(values: dict[str, Any]) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def _reason(run: Run, code: int) -> str:
+def _reason(run: Run, code: int, data: Path | None) -> str:
     """Why a run failed, in one line, from its log."""
     log = run.folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     if "No space left on device" in text:
         return f"no space left on the disk of {run.folder}, of the cache or of the temporary files"
-    if not is_ours(run.benchmark) and any(sign in text for sign in _UNREACHABLE):
+    absent = not is_ours(run.benchmark) and locate(run.benchmark, run.harness, data) is None
+    if absent and any(sign in text for sign in _UNREACHABLE):
         return how_to_provide(run.benchmark, run.harness)
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["it wrote nothing"]
     errors = [line for line in lines if line.startswith("error: ")]

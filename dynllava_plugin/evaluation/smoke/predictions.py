@@ -1,0 +1,58 @@
+"""The predictions that the harnesses saved, by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.errors import UserError
+
+
+def lmms_eval_samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    """What lmms-eval logged of a task, by document."""
+    files = sorted(folder.rglob(f"*_samples_{task}.jsonl"))
+    if not files:
+        raise UserError(f"{folder}: no saved samples of {task}")
+    rows = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+    return sorted(rows, key=lambda row: row["doc_id"])
+
+
+def lmms_eval_predictions(folder: Path, task: str) -> dict[int, str]:
+    """Document number -> answer."""
+    return {row["doc_id"]: _text(row["filtered_resps"]) for row in lmms_eval_samples(folder, task)}
+
+
+def _text(answer: Any) -> str:
+    while isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
+    """The kit's prediction file of a dataset, row by row."""
+    for path in sorted(folder.rglob(f"dynllava_{dataset}.*")):
+        if path.suffix == ".tsv":
+            return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False).to_dict("records")
+        if path.suffix == ".xlsx":
+            return pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")
+    raise UserError(f"{folder}: no saved predictions of {dataset}")
+
+
+def vlmevalkit_predictions(folder: Path, dataset: str) -> dict[int, str]:
+    """Row number -> answer."""
+    return {place: row["prediction"] for place, row in enumerate(vlmevalkit_rows(folder, dataset))}
+
+
+def journal_entries(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The answers (or scores) that a run wrote down, each question once."""
+    seen = set()
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if kind in entry and entry["key"] not in seen:
+                seen.add(entry["key"])
+                yield entry[kind]

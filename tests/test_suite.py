@@ -1,0 +1,338 @@
+"""`dynllava eval`: settings, folders, resuming, failures, progress, journal and judge, without a harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynllava_plugin.cli import main
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import judges
+from dynllava_plugin.evaluation.answers import Answer, Score
+from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from dynllava_plugin.evaluation.costs import OutputCost
+from dynllava_plugin.evaluation.journal import Journal, entry_key
+from dynllava_plugin.evaluation.suite import data as suite_data
+from dynllava_plugin.evaluation.suite.config import SuiteConfig
+from dynllava_plugin.evaluation.suite.progress import clock
+from dynllava_plugin.evaluation.suite.runner import Runner, read_state
+from dynllava_plugin.evaluation.suite.runs import Run, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def suite(tmp_path: Path, text: str = "benchmarks: [GQA, easy_vqa]\n") -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    return path
+
+
+def config(tmp_path: Path, **overrides: Any) -> SuiteConfig:
+    values = {"pretrained": "tiny", "output": str(tmp_path / "out"), **overrides}
+    return SuiteConfig.read(suite(tmp_path), values)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_suites_are_valid(path: Path, tmp_path: Path) -> None:
+    if path.stem == "easy_vqa":
+        return  # lmms_eval --config
+    runs = plan(SuiteConfig.read(path, {"pretrained": "tiny", "output": str(tmp_path)}), None)
+    assert len(runs) >= 3 and len({run.folder for run in runs}) == len(runs)
+
+
+def test_smoke_suite_has_every_benchmark() -> None:
+    wanted = SuiteConfig.read(ROOT / "eval_configs" / "smoke.yaml", {"pretrained": "tiny"}).wanted()
+    assert {item.name for item in wanted} == {item.name for item in BENCHMARKS}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "problem"),
+    [
+        ("benchmarks: [GQB]", [], "GQB: no such benchmark; did you mean GQA"),
+        ("benchmarks: []", [], "`benchmarks` is empty"),
+        ("tasks: gqa", [], "unknown key 'tasks'; known are"),
+        ("- GQA", [], "expected keys like"),
+        ("benchmarks: [", [], "not YAML"),
+        ("benchmarks: GQA\nlimit: many", [], "--limit many: must be a positive integer"),
+        ("benchmarks: GQA\nharness: mine", [], "--harness: unknown value 'mine'"),
+        ("benchmarks: GQA", ["--limit", "0"], "--limit 0: must be a positive integer"),
+        ("benchmarks: GQA", ["--vision-keep-rate", "2"], "vision_keep_rate: 2.0 is outside"),
+        ("benchmarks: GQA", ["--pretrained", "a,b"], "--pretrained a,b: lmms-eval can't take"),
+        ("benchmarks: GQA", ["--data", "nowhere"], "--data nowhere: no such folder"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    text: str, flags: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags if "--pretrained" in flags else [*flags, "--pretrained", "tiny"]
+    assert main(["eval", str(suite(tmp_path, text)), *flags]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_no_checkpoint_and_no_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(suite(tmp_path))]) == 2
+    assert "--pretrained: name a checkpoint" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "none.yaml"), "--pretrained", "tiny"]) == 2
+    assert "none.yaml: can't be read" in capsys.readouterr().err
+
+
+def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"one")
+    variants = [
+        {},
+        {"mode": "full"},
+        {"mode": "image", "vision_keep_rate": 0.1},
+        {"limit": 5},
+        {"dtype": "bfloat16"},
+        {"prompts": "kit"},
+        {"pretrained": str(model)},
+    ]
+    roots = [plan(config(tmp_path, **variant), None)[0].folder.parents[1] for variant in variants]
+    (model / "model.safetensors").write_bytes(b"two")  # the same size and, perhaps, the same time
+    from dynllava_plugin.evaluation.identity import checkpoint_hash
+
+    checkpoint_hash.cache_clear()
+    roots.append(plan(config(tmp_path, pretrained=str(model)), None)[0].folder.parents[1])
+    assert len(set(roots)) == len(roots)
+    same = [{}, {"batch_size": 3}, {"num_processes": 2}, {"jobs": 2}]
+    assert len({plan(config(tmp_path, **variant), None)[0].folder for variant in same}) == 1
+
+
+def test_commands_are_the_harnesses_own(tmp_path: Path) -> None:
+    (tmp_path / "data" / "LMUData").mkdir(parents=True)
+    (tmp_path / "data" / "datasets").mkdir()
+    chosen = config(tmp_path, mode=["image"], limit=7, data=str(tmp_path / "data"), num_processes=2)
+    lmms, kit = plan(chosen, None)[:2]
+    assert (
+        "torch.distributed.run" in lmms.command
+        and "dynllava_plugin.evaluation.lmms_eval_command" in lmms.command
+    )
+    text = " ".join(lmms.command)
+    assert "--model_args pretrained=tiny,mode=image --log_samples --tasks gqa --batch_size 8" in text
+    assert text.endswith("--limit 7") and lmms.directory == tmp_path / "data" / "datasets"
+    text = " ".join(kit.command)
+    assert "--data GQA_TestDev_Balanced" in text and f"--data-root {tmp_path / 'data' / 'LMUData'}" in text
+    assert "--mode image" in text and kit.environment["DYNLLAVA_JOURNAL"].endswith("vlmevalkit/GQA/journal")
+
+
+def fake(tmp_path: Path, name: str, code: str, **changes: Any) -> Run:
+    """A run that is a line of Python; its folder is where a real one's would be."""
+    folder = tmp_path / "out" / "setting" / "lmms-eval" / name
+    made = Run(
+        find_benchmark("easy_vqa"), "lmms-eval", name, folder, [sys.executable, "-c", code], {}, tmp_path,
+        {"data": 1}, {"judge": None},
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def run_all(runs: list[Run], jobs: int = 1) -> tuple[dict[str, str], list[str]]:
+    lines: list[str] = []
+    outcomes = Runner(runs, jobs, None, lines.append).run()
+    assert [outcome.run for outcome in outcomes] == runs
+    return {outcome.run.mode: outcome.problem for outcome in outcomes}, lines
+
+
+def test_a_failing_benchmark_stops_no_other(tmp_path: Path) -> None:
+    runs = [
+        fake(tmp_path, "good", "print('fine')"),
+        fake(tmp_path, "bad", "import sys; print('error: no such thing'); print('later'); sys.exit(3)"),
+        fake(
+            tmp_path, "full", "import sys; print('OSError: [Errno 28] No space left on device'); sys.exit(1)"
+        ),
+        fake(tmp_path, "also good", "pass"),
+    ]
+    problems, lines = run_all(runs, jobs=2)
+    assert problems["good"] == problems["also good"] == ""
+    assert problems["bad"].startswith("ended with 3 (no such thing; see ") and "log.txt" in problems["bad"]
+    assert "no space left on the disk" in problems["full"]
+    assert len(lines) == 4 and sum("FAILED" in line for line in lines) == 2 and lines[0].startswith("[1/4]")
+    assert "; about " in lines[0] and "; about " not in lines[3]
+    assert read_state(runs[0].folder)["state"] == "done" and read_state(runs[1].folder)["state"] == "failed"
+
+
+def test_resuming_and_staleness(tmp_path: Path) -> None:
+    code = "from pathlib import Path; p = Path('count'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    run, count = fake(tmp_path, "one", code), tmp_path / "count"
+
+    def again(**changes: Any) -> int:
+        problems, _ = run_all([replace(run, **changes)])
+        assert problems == {"one": ""}
+        return len(count.read_text())
+
+    assert again() == 1
+    run.journal.mkdir()
+    (run.journal / "0-1.jsonl").write_text("answers\n")
+    (run.output / "results").mkdir(parents=True)
+    assert again() == 1  # done
+    assert again(scores_from={"judge": "gpt"}) == 2  # scored again, answers kept, old output gone
+    assert (run.journal / "0-1.jsonl").is_file() and not run.output.exists()
+    (run.folder / "run.json").write_text("{torn")
+    assert again() == 3 and not run.journal.exists()  # nobody knows what the journal was
+    run.journal.mkdir()
+    assert again(answers_from={"data": 2}) == 4 and not run.journal.exists()  # other data: nothing is reused
+
+
+def test_a_failed_run_is_tried_again_with_its_journal(tmp_path: Path) -> None:
+    failing = fake(tmp_path, "one", "import sys; sys.exit(1)")
+    assert run_all([failing])[0]["one"]
+    failing.journal.mkdir()
+    good = replace(failing, command=[sys.executable, "-c", "pass"])
+    assert run_all([good])[0] == {"one": ""} and good.journal.is_dir()
+
+
+def test_two_suites_in_one_folder(tmp_path: Path) -> None:
+    inner: list[str] = []
+
+    def meanwhile(line: str) -> None:
+        with pytest.raises(UserError, match="another `dynllava eval` is writing there"):
+            Runner([fake(tmp_path, "two", "pass")], 1, None, print).run()
+        inner.append(line)
+
+    Runner([fake(tmp_path, "one", "pass")], 1, None, meanwhile).run()
+    assert len(inner) == 1
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "harness", "hint"),
+    [
+        (
+            "GQA",
+            "lmms-eval",
+            "hf download lmms-lab-encoder/GQA --repo-type dataset --local-dir DIR/datasets/lmms",
+        ),
+        ("POPE", "vlmevalkit", r"POPE\.tsv isn't here and can't be downloaded; put it into DIR/LMUData"),
+        ("VQAv2", "vlmevalkit", "hf download lmms-lab-encoder/VQAv2"),
+    ],
+)
+def test_missing_data_is_named_before_anything_runs(
+    benchmark: str, harness: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    monkeypatch.setattr(suite_data, "_hub_cache", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = fake(tmp_path, "x", "pass", benchmark=find_benchmark(benchmark), harness=harness)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (problem,) = run_all([run])[0].values()
+    assert pytest.raises(AssertionError, match=hint).matches(AssertionError(problem)), problem
+    assert not (run.folder / "log.txt").exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # then it is tried, and the log says why it failed
+    offline = "import sys; print('ConnectionError: Max retries'); sys.exit(1)"
+    (problem,) = run_all([replace(run, command=[sys.executable, "-c", offline])])[0].values()
+    assert "can't be downloaded" in problem
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (65, "1m05s"), (3600 * 2 + 599, "2h09m")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+COST = st.one_of(st.none(), st.builds(OutputCost, st.integers(0, 9), st.floats(0, 9), st.floats(0, 9)))
+SCORE = st.builds(Score, st.floats(-9, 0), st.integers(1, 9), st.booleans(), st.integers(0, 9), COST)
+COUNT = st.one_of(st.none(), st.integers(0, 99))
+
+
+@given(
+    answer=st.builds(
+        Answer, st.text(), st.integers(1, 99), st.integers(0, 9), COUNT, st.integers(1, 9), COUNT, COUNT, COST
+    ),
+    score=SCORE,
+    rounds=st.lists(SCORE, max_size=3),
+)
+def test_journal_gives_back_what_was_written(
+    answer: Answer, score: Score, rounds: list[Score], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    score = replace(score, rounds=tuple(rounds))
+    Journal(folder).write([("a", answer), ("s", score)])
+    again = Journal(folder)
+    assert again.answer("a") == answer and again.score("s") == score and again.answer("other") is None
+
+
+def test_torn_journal_and_progress(tmp_path: Path) -> None:
+    answer = Answer("text", 1, 0, 0, 1, 0, 0)
+    first = Journal(tmp_path)
+    first.expect(3)
+    first.write([("a", answer), ("b", answer)])
+    assert json.loads((tmp_path / "progress-0.json").read_text()) in (
+        {"done": 0, "total": 3},
+        {"done": 2, "total": 3},
+    )
+    first.write([("c", answer)])
+    assert json.loads((tmp_path / "progress-0.json").read_text()) == {"done": 3, "total": 3}
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text(path.read_text()[:-30])
+    again = Journal(tmp_path)
+    assert again.answer("b") == answer and again.answer("c") is None
+    assert entry_key("x", [1, "a"]) == entry_key("x", [1, "a"]) != entry_key("x", [1, "b"])
+    nothing = Journal(None)
+    nothing.write([("a", answer)])
+    assert nothing.answer("a") is None
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that knows one model."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = body["model"] == "known" and self.path == "/v1/chat/completions"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": "0.5"}}]}).encode())
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_judge_is_one_that_answers(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_URL", endpoint)
+    monkeypatch.setenv("MODEL_VERSION", "known")
+    assert judges.find_judge("lmms-eval", ["mmvet"]) is None and capsys.readouterr().err == ""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert judges.find_judge("lmms-eval", ["gqa"]) is None
+    assert judges.find_judge("lmms-eval", ["mmvet", "gqa"]) == judges.Judge("known", endpoint)
+    assert judges.find_judge("vlmevalkit", ["LLaVABench"]) is not None
+    monkeypatch.setenv("MODEL_VERSION", "other")
+    assert judges.find_judge("lmms-eval", ["mmvet"]) is None
+    error = capsys.readouterr().err
+    assert "refuses model other (404" in error and "mmvet keep their predictions" in error
+    assert error.count("\n") == 1 and "secret" not in error
+    monkeypatch.setenv("OPENAI_API_URL", "http://127.0.0.1:9/v1")
+    assert judges.find_judge("lmms-eval", ["mmvet"]) is None
+    assert "doesn't answer" in capsys.readouterr().err
+
+
+def test_unanswered_samples_are_counted() -> None:
+    samples = {
+        "mmvet": [
+            {"gpt_eval_score": {"score": 0.0, "eval_model": ""}},
+            {"gpt_eval_score": {"eval_model": "gpt"}},
+        ],
+        "llava_in_the_wild": [{"gpt_eval_llava_all": {"scores": [7, 8], "eval_model": "gpt"}}],
+        "gqa": [{}],
+    }
+    assert judges.unanswered(samples) == {"mmvet": 1} and judges.unanswered(None) == {}
