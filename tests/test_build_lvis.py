@@ -144,7 +144,7 @@ def test_selection_is_what_the_rules_say_whatever_the_order(
         (["--instruct", "mixture.json", "--size", "0"], "--size 0: must be positive"),
         (["--instruct", "broken.json"], "broken.json: not JSON"),
         (["--sharegpt4v", "object.json"], "object.json: expected a list of conversations"),
-        (["--instruct", "captions.json"], "lvis_vqa_single: no conversation of"),
+        (["--instruct", "captions.json"], "lvis_vqa_multi: no conversation of"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -156,6 +156,13 @@ def test_bad_input_is_one_line(
     assert build(files, *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and problem in error and error.count("\n") == 1
+
+
+def test_an_empty_set_stops_no_other(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = str(files / "captions.json")
+    assert build(files, "--instruct", captions, "--sharegpt4v", captions) == 2
+    assert "the other sets are written" in capsys.readouterr().err
+    assert {path.stem for path in (files / "sets").glob("*.jsonl")} == {"lvis_vqa_single", "sharegpt4v_vqa"}
 
 
 def test_unbuilt_and_foreign_sets(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,13 +57,17 @@ class Engine:
         """Load what `settings` names."""
         from dynllava_plugin import load_model
 
-        model, processor = load_model(
-            settings.pretrained,
-            device=settings.device,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            **settings.sparsity(),
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                0
+            )  # predictors that a checkpoint lacks: the same in every process and resumed run
+            model, processor = load_model(
+                settings.pretrained,
+                device=settings.device,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                **settings.sparsity(),
+            )
         return cls(model, processor, batch_size)
 
     @torch.inference_mode()

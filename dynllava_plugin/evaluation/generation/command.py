@@ -76,7 +76,8 @@ def build(
     Raises
     ------
     UserError
-        For a file that can't be read, a set without any candidate, or an output that can't be written.
+        For a file that can't be read, an output that can't be written, or, once the others are written, a set
+        without any candidate.
     """
     from dynllava_plugin.evaluation.generation.conversations import image_names, read_conversations
     from dynllava_plugin.evaluation.generation.rules import MULTI, SHAREGPT4V, SINGLE, select
@@ -86,6 +87,7 @@ def build(
         raise UserError(f"--images {images}: no such folder")
     excluded = image_names(exclude)
     report(f"{exclude}: {len(excluded)} images of the training mixture")
+    empty: list[str] = []
     for path, sets in ((instruct, (SINGLE, MULTI)), (sharegpt4v, (SHAREGPT4V,))):
         if path is None:
             continue
@@ -99,9 +101,12 @@ def build(
             for text, count in counts:
                 report(f"  {count:8,} {text}")
             if not chosen:
-                raise UserError(f"{rules.name}: no conversation of {path} is left (see the counts above)")
+                empty.append(f"{rules.name}: no conversation of {path} is left")
+                continue
             facts = {"source": path.name, "excluded": exclude.name, "seed": seed, "counts": counts}
             write_set(output, rules.name, chosen, images, facts)
+    if empty:
+        raise UserError("; ".join(empty) + " (the counts above say why; the other sets are written)")
     report(f"written to {output}")
 
 

@@ -135,9 +135,9 @@ def _two_processes(command: list[str], names: list[str], output: Path, table: pd
 
 
 def _differences(what: str, found: pd.DataFrame, wanted: pd.DataFrame) -> list[str]:
-    frames = [frame.drop(columns=_NOT_COMPARED).reset_index(drop=True) for frame in (found, wanted)]
+    first, second = (frame.drop(columns=_NOT_COMPARED).reset_index(drop=True) for frame in (found, wanted))
     try:
-        pd.testing.assert_frame_equal(*frames, rtol=1e-4, check_dtype=False)
+        pd.testing.assert_frame_equal(first, second, rtol=1e-4, check_dtype=False)
     except AssertionError as error:
         return [f"{what}: not the same table ({' '.join(str(error).split())[:300]})"]
     return []

@@ -49,7 +49,7 @@ def check_table(table: pd.DataFrame, runs: Sequence[Run], minis: Path, limit: in
         if rows.empty:
             problems.append(f"{run.title}: no cell")
         for row in rows.to_dict("records"):
-            problem = _check_cell(row, run, minis, limit)
+            problem = _check_cell({str(key): value for key, value in row.items()}, run, minis, limit)
             if problem:
                 problems.append(f"{run.title}, {row['metric']}: {problem}")
     return problems

@@ -41,14 +41,19 @@ def options(choices: Sequence[str]) -> dict[str, str]:
     return {chr(ord("A") + place): choice for place, choice in enumerate(choices)}
 
 
-def _f1(read: Callable[[str], str]) -> Expectation:
-    def f1(said: Predictions, truth: Truth) -> float:
-        pairs = [(read(said[row["number"]]), row["answer"]) for row in truth]
-        both = sum(found == wanted == "yes" for found, wanted in pairs)
-        either = sum(found == "yes" for found, _ in pairs) + sum(wanted == "yes" for _, wanted in pairs)
-        return 200 * both / either if both else 0.0
+def _f1_kit(said: Predictions, truth: Truth) -> float:
+    pairs = [(readings.yes_no_kit(said[row["number"]]), row["answer"]) for row in truth]
+    both = sum(found == wanted == "yes" for found, wanted in pairs)
+    either = sum(found == "yes" for found, _ in pairs) + sum(wanted == "yes" for _, wanted in pairs)
+    return 200 * both / either if both else 0.0
 
-    return f1
+
+def _f1_lmms_eval(said: Predictions, truth: Truth) -> float:
+    """An answer that is neither yes nor no isn't counted as a miss."""
+    pairs = [(said[row["number"]].strip().lower(), row["answer"]) for row in truth]
+    both = pairs.count(("yes", "yes"))
+    wrong = pairs.count(("yes", "no")) + pairs.count(("no", "yes"))
+    return 200 * both / (2 * both + wrong) if both else 0.0
 
 
 def _mme(read: Callable[[str], str]) -> Expectation:
@@ -136,8 +141,8 @@ EXPECTED: dict[tuple[str, str], Expectation] = {
     ("GQA", VLMEVALKIT): _exact,
     ("SciQA", LMMS_EVAL): _choice(readings.letter_strict),
     ("SciQA", VLMEVALKIT): _choice_of(readings.letter_kit),
-    ("POPE", LMMS_EVAL): _f1(lambda text: text.strip().lower()),
-    ("POPE", VLMEVALKIT): _f1(readings.yes_no_kit),
+    ("POPE", LMMS_EVAL): _f1_lmms_eval,
+    ("POPE", VLMEVALKIT): _f1_kit,
     ("MME", LMMS_EVAL): _mme(readings.yes_no_mme),
     ("MME", VLMEVALKIT): _mme(readings.yes_no_kit),
     ("MMBench", LMMS_EVAL): _choice_of(readings.letter_mmbench),

@@ -36,9 +36,9 @@ def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
     """The kit's prediction file of a dataset, row by row."""
     for path in sorted(folder.rglob(f"dynllava_{dataset}.*")):
         if path.suffix == ".tsv":
-            return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False).to_dict("records")
+            return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
         if path.suffix == ".xlsx":
-            return pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")
+            return pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
     raise UserError(f"{folder}: no saved predictions of {dataset}")
 
 
