@@ -13,6 +13,7 @@ from dynllava_plugin.evaluation.records import host, versions
 
 # What a row is about; everything else is what was measured.
 KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")
+NEEDED = ("phase", "mode", "batch", "length")
 COLUMNS = (
     *KEYS, "median_s", "min_s", "max_s", "iqr_s", "repeats", "tokens_per_s", "speedup", "ideal_speedup", "of_ideal",
     "tflops_paper", "tflops_exact", "read_bytes", "kept_share", "cache_bytes", "needed_bytes", "growth_bytes", "peak_bytes",
@@ -36,12 +37,13 @@ class Rows:
 
     keys: tuple[str, ...] = KEYS
     columns: tuple[str, ...] = COLUMNS
+    needed: tuple[str, ...] = NEEDED
 
     def __init__(self, path: Path | None, resume: bool, common: dict[str, Any]) -> None:
         self.path, self.common = path, common
         self.rows: list[dict[str, Any]] = []
         if path is not None and resume and path.is_file():
-            self.rows = read_rows(path)
+            self.rows = read_rows(path, self.needed)
         if path is not None:
             self._write()  # a folder that can't be written to shows now, not after the first hour
             write_json(machine_file(path), {"host": host(), "versions": versions()})
@@ -73,12 +75,12 @@ def machine_file(path: Path) -> Path:
     return path.with_suffix(".machine.json")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, or a `UserError`."""
+def read_rows(path: Path, needed: tuple[str, ...] = NEEDED) -> list[dict[str, Any]]:
+    """The rows of a file, each with at least the fields `needed`, or a `UserError`."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:
-            row["phase"], row["mode"], row["batch"], row["length"]
+            _ = [row[name] for name in needed]
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError):

@@ -38,6 +38,7 @@ class TrainRows(Rows):
     """Rows of `bench train`: one an implementation, with its ratios to the plain one."""
 
     keys = ("phase", "shape", "device", "dtype", "implementation", "kept", "batch", "length")
+    needed = ("phase", "implementation")
     columns = (
         *keys, "median_s", "min_s", "max_s", "iqr_s", "repeats", "peak_bytes", "time_ratio", "memory_ratio", "fits",
         "samples_per_s", "tokens_per_s", "model_tflops", "mfu", "peak_tflops", "peak_from", "devices", "epoch_hours",

@@ -42,7 +42,7 @@ class ImageFeatures:
         missing = {image.key: image.pixels for image in images if image.key not in self._kept}
         if missing:
             pixels = torch.stack(list(missing.values())).to(self._model.device, self._model.dtype)
-            encoded = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
+            encoded = self._model.get_image_features(pixel_values=pixels, return_dict=True)
             for key, features in zip(missing, encoded.pooler_output, strict=True):
                 self._kept[key] = features
                 self._bytes += features.nbytes
