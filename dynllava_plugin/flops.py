@@ -102,6 +102,8 @@ class Context:
         Share of the output tokens that stay as context from `split` on.
     image_predictor, text_predictor : bool
         Whether the predictors run.
+    held_share : float
+        Share of the tokens fed to layers from `split` on that their cache holds: a policy may let tokens go again.
     """
 
     split: int
@@ -111,6 +113,7 @@ class Context:
     text_keep: float = 1.0
     image_predictor: bool = False
     text_predictor: bool = False
+    held_share: float = 1.0
 
     @property
     def prompt(self) -> int:
@@ -118,12 +121,14 @@ class Context:
         return self.images + self.text
 
     def kept(self, generated: float) -> float:
-        """Tokens that layers from `split` on hold after `generated` output tokens."""
+        """Tokens fed to layers from `split` on that stay as context, after `generated` output tokens."""
         return self.kept_images + self.text + self.text_keep * generated
 
     def held(self, layers: int, generated: float) -> float:
         """Tokens held, summed over `layers` layers, after `generated` output tokens."""
-        return self.split * (self.prompt + generated) + (layers - self.split) * self.kept(generated)
+        return self.split * (self.prompt + generated) + (layers - self.split) * self.held_share * self.kept(
+            generated
+        )
 
 
 def paper_prefill_flops(shape: DecoderShape, context: Context, batch: int = 1) -> float:

@@ -64,7 +64,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--shape", default="cpu-medium", help=f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS {default}"
     )
     parser.add_argument(
-        "--mode", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)} {default}"
+        "--mode",
+        default=",".join(MODES),
+        help=f"comma-separated, of {', '.join(MODES)}, or policies with their arguments (h2o,r=0.5) {default}",
     )
     parser.add_argument("--batch", default="1,8", help=f"comma-separated batch sizes {default}")
     parser.add_argument("--new-tokens", type=int, default=1000, help=f"generated tokens at the end {default}")
@@ -119,10 +121,7 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1 or args.warmup < 0:
         raise UserError("--repeats must be at least 1 and --warmup at least 0")
     for mode in modes:
-        if mode.split is not None and mode.split >= shape.layers:
-            raise UserError(
-                f"--shape: {args.shape} has {shape.layers} layers, {mode.name} needs more than {mode.split}"
-            )
+        mode.policy(args.vision_keep_rate).check(shape.layers)
     plan = Run(None, None, modes, batches, lengths, paths, args.repeats, args.warmup)  # type: ignore[arg-type]
     _check_memory(args, plan, shape, names, device, dtype)
     common = {

@@ -11,6 +11,7 @@ from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, against_full, held_bytes, kept_share, kind
 from dynllava_plugin.bench.subject import Prompts
 from dynllava_plugin.bench.timing import interleaved, release, summary
+from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 WINDOW = 8  # steps timed together
@@ -54,7 +55,9 @@ def decode(run: Run) -> None:
         prompts = run.subject.prompts(batch, lengths[-1] + steps_measured(run))
         prompts.calibrate()
         streams = {
-            (mode.name, path): _start(run, prompts, mode, path) for path in run.paths for mode in run.modes
+            (mode.name, path): _start(run, prompts, mode, path)
+            for path in run.paths
+            for mode in run.modes_on(path)
         }
         for length in wanted:
             for stream in streams.values():
@@ -72,11 +75,11 @@ def batching(run: Run) -> None:
     largest, length = max(run.batches), min(run.lengths)
     if largest == 1 or run.rows.has(
         {"phase": "batching", "mode": mode.name, "batch": batch}
-        for mode in run.modes
+        for mode in run.modes_on(run.paths[0])
         for batch in (1, largest)
     ):
         return
-    for mode in run.modes:
+    for mode in run.modes_on(run.paths[0]):
         streams = {}
         for batch in (1, largest):
             prompts = run.subject.prompts(batch, length + steps_measured(run), mixed=batch > 1)
@@ -105,7 +108,9 @@ def _spaced(run: Run) -> list[int]:
 
 
 def _has(run: Run, batch: int, length: int) -> bool:
-    return all(run.has("decode", path=path, batch=batch, length=length) for path in run.paths)
+    return all(
+        run.has("decode", run.modes_on(path), path=path, batch=batch, length=length) for path in run.paths
+    )
 
 
 def _start(run: Run, prompts: Prompts, mode: Mode, path: str) -> _Stream:
@@ -132,7 +137,8 @@ def _add(
     )
     for (name, path), stream in streams.items():
         held = held_bytes(stream.cache, subject)
-        predictor = subject.shape.text_predictor_parameters if stream.mode.drops_text else 0
+        asks = OUTPUT in subject.policy(stream.mode).predictors
+        predictor = subject.shape.text_predictor_parameters if asks else 0
         read = (weights + predictor) * subject.itemsize + held["needed_bytes"]
         full_held = held_bytes(streams["full", path].cache, subject)["needed_bytes"]
         measured = _per_step(times[name, path])

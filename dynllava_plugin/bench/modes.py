@@ -1,4 +1,4 @@
-"""The one table of what the benchmark compares."""
+"""What the benchmark compares: Dynamic-LLaVA's modes, FastV as the paper ran it, and any policy by its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.policies.contexts import context_of
+from dynllava_plugin.policies.registry import POLICIES, policy_changes
+from dynllava_plugin.sparsity.config import SparsityConfig
 
 
 @dataclass(frozen=True)
@@ -22,53 +25,71 @@ class Mode:
         As in tables and plots.
     sparsity : dict
         Arguments of `set_sparsity`.
-    split : int, optional
-        First layer with fewer tokens; None: nothing is dropped.
-    keep_rate : float, optional
-        Share of the image tokens that stay; None: the one asked for.
-    drops_text, image_predictor : bool
-        Whether output tokens are dropped by the text predictor; whether the image predictor runs.
     """
 
     name: str
     title: str
     sparsity: dict[str, Any] = field(default_factory=dict)
-    split: int | None = None
-    keep_rate: float | None = None
-    drops_text: bool = False
-    image_predictor: bool = False
+
+    def policy(self, vision_rate: float = 0.2) -> Policy:
+        """The policy behind it; one without a budget in its name keeps the share `vision_rate` of the image tokens."""
+        base = SparsityConfig(vision_keep_rate=vision_rate)
+        return policy_of(base.replace(**policy_changes(self.sparsity)))
 
     def context(self, layers: int, images: int, text: int, vision_rate: float, text_rate: float) -> Context:
         """What this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
-        if self.split is None:
-            return Context(layers, images, images, text)
-        kept = num_kept_image_tokens(images, self.keep_rate or vision_rate)
-        return Context(
-            self.split,
-            images,
-            kept,
-            text,
-            text_rate if self.drops_text else 1.0,
-            self.image_predictor,
-            self.drops_text,
-        )
+        policy = self.policy(vision_rate)
+        return context_of(policy, layers, images, policy.kept_tokens(images), text, text_rate)
 
 
 MODES = {
     mode.name: mode
     for mode in (
         Mode("full", "full context", {"mode": "full"}),
-        Mode("image", "Dynamic-LLaVA I", {"mode": "image"}, split=2, image_predictor=True),
-        Mode("image_text", "Dynamic-LLaVA I|T", {"mode": "image_text"}, 2, None, True, True),
-        Mode("fastv", "FastV (k=3, r=0.75)", {"policy": "fastv,k=3,r=0.75"}, split=3, keep_rate=0.25),
+        Mode("image", "Dynamic-LLaVA I", {"mode": "image"}),
+        Mode("image_text", "Dynamic-LLaVA I|T", {"mode": "image_text"}),
+        Mode("fastv", "FastV (k=3, r=0.75)", {"policy": "fastv,k=3,r=0.75"}),
     )
 }
 
 
 def modes_named(names: str) -> list[Mode]:
-    """Modes from a comma-separated list; "full", which the others are compared with, comes first and always."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in MODES]
-    if unknown or not wanted:
-        raise UserError(f"--mode: {', '.join(unknown) or 'empty'}; choose from {', '.join(MODES)}")
-    return [MODES[name] for name in dict.fromkeys(["full", *wanted])]
+    """Modes from a comma-separated list; "full", which the others are compared with, comes first and always.
+
+    Besides `MODES` a list may name policies with their arguments: ``image_text,h2o,r=0.5,downsample``.
+
+    Raises
+    ------
+    UserError
+        An unknown name or argument, or a policy that chooses inside the vision tower, which the benchmark leaves out.
+    """
+    texts = _texts(names)
+    if not texts:
+        raise UserError(f"--mode: empty; choose from {', '.join([*MODES, *POLICIES])}")
+    return [_mode(text) for text in dict.fromkeys(["full", *texts])]
+
+
+def _texts(names: str) -> list[str]:
+    """``"a,b,k=3,c"`` -> ["a", "b,k=3", "c"]."""
+    texts: list[str] = []
+    for part in (part.strip() for part in names.split(",")):
+        if "=" in part and texts:
+            texts[-1] += f",{part}"
+        elif part:
+            texts.append(part)
+    return texts
+
+
+def _mode(text: str) -> Mode:
+    if text in MODES:
+        return MODES[text]
+    mode = Mode(text, text, {"policy": text})
+    try:
+        policy = mode.policy()
+    except UserError as error:
+        raise UserError(f"--mode {text}: {error}") from None
+    if policy.reduces_patches:
+        raise UserError(
+            f"--mode {text}: chooses inside the vision tower, which this benchmark leaves out; `dynllava compare` times it"
+        )
+    return mode

@@ -34,9 +34,9 @@ def nocache(run: Run) -> None:
         prompts = run.subject.prompts(batch, max(run.lengths))
         prompts.calibrate()
         for length in run.lengths:
-            if run.has("nocache", batch=batch, length=length):
+            if run.has("nocache", run.parallel_modes, batch=batch, length=length):
                 continue
-            calls = {mode.name: partial(_uncached, run, prompts, mode, length) for mode in run.modes}
+            calls = {mode.name: partial(_uncached, run, prompts, mode, length) for mode in run.parallel_modes}
             times = interleaved(calls, run.device, max(run.repeats // 2, 2), run.warmup)
             _add(run, "nocache", batch, length, times)
         release(run.device)
@@ -62,9 +62,10 @@ def _uncached(run: Run, prompts: Prompts, mode: Mode, length: int) -> Any:
 def _add(run: Run, phase: str, batch: int, length: int, times: dict[str, list[float]]) -> None:
     shape = run.subject.shape
     exact = prefill_flops if phase == "prefill" else partial(uncached_step_flops, generated=length)
-    costs = {mode.name: exact(shape, run.subject.context(mode), batch=batch) for mode in run.modes}
+    modes = [mode for mode in run.modes if mode.name in times]
+    costs = {mode.name: exact(shape, run.subject.context(mode), batch=batch) for mode in modes}
     full = summary(times["full"])["median_s"]
-    for mode in run.modes:
+    for mode in modes:
         context = run.subject.context(mode)
         measured = summary(times[mode.name])
         run.add(

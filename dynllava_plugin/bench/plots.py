@@ -8,7 +8,7 @@ from typing import Any
 
 from dynllava_plugin.bench.modes import MODES
 
-COLORS = ("#33658a", "#f6ae2d", "#c1292e", "#55a630", "#7b2d8b")
+COLORS = ("#33658a", "#f6ae2d", "#c1292e", "#55a630", "#7b2d8b", "#8d5524", "#2a9d8f", "#6c757d")
 PANELS = (
     ("decode", "median_s", 1e3, "one step with cache [ms]"),
     ("nocache", "median_s", 1.0, "one step without cache [s]"),
@@ -33,7 +33,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
 def _curves(rows: list[dict[str, Any]], phase: str, field: str) -> dict[str, list[tuple[int, float]]]:
     """mode -> (generated tokens, value) points, for modes with two or more."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for mode in MODES:
+    for mode in dict.fromkeys([*MODES, *(row["mode"] for row in rows)]):
         points = sorted(
             (row["length"], row[field])
             for row in rows
@@ -51,14 +51,15 @@ def _draw(panels: list[Any], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    order = list(dict.fromkeys(mode for _, curves in panels for mode in curves))
     for axis, ((_, _, factor, label), curves) in zip(axes[0], panels, strict=True):
         for mode, points in curves.items():
-            color = COLORS[list(MODES).index(mode) % len(COLORS)]
+            color = COLORS[order.index(mode) % len(COLORS)]
             axis.plot(
                 *zip(*[(x, y * factor) for x, y in points], strict=True),
                 "o-",
                 color=color,
-                label=MODES[mode].title,
+                label=MODES[mode].title if mode in MODES else mode,
             )
         axis.set_xlabel("generated tokens")
         axis.set_ylabel(label)

@@ -61,9 +61,19 @@ class Run:
         print(describe(row), file=sys.stderr, flush=True)
         return row
 
-    def has(self, phase: str, **keys: Any) -> bool:
-        """Whether the rows of all modes are there already."""
-        return self.rows.has({"phase": phase, "mode": mode.name, **keys} for mode in self.modes)
+    @property
+    def parallel_modes(self) -> list[Mode]:
+        """The modes that can take many tokens at once, without a cache."""
+        return [mode for mode in self.modes if not mode.policy().sequential]
+
+    def modes_on(self, path: str) -> list[Mode]:
+        """The modes that can decode in the given way: what lets tokens go again has no static cache."""
+        return self.modes if path == "eager" else self.parallel_modes
+
+    def has(self, phase: str, modes: list[Mode] | None = None, **keys: Any) -> bool:
+        """Whether the rows of all of `modes` (None: of the run's) are there already."""
+        wanted = self.modes if modes is None else modes
+        return self.rows.has({"phase": phase, "mode": mode.name, **keys} for mode in wanted)
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -18,11 +18,11 @@ def score(run: Run) -> None:
     """Both ways for every mode and batch size, with the largest difference of a log-probability."""
     answer = ANSWER
     for batch in run.batches:
-        if run.has("score", batch=batch, length=answer):
+        if run.has("score", run.parallel_modes, batch=batch, length=answer):
             continue
         prompts = run.subject.prompts(batch, answer)
         prompts.calibrate()
-        for mode in run.modes:
+        for mode in run.parallel_modes:
             run.subject.switch(mode)
             ways = {"parallel": partial(in_one_pass, prompts), "serial": partial(token_by_token, prompts)}
             difference = (ways["parallel"]() - ways["serial"]()).abs().max()

@@ -13,6 +13,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.predictors import KEEP
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
@@ -66,6 +67,10 @@ class Subject:
         return mode.context(
             self.shape.layers, self.images, self.text, self.vision_keep_rate, self.text_keep_rate
         )
+
+    def policy(self, mode: Mode) -> Policy:
+        """The mode's policy at this benchmark's rate."""
+        return mode.policy(self.vision_keep_rate)
 
     def switch(self, mode: Mode) -> None:
         """Bring the model into a mode."""

@@ -83,6 +83,20 @@ class Policy:
         """See `TokenLayout`."""
         return getattr(self, "positions", "original") == "packed"
 
+    def kept_tokens(self, total: int) -> int:
+        """How many of an image's `total` tokens stay."""
+        return total
+
+    @property
+    def output_share(self) -> float | None:
+        """Share of the output tokens that stay as context; None where the text predictor decides it."""
+        return None if OUTPUT in self.predictors else 1.0
+
+    @property
+    def cache_share(self) -> float:
+        """Share of the tokens fed to the layers from the gate on that their KV cache holds."""
+        return 1.0
+
     @property
     def image_seed(self) -> int | None:
         """What an image's own seed is mixed with; None where nothing is left to chance."""

@@ -63,6 +63,20 @@ class Combined(Policy):
         """As the image policy's."""
         return self._image.packed_positions
 
+    def kept_tokens(self, total: int) -> int:
+        """As the image policy."""
+        return self._image.kept_tokens(total)
+
+    @property
+    def output_share(self) -> float | None:
+        """As the output policy's."""
+        return self._owner(OUTPUT).output_share
+
+    @property
+    def cache_share(self) -> float:
+        """As the cache policy's."""
+        return self._owner(CACHE).cache_share
+
     @property
     def image_seed(self) -> int | None:
         """As the image policy's."""

@@ -38,6 +38,11 @@ class H2O(Policy):
         """The cache's own."""
         return ("h2o", self.r)
 
+    @property
+    def cache_share(self) -> float:
+        """`r`."""
+        return self.r
+
     def new_cache(self, num_layers: int) -> HeavyHitterCache:
         """A cache that lets tokens go."""
         return HeavyHitterCache(num_layers, self.start_layer, self.r)

@@ -65,6 +65,11 @@ class RandomText(Policy):
     r: float = 0.5
     seed: int = 0
 
+    @property
+    def output_share(self) -> float:
+        """`r`."""
+        return self.r
+
     def keep_output(self, gate: Gate) -> Choice:
         """A function of the position alone, so that every way to decode draws alike."""
         score = uniform(gate.of_output(gate.position_ids.expand_as(gate.valid)), self.seed)

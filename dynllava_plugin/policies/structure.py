@@ -19,6 +19,11 @@ class Structure(Policy):
     layer: int = 2
     period: int = 2
 
+    @property
+    def output_share(self) -> float:
+        """Every other token."""
+        return 0.5
+
     def keep_output(self, gate: Gate) -> Choice:
         """By the position id, so that every way to decode keeps the same tokens."""
         return Choice(gate.of_output(gate.position_ids.expand_as(gate.valid)) % self.period == 0)
