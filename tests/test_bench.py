@@ -216,7 +216,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, monkeypatch):
         (["--shape", "huge"], "--shape: 'huge' is neither"),
         (["--shape", "2x256x4"], "--shape: 2x256x4 needs at least 3 layers"),
         (["--shape", "4x256x3"], "--shape: width 256 must be divisible"),
-        (["--mode", "half"], "--mode: half; choose from full"),
+        (["--mode", "half"], "--mode half: policy: unknown value .half."),
         (["--path", "fast"], "--path: fast; choose from eager"),
         (["--dtype", "int8"], "--dtype: 'int8' is not one of"),
         (["--device", "tpu"], "--device: 'tpu' is not a device"),
