@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -26,8 +25,7 @@ class _Stream:
     cache: SparseContextCache
     at: int = 0  # answer tokens fed
 
-    def window(self, run: Run) -> None:
-        run.subject.switch(self.mode)
+    def window(self) -> None:
         for _ in range(WINDOW):
             self.prompts.step(self.cache, self.at)
             self.at += 1
@@ -59,8 +57,10 @@ def decode(run: Run) -> None:
         for length in wanted:
             for stream in streams.values():
                 stream.advance(run, length)
-            calls = {key: partial(stream.window, run) for key, stream in streams.items()}
-            times = interleaved(calls, run.device, run.repeats, run.warmup)
+            calls = {key: stream.window for key, stream in streams.items()}
+            times = interleaved(
+                calls, run.device, run.repeats, run.warmup, before=lambda key: run.switch(key[0])
+            )
             _add(run, batch, length, streams, times)
         del streams, prompts
         release(run.device)
@@ -83,7 +83,7 @@ def batching(run: Run) -> None:
             prompts.calibrate()
             streams[batch] = _start(run, prompts, mode, run.paths[0])
             streams[batch].advance(run, length)
-        calls = {batch: partial(stream.window, run) for batch, stream in streams.items()}
+        calls = {batch: stream.window for batch, stream in streams.items()}
         times = interleaved(calls, run.device, run.repeats, run.warmup)
         single = summary(times[1])["median_s"]
         for batch, stream in streams.items():

@@ -55,6 +55,10 @@ class Run:
         compiling = {"fullgraph": True} if path == "compiled" else None
         return self.subject.model.new_cache("static", compiling)
 
+    def switch(self, name: str) -> None:
+        """Bring the model into the mode of this name."""
+        self.subject.switch(next(mode for mode in self.modes if mode.name == name))
+
     def add(self, **values: Any) -> dict[str, Any]:
         """Store a row and show it."""
         row = self.rows.add(**values)
