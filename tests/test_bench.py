@@ -131,7 +131,7 @@ def test_report(everything):
         and "126.9" not in text
         and "124.5" in text
     )
-    assert (folder / "4x256x4_cpu_batch3.png").stat().st_size > 10_000
+    assert (folder / "4x256x4_cpu_float32_batch3.png").stat().st_size > 10_000
     assert json.loads((folder / "machine.json").read_text())["cpu"]["host"]["cores"]
 
 
@@ -305,6 +305,36 @@ def test_full_context_is_always_there_to_compare_with():
     assert [mode.name for mode in modes_named("image_text")] == ["full", "image_text"]
     with pytest.raises(UserError):
         modes_named("")
+
+
+def test_a_list_of_modes_may_name_policies():
+    modes = modes_named("image_text,h2o,r=0.5,downsample,fastv+h2o,fastv.r=0.5")
+    assert [mode.name for mode in modes] == [
+        "full", "image_text", "h2o,r=0.5", "downsample", "fastv+h2o,fastv.r=0.5",
+    ]  # fmt: skip
+    for wrong, why in (("visionzip", "dynllava compare"), ("h2o,r=2", "r=2"), ("half", "choose one of")):
+        with pytest.raises(UserError, match=f"--mode {wrong}: .*{why}"):
+            modes_named(wrong)
+
+
+@pytest.mark.parametrize(
+    "policy", ["full", "image", "image_text", "fastv", "random", "downsample", "divprune", "h2o,r=0.5",
+               "fastv+h2o,fastv.r=0.5,h2o.r=0.25", "image+structure"]
+)  # fmt: skip
+@torch.inference_mode()
+def test_a_policys_context_is_what_its_cache_holds(subject, policy):
+    subject.text_keep_rate = 0.5
+    (mode,) = [mode for mode in modes_named(policy) if mode.name == policy]
+    prompts = subject.prompts(2, 40)
+    prompts.calibrate()
+    subject.switch(mode)
+    cache = subject.model.new_cache()
+    prompts.prefill(cache)
+    for length in (0, 40):
+        prompts.feed(cache, 0, length)
+        counted = cache_bytes(subject.shape, subject.context(mode), length, subject.itemsize, 2)
+        held = int(cache.kept_lengths().sum()) * subject.shape.kv_bytes(subject.itemsize)
+        assert held == pytest.approx(counted, rel=0.02)
 
 
 def test_markdown_of_no_rows_is_a_heading():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from dynllava_plugin.bench.modes import Mode
-from dynllava_plugin.bench.run import Run, against_full, held_bytes, kept_share, kind
+from dynllava_plugin.bench.run import Run, against_full, held_bytes, kept_share, kind, spaced
 from dynllava_plugin.bench.subject import Prompts
 from dynllava_plugin.bench.timing import interleaved, release, summary
 from dynllava_plugin.policies.base import OUTPUT
@@ -27,8 +26,7 @@ class _Stream:
     cache: SparseContextCache
     at: int = 0  # answer tokens fed
 
-    def window(self, run: Run) -> None:
-        run.subject.switch(self.mode)
+    def window(self) -> None:
         for _ in range(WINDOW):
             self.prompts.step(self.cache, self.at)
             self.at += 1
@@ -47,7 +45,7 @@ def steps_measured(run: Run) -> int:
 @torch.inference_mode()
 def decode(run: Run) -> None:
     """Steps of every mode and path, in turns, after each number of generated tokens."""
-    lengths = _spaced(run)
+    lengths = spaced(run.lengths, steps_measured(run))
     for batch in run.batches:
         wanted = [length for length in lengths if not _has(run, batch, length)]
         if not wanted:
@@ -62,8 +60,10 @@ def decode(run: Run) -> None:
         for length in wanted:
             for stream in streams.values():
                 stream.advance(run, length)
-            calls = {key: partial(stream.window, run) for key, stream in streams.items()}
-            times = interleaved(calls, run.device, run.repeats, run.warmup)
+            calls = {key: stream.window for key, stream in streams.items()}
+            times = interleaved(
+                calls, run.device, run.repeats, run.warmup, before=lambda key: run.switch(key[0])
+            )
             _add(run, batch, length, streams, times)
         del streams, prompts
         release(run.device)
@@ -80,13 +80,16 @@ def batching(run: Run) -> None:
     ):
         return
     for mode in run.modes_on(run.paths[0]):
+        batches = {
+            batch: run.subject.prompts(batch, length + steps_measured(run), mixed=batch > 1)
+            for batch in (1, largest)
+        }
+        batches[largest].calibrate()  # both are timed under one predictor
         streams = {}
-        for batch in (1, largest):
-            prompts = run.subject.prompts(batch, length + steps_measured(run), mixed=batch > 1)
-            prompts.calibrate()
+        for batch, prompts in batches.items():
             streams[batch] = _start(run, prompts, mode, run.paths[0])
             streams[batch].advance(run, length)
-        calls = {batch: partial(stream.window, run) for batch, stream in streams.items()}
+        calls = {batch: stream.window for batch, stream in streams.items()}
         times = interleaved(calls, run.device, run.repeats, run.warmup)
         single = summary(times[1])["median_s"]
         for batch, stream in streams.items():
@@ -96,15 +99,6 @@ def batching(run: Run) -> None:
                 length=length, **measured, tokens_per_s=batch / measured["median_s"],
                 speedup=batch * single / (measured["median_s"] * WINDOW),
             )  # fmt: skip
-
-
-def _spaced(run: Run) -> list[int]:
-    """The lengths, those left out that lie within the steps measured at the one before."""
-    lengths: list[int] = []
-    for length in sorted(run.lengths):
-        if not lengths or length >= lengths[-1] + steps_measured(run):
-            lengths.append(length)
-    return lengths
 
 
 def _has(run: Run, batch: int, length: int) -> bool:

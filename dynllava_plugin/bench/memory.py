@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.bench.modes import Mode
-from dynllava_plugin.bench.run import Run, held_bytes, kept_share
+from dynllava_plugin.bench.run import Run, held_bytes, kept_share, spaced
 from dynllava_plugin.bench.subject import Prompts, estimated_bytes
 from dynllava_plugin.bench.timing import free_bytes, release
 from dynllava_plugin.flops import cache_bytes
@@ -19,7 +19,7 @@ STEPS = GROWTH_STEP + 8  # so that a buffer grows while the peak is watched
 @torch.inference_mode()
 def memory(run: Run) -> None:
     """Every mode and batch size through prefill and decoding; what can't fit is a row, too."""
-    lengths = sorted(run.lengths)
+    lengths = spaced(run.lengths, STEPS)
     for batch in run.batches:
         if all(run.has("memory", batch=batch, length=length) for length in lengths):
             continue

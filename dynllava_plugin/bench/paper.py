@@ -26,10 +26,10 @@ def paper_figures() -> dict[tuple[str, str, str], float]:
 def views(rows: list[dict[str, Any]]) -> str:
     """Markdown: the layout of Tables 4 and 14 for every shape and device in `rows`, without columns that nothing was measured for."""
     parts = []
-    for shape, device in dict.fromkeys((row["shape"], row["device"]) for row in rows):
-        here = [row for row in rows if (row["shape"], row["device"]) == (shape, device)]
+    for about in dict.fromkeys((row["shape"], row["device"], row["dtype"]) for row in rows):
+        here = [row for row in rows if (row["shape"], row["device"], row["dtype"]) == about]
         batch = max((row["batch"] for row in here), default=1)
-        title = f"{shape} on {device}"
+        title = "{} on {}, {}".format(*about)
         parts.append(_table(f"As Table 4: {title}, batch {batch}", "4", _table_4(here, batch)))
         parts.append(_table(f"As Table 14: {title}, batch 1", "14", _table_14(here)))
     return "\n".join(part for part in parts if part)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, against_full
 from dynllava_plugin.bench.subject import Prompts
 from dynllava_plugin.bench.timing import interleaved, release, summary
@@ -21,8 +20,8 @@ def prefill(run: Run) -> None:
         if run.has("prefill", batch=batch):
             continue
         prompts = run.subject.prompts(batch, 1)
-        calls = {mode.name: partial(_prefill, run, prompts, mode) for mode in run.modes}
-        times = interleaved(calls, run.device, run.repeats, run.warmup)
+        calls = {mode.name: partial(_prefill, run, prompts) for mode in run.modes}
+        times = interleaved(calls, run.device, run.repeats, run.warmup, run.switch)
         _add(run, "prefill", batch, 0, times)
         release(run.device)
 
@@ -32,23 +31,22 @@ def nocache(run: Run) -> None:
     """One step without cache (the whole context again) after each number of generated tokens."""
     for batch in run.batches:
         prompts = run.subject.prompts(batch, max(run.lengths))
-        prompts.calibrate()
+        if max(run.lengths):
+            prompts.calibrate()
         for length in run.lengths:
             if run.has("nocache", run.parallel_modes, batch=batch, length=length):
                 continue
-            calls = {mode.name: partial(_uncached, run, prompts, mode, length) for mode in run.parallel_modes}
-            times = interleaved(calls, run.device, max(run.repeats // 2, 2), run.warmup)
+            calls = {mode.name: partial(_uncached, run, prompts, length) for mode in run.parallel_modes}
+            times = interleaved(calls, run.device, max(run.repeats // 2, 2), run.warmup, run.switch)
             _add(run, "nocache", batch, length, times)
         release(run.device)
 
 
-def _prefill(run: Run, prompts: Prompts, mode: Mode) -> Any:
-    run.subject.switch(mode)
+def _prefill(run: Run, prompts: Prompts) -> Any:
     return prompts.prefill(run.new_cache("eager"))
 
 
-def _uncached(run: Run, prompts: Prompts, mode: Mode, length: int) -> Any:
-    run.subject.switch(mode)
+def _uncached(run: Run, prompts: Prompts, length: int) -> Any:
     ids = torch.cat([prompts.ids, prompts.answers[:, :length]], 1)
     return run.subject.model(
         ids,

@@ -20,14 +20,18 @@ PANELS = (
 def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     """One PNG for every shape, device and batch size that has figures at two lengths or more."""
     groups = dict.fromkeys(
-        (row["shape"], row["device"], row["batch"]) for row in rows if row["phase"] != "load"
+        (row["shape"], row["device"], row["dtype"], row["batch"]) for row in rows if row["phase"] != "load"
     )
-    for shape, device, batch in groups:
-        here = [r for r in rows if (r["shape"], r["device"], r["batch"]) == (shape, device, batch)]
+    for shape, device, dtype, batch in groups:
+        here = [
+            r
+            for r in rows
+            if (r["shape"], r["device"], r["dtype"], r["batch"]) == (shape, device, dtype, batch)
+        ]
         panels = [(panel, curves) for panel in PANELS if (curves := _curves(here, panel[0], panel[1]))]
         if panels:
-            name = f"{shape}_{device}_batch{batch}.png".replace(" ", "_")
-            _draw(panels, f"{shape}, batch {batch}, {device}", folder / name)
+            name = f"{shape}_{device}_{dtype}_batch{batch}.png".replace(" ", "_")
+            _draw(panels, f"{shape}, batch {batch}, {device}, {dtype}", folder / name)
 
 
 def _curves(rows: list[dict[str, Any]], phase: str, field: str) -> dict[str, list[tuple[int, float]]]:

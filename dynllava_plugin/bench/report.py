@@ -12,6 +12,8 @@ import pandas as pd
 from dynllava_plugin.bench.paper import views
 from dynllava_plugin.bench.plots import draw
 from dynllava_plugin.bench.rows import COLUMNS, machine_file, read_rows
+from dynllava_plugin.bench.train_report import write_training_report
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.files import write_json, write_text
 
 # phase -> (title, columns of its table)
@@ -49,19 +51,22 @@ HEADINGS = {
 
 
 def report(paths: list[Path], folder: Path) -> None:
-    """One report over files of rows, each with its machine's description beside it.
+    """One report over files of rows, each with its machine's description beside it; `bench train`'s have one of their own.
 
     Raises
     ------
     UserError
         A file that isn't there or holds something else.
     """
-    rows = [row for path in paths for row in read_rows(path)]
-    machines = {}
-    for path in paths:
-        device = next((row["device"] for row in read_rows(path)), "cpu")
-        described = machine_file(path)
-        machines[device] = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else None
+    rows = [row for path in paths for row in read_rows(path, ("phase", "batch", "length"))]
+    machines = _machines(paths)
+    if all("implementation" in row for row in rows):
+        write_training_report(rows, machines, folder)
+        return
+    if any("mode" not in row for row in rows):
+        raise UserError(
+            "report: rows of `bench train` and of other phases don't go into one table; name them apart"
+        )
     table = pd.DataFrame(rows, columns=[name for name in COLUMNS if any(name in row for row in rows)])
     write_text(folder / "table.csv", table.to_csv(index=False))
     write_text(folder / "table.md", markdown(rows))
@@ -70,6 +75,17 @@ def report(paths: list[Path], folder: Path) -> None:
         draw(rows, folder)
     except ImportError:
         print("no plots: matplotlib isn't installed", file=sys.stderr)
+
+
+def _machines(paths: list[Path]) -> dict[str, Any]:
+    """Device -> its description; a second machine with a device of that name goes by its file's name, too."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        device = next((row["device"] for row in read_rows(path, ("device",))), "cpu")
+        described = machine_file(path)
+        facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else None
+        found[device if found.get(device, facts) == facts else f"{device} ({path.stem})"] = facts
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -55,6 +55,10 @@ class Run:
         compiling = {"fullgraph": True} if path == "compiled" else None
         return self.subject.model.new_cache("static", compiling)
 
+    def switch(self, name: str) -> None:
+        """Bring the model into the mode of this name."""
+        self.subject.switch(next(mode for mode in self.modes if mode.name == name))
+
     def add(self, **values: Any) -> dict[str, Any]:
         """Store a row and show it."""
         row = self.rows.add(**values)
@@ -74,6 +78,15 @@ class Run:
         """Whether the rows of all of `modes` (None: of the run's) are there already."""
         wanted = self.modes if modes is None else modes
         return self.rows.has({"phase": phase, "mode": mode.name, **keys} for mode in wanted)
+
+
+def spaced(lengths: list[int], steps: int) -> list[int]:
+    """The lengths in order, without those that lie within the `steps` fed while the one before is measured."""
+    found: list[int] = []
+    for length in sorted(lengths):
+        if not found or length >= found[-1] + steps:
+            found.append(length)
+    return found
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -139,7 +139,7 @@ class Prompts:
 
     @torch.no_grad()
     def calibrate(self) -> float:
-        """Set the output predictor's bias so that exactly the asked share of these answers is kept; returns the share.
+        """Set the output predictor's bias so that the asked share of these answers is kept (bf16 rounds it); returns the share.
 
         Layers before l see every token, so what enters the predictor doesn't depend on what it decides.
         """
@@ -156,7 +156,7 @@ class Prompts:
             hidden = hidden[:, self.width - self.lengths[row] :]
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             rotary = llm.rotary_emb(hidden, position_ids=positions)
-            for layer in llm.layers[: llm.sparse_layer]:
+            for layer in llm.layers[: self.subject.model.config.text_config.sparsity.sparse_layer]:
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
             logits = predictor(hidden[:, self.lengths[row] :]).float()
             scores.append(logits[..., KEEP] - logits[..., 1 - KEEP])

@@ -39,27 +39,37 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):  # events are recorded on the current device's stream
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(
-    calls: Mapping[Key, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 1
+    calls: Mapping[Key, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 1,
+    before: Callable[[Key], None] = lambda key: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of each call, `repeats` times, the calls taking turns so that a slow minute slows all of them."""
-    for call in calls.values():
+    """Seconds of each call, `repeats` times, the calls taking turns so that a slow minute slows all of them.
+
+    `before(key)` makes ready for a call and isn't timed.
+    """
+    for key, call in calls.items():
         for _ in range(warmup):
+            before(key)
             call()
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
     for turn in range(repeats):
         # Each goes first in its turn: what the one before leaves in the caches is nobody's lasting advantage.
         for key in order[turn % len(order) :] + order[: turn % len(order)]:
+            before(key)
             times[key].append(seconds(calls[key], device))
     return times
 

@@ -150,10 +150,10 @@ def run_train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted: the rows so far are kept", file=sys.stderr)
         status = 130
-    if args.output:
-        from dynllava_plugin.bench.train_report import write_report
+    if args.output and path:
+        from dynllava_plugin.bench.report import report
 
-        write_report(rows.rows, args.output)
+        report([path], args.output)
     elif path is None:
         import json
 

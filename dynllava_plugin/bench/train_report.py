@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dynllava_plugin.evaluation.files import write_json, write_text
-from dynllava_plugin.evaluation.records import host, versions
 
 NAMES = {"plain": "full matrix", "ours": "ours", "sdpa": "SDPA, causal, no masks"}
 COLORS = {"plain": "#b23a48", "ours": "#33658a", "sdpa": "#8a8a8a"}
@@ -17,14 +17,17 @@ KEPT = {"paper": "paper's rates", "all": "all"}
 NOT_MEASURED = "A CUDA GPU: not measured.\n"
 
 
-def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write the four files; each appears whole or not at all."""
+def write_training_report(rows: list[dict[str, Any]], machines: dict[str, Any], folder: Path) -> None:
+    """Write the four files, `machines` (device -> description) as machine.json; each appears whole or not at all."""
     table = pd.DataFrame(rows)
     write_text(folder / "table.csv", table.to_csv(index=False))
     write_text(folder / "table.md", markdown(rows))
-    write_json(folder / "machine.json", {"host": host(), "versions": versions()})
+    write_json(folder / "machine.json", machines)
     if "phase" in table and (table["phase"] == "attention").any():
-        draw(table[table["phase"] == "attention"], folder / "chart.png")
+        try:
+            draw(table[table["phase"] == "attention"], folder / "chart.png")
+        except ImportError:
+            print("no chart: matplotlib isn't installed", file=sys.stderr)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

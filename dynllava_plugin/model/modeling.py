@@ -438,7 +438,11 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             features = reduce_images(policy, features, layout, question)
         if policy.image_seed is not None:
             layout.image_seeds = [_image_seed(image, policy.image_seed) for image in features]
-        return inputs_embeds.masked_scatter(image_mask[..., None], features)
+        if stands_in:
+            return inputs_embeds.masked_scatter(image_mask[..., None], features)
+        embeds = inputs_embeds.clone()
+        embeds[image_mask] = features.reshape(places, -1)  # on a CPU much faster than masked_scatter
+        return embeds
 
     @staticmethod
     def _mark_output(
