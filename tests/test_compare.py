@@ -68,7 +68,8 @@ def test_subjects_are_policies_at_shares():
     ]  # fmt: skip
     assert found[1].of(SETTINGS).kept_tokens(64) == 25
     everything = subjects(DEFAULT_POLICIES, [0.4, 0.2, 0.1], SETTINGS, 6)
-    assert len(everything) == 1 + 3 * (len(DEFAULT_POLICIES) - 1)
+    assert len(everything) == 1 + 3 * (len(DEFAULT_POLICIES) - 1) + 1  # PruMerge+ by its own rule as well
+    assert [s.policy for s in everything if s.keep is None] == ["full", "prumerge+"]
     assert {part for subject in everything for part in POLICIES if part in subject.name} >= set(POLICIES) - {
         "text", "random_text", "structure",
     }  # fmt: skip

@@ -66,6 +66,21 @@ def test_counts(engine: Engine, requests: list[Request]) -> None:
     assert all(answer.generated_tokens <= 12 for answer in sparse)
 
 
+def test_counts_of_named_policies(engine: Engine, requests: list[Request]) -> None:
+    """A mode and the policy of its name cost the same; where the cache lets tokens go, what came in is counted."""
+    engine.model.set_sparsity(mode="image_text", policy=None, policy_args={}, vision_keep_rate=0.2)
+    by_mode = engine.generate(requests[:2], SHORT)
+    engine.model.set_sparsity(policy="image_text")
+    assert engine.generate(requests[:2], SHORT) == by_mode and by_mode[0].cost is not None
+    engine.model.set_sparsity(policy="h2o", r=0.1)
+    (let_go,) = engine.generate(requests[:1], SHORT)
+    assert let_go.kept_image_tokens == let_go.image_tokens and let_go.kept_tokens is None and let_go.cost is None
+    engine.model.set_sparsity(policy="fastv+h2o,keep=0.5,h2o.r=0.1")
+    (both,) = engine.generate(requests[:1], SHORT)
+    assert both.kept_image_tokens == both.image_tokens // 2
+    engine.model.set_sparsity(policy=None, policy_args={})
+
+
 def test_beams_have_no_single_history(engine: Engine, requests: list[Request]) -> None:
     answer = engine.generate(requests[:1], Generation.from_task({"max_new_tokens": 4, "num_beams": 2}))[0]
     assert answer.kept_tokens is None and answer.kept_image_tokens is None

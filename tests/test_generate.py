@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.static_decoding import StaticCache
 from tests.tiny_random import EOS, batch_of, random_model, random_sample
 
 MODEL = random_model()
@@ -168,3 +170,56 @@ def test_logits_of_few_tokens_are_those_of_the_output_matrix(tokens):
     with torch.no_grad():
         torch.testing.assert_close(MODEL._logits(hidden), MODEL.lm_head(hidden), rtol=1e-5, atol=1e-5)
         assert MODEL._logits(hidden).is_contiguous()
+
+
+def test_images_of_a_later_turn_count_encoded_or_as_pixels(batch):
+    """Features that `generate` has encoded already are images as much as pixels are, behind a cache, too."""
+    rng = random.Random(3)
+    first, second = random_sample(rng, 1, 4), random_sample(rng, 1, 4)
+    chunk, logits = torch.tensor([second.ids]), []
+    encoded = MODEL.get_image_features(pixel_values=second.images, return_dict=True)
+    for images in ({"pixel_values": second.images}, {"mm_encoder_outputs": {"image": encoded}}, {}):
+        with torch.no_grad():
+            cache = MODEL(**batch_of([first]), use_cache=True).past_key_values
+            mask = torch.ones(1, cache.get_seq_length() + chunk.shape[1], dtype=torch.int64)
+            length = mask.shape[1]
+            out = MODEL(chunk, attention_mask=mask, past_key_values=cache, prompt_length=length, **images)
+            logits.append(out.logits[0, -1])
+    torch.testing.assert_close(logits[0], logits[1])
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["full", "image", "image_text"])
+def test_the_last_token_of_a_right_padded_batch(mode):
+    """`logits_to_keep=1` is the last real token's, on whichever side the padding is."""
+    model = random_model(mode=mode)
+    rng = random.Random(8)
+    samples = [random_sample(rng, images, text) for images, text in ((0, 3), (0, 9), (0, 5))]
+    if mode != "full":
+        samples = [random_sample(rng, images, text) for images, text in ((1, 3), (2, 8), (0, 5))]
+    with torch.no_grad():
+        left, right = (model(**batch_of(samples, left=side), logits_to_keep=1).logits[:, -1] for side in (True, False))
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_token_has_no_score_in_a_batch_either():
+    rng = random.Random(4)
+    samples = [random_sample(rng, 0, text) for text in (3, 8)]
+    batch = batch_of(samples)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    together = MODEL.score(**batch, labels=labels)
+    alone = batch_of(samples[:1])
+    single = MODEL.score(**alone, labels=alone["input_ids"])
+    torch.testing.assert_close(together[:1, -single.shape[1] :], single, rtol=1e-4, atol=1e-4)
+    assert float(single[0, 0]) == 0 and float(single[0, 1]) != 0
+
+
+def test_a_generation_config_may_ask_for_the_static_cache(batch):
+    config = copy.deepcopy(MODEL.generation_config)
+    config.cache_implementation = "static"
+    config.max_new_tokens, config.do_sample = 5, False
+    out = MODEL.generate(**batch, generation_config=config, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, StaticCache) and config.cache_implementation == "static"
+    assert torch.equal(out.sequences, MODEL.generate(**batch, do_sample=False, max_new_tokens=5))
+    with pytest.raises(UserError, match="cache_implementation: past_key_values is given"):
+        MODEL.generate(**batch, cache_implementation="static", past_key_values=MODEL.new_cache())

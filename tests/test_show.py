@@ -43,6 +43,20 @@ def explained(tiny: tuple[Any, Any], picture: Path, policy: str, tokens: int = 7
     return explain(*tiny, picture, QUESTION, max_new_tokens=tokens)
 
 
+def test_equivalent_tokens_where_the_cache_lets_tokens_go(tiny: tuple[Any, Any], picture: Path) -> None:
+    """What enters the layers behind the decision counts, not what the cache holds in the end."""
+    alone = explained(tiny, picture, "fastv,k=2,keep=0.25").equivalent_tokens
+    assert explained(tiny, picture, "fastv+h2o,k=2,keep=0.25,h2o.r=0.3").equivalent_tokens == alone < 64
+    assert explained(tiny, picture, "h2o,r=0.3").equivalent_tokens == 64
+
+
+def test_dropped_words_under_two_policies(tiny: tuple[Any, Any], picture: Path) -> None:
+    """Words that never entered the cache are grey, whatever it lets go of the others."""
+    words = explained(tiny, picture, "structure").text_keep
+    both = explained(tiny, picture, "h2o+structure,r=1.0")
+    assert not words.all() and np.array_equal(both.text_keep, words)
+
+
 @pytest.mark.parametrize(
     "policy", ["full", "fastv,k=2,keep=0.25", "visionzip,n=9", "image+structure", "h2o,r=0.4"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -136,3 +137,29 @@ def test_a_static_cache_keeps_its_tensors_between_growths():
             model(answers[:, column : column + 1], past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.addresses() == before and len(before) == 2 + 2 * 5
+
+
+def test_a_copied_cache_goes_its_own_way():
+    """A step made over one cache's buffers is none of its copy's."""
+    model, batch = MODELS["image_text"], mixed_batch(2, [(1, 4), (1, 7)])
+    answers = torch.randint(3, 80, (2, 6), generator=torch.Generator().manual_seed(2))
+    cache = model.new_cache("static")
+    decode(model, batch, answers[:, :3], cache)
+    lengths, twin = cache.kept_lengths(), copy.deepcopy(cache)
+    with torch.no_grad():
+        model(answers[:, 3:4], past_key_values=twin)
+    assert torch.equal(cache.kept_lengths(), lengths) and twin.get_seq_length() == cache.get_seq_length() + 1
+    expected = decode(model, batch, answers, model.new_cache())[:, -1]
+    with torch.no_grad():
+        for column in (4, 5):
+            out = model(answers[:, column : column + 1], past_key_values=twin)
+    torch.testing.assert_close(out.logits[:, -1], expected, **CLOSE)
+
+
+def test_a_static_cache_made_under_another_policy_is_refused():
+    model, batch = random_model(mode="image"), mixed_batch(2, [(1, 4)])
+    cache = model.new_cache("static")
+    decode(model, batch, torch.tensor([[5, 6]]), cache)
+    model.set_sparsity(sparse_layer=3)
+    with pytest.raises(UserError, match="made for sparse_layer=2, the model has 3"):
+        model(torch.tensor([[7]]), past_key_values=cache)

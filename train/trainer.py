@@ -164,8 +164,9 @@ class DynamicLlavaTrainer(Trainer):
                 raise UserError(
                     "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
                 )
-            for method in ("score", "get_image_features"):
-                register_fsdp_forward_method(self.dynamic, method)
+            for method in ("score_details", "get_image_features"):
+                if method not in vars(self.dynamic):
+                    register_fsdp_forward_method(self.dynamic, method)
         with self.measures.paused():
             metrics = self.evaluation.measure(self.dynamic, self.processing_class, self.accelerator, sharded)
         self.log(dict(metrics))

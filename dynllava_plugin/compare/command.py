@@ -64,9 +64,13 @@ def run(args: argparse.Namespace) -> int:
     config = engine.model.config
     wanted = subjects(args.policies, args.keep, config.sparsity, config.text_config.num_hidden_layers)
     tasks = task_names(args.tasks)
-    store = Store(
-        args.output / "runs", {"checkpoint": _fingerprint(engine, settings), "dtype": str(engine.model.dtype)}
-    )
+    made_from = {
+        "checkpoint": _fingerprint(engine, settings),
+        "dtype": str(engine.model.dtype),
+        "device": str(engine.model.device),
+        "attention": config.text_config._attn_implementation,
+    }
+    store = Store(args.output / "runs", made_from)
     harness = Harness(tasks, args.limit)
     base = config.sparsity
     for number, subject in enumerate(wanted, 1):

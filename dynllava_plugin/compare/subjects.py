@@ -8,7 +8,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy, policy_of
-from dynllava_plugin.policies.registry import arguments_of, check_policy, describe, parse_policy
+from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_policy, describe, parse_policy
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 # Without --policies: every way to have fewer image tokens.
@@ -52,6 +52,8 @@ def subjects(
 ) -> list[Subject]:
     """Every policy at every share; one whose text names a budget, or that has none, only as it is.
 
+    A policy that finds its number of tokens by a rule of its own is there by that rule, too.
+
     Raises
     ------
     UserError
@@ -64,9 +66,9 @@ def subjects(
     for text in policies:
         name, arguments = parse_policy(text)
         key = _budget(name, arguments)
-        if key is None:
+        if key is None or _has_own_rule(name):
             found.append(Subject(text, None, text))
-        else:
+        if key is not None:
             found += [Subject(text, keep, describe(name, {**arguments, key: keep})) for keep in keeps]
     for subject in found:
         check_policy(subject.settings(sparsity), num_layers)
@@ -75,6 +77,10 @@ def subjects(
     if twice:
         raise UserError(f"--policies: {twice[0]} is named twice")
     return found
+
+
+def _has_own_rule(name: str) -> bool:
+    return name in POLICIES and POLICIES[name].own_budget
 
 
 def _budget(name: str, arguments: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from dynllava_plugin.evaluation.prefetch import Preparation, Prepared
 from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
+from dynllava_plugin.policies import Policy
 
 DEFAULT_BATCH_SIZE = 8
 # A window is sorted by length and by image, decoded while the one before it is answered.
@@ -175,10 +177,15 @@ class Engine:
         total = self._token_count(text)
         return [(self._token_count(text[:s]) - total, self._token_count(text[:e]) - total) for s, e in spans]
 
+    @property
+    def _policy(self) -> Policy:
+        return self.model.model.language_model.policy
+
     def _cost(self, dense: int, sparse: int, keep: list[bool]) -> OutputCost | None:
-        """As `output_cost`; None under a policy whose cache isn't split at layer l for good."""
-        policy = getattr(self.model.config.sparsity, "policy", None)
-        return None if policy else output_cost(self.decoder, dense, sparse, keep)
+        """As `output_cost`; None under a policy whose cache isn't split at one layer for good."""
+        if self._policy.sequential or self._policy.at_input:
+            return None
+        return output_cost(replace(self.decoder, sparse_layer=self._policy.gate_layer), dense, sparse, keep)
 
     def _earlier_answers(self, ids: torch.Tensor, batch: list[Prepared]) -> torch.Tensor | None:
         """bool [B, L] of the prompts' own output text; None where no prompt has any."""
@@ -221,15 +228,17 @@ class Engine:
         for row, text in enumerate(texts):
             count = int(counts[row])
             kept_image = cached = kept = cost = None
-            if histories is not None:
+            if self._policy.sequential:
+                # Its cache lets tokens go, prompt and output alike: lengths don't tell what came in.
+                noted = output.past_key_values.images_kept if histories is not None else None
+                kept_image = image_tokens[row] if noted is None else int(noted[row])
+            elif histories is not None:
                 cached = count - 1
                 history = histories[row]
                 keep = history.keep[:cached]  # the rest is padding of the batch behind the sample's end
                 kept = sum(keep)
                 dropped_image = prompt_tokens[row] - history.context - history.dropped_answers
-                # Where the cache lets prompt tokens go later, its length no longer tells.
-                noted = output.past_key_values.images_kept
-                kept_image = image_tokens[row] - dropped_image if noted is None else int(noted[row])
+                kept_image = image_tokens[row] - dropped_image
                 cost = self._cost(prompt_tokens[row], history.context, keep)
             answers.append(
                 Answer(

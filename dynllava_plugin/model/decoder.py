@@ -191,7 +191,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         if columns is not None and decision.text_keep is not None:
             decision.text_keep = _at_columns(decision.text_keep, columns, length)[:, given.output_start :]
         keep, present = decision.keep, self._present(decision, valid, layout, last_only)
-        token_index, gathered = self._token_index(present, valid, seen)
+        token_index, gathered = self._token_index(present, valid, seen, last_only)
         if gathered:
             hidden, position_ids = _gather(hidden, token_index), _gather(position_ids, token_index)
             valid = token_index >= 0
@@ -328,6 +328,12 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             if not wanted and policy.sequential:
                 raise UserError(f"use_cache: {policy.name} decides what leaves the KV cache, so it needs one")
             return policy.new_cache(self.config.num_hidden_layers) if wanted and not self.training else None
+        self.check_cache(cache)
+        return cache
+
+    def check_cache(self, cache: Any) -> None:
+        """`UserError` for a cache of another kind or made under another policy."""
+        policy = self.policy
         if not isinstance(cache, SparseContextCache):
             raise UserError(
                 f"past_key_values: {type(cache).__name__} can't hold a different context per layer; pass none, or model.new_cache()"
@@ -338,7 +344,6 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             )
         if cache.rule != policy.cache_rule:
             raise UserError(f"past_key_values: made for another policy than {policy.name}; start a new one")
-        return cache
 
     @staticmethod
     def _valid_columns(
@@ -404,11 +409,18 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         return decision.keep | (columns == last)
 
     @staticmethod
-    def _token_index(present: torch.Tensor, valid: torch.Tensor, seen: int) -> tuple[torch.Tensor, bool]:
-        """(int64 [B, L'] input columns of the present tokens packed to the right, -1 before; whether that differs from the input)."""
+    def _token_index(
+        present: torch.Tensor, valid: torch.Tensor, seen: int, last_only: bool = False
+    ) -> tuple[torch.Tensor, bool]:
+        """(int64 [B, L'] input columns of the present tokens packed to the right, -1 before; whether that differs from the input).
+
+        With `last_only` every sample's last token ends up in the last column, on whichever side its padding is.
+        """
         batch, length = present.shape
         columns = torch.arange(length, device=present.device).expand(batch, -1)
-        if (seen and length == 1) or bool((present == valid).all()):
+        if (seen and length == 1) or bool(
+            (present == valid).all() and (not last_only or valid[:, -1].all())
+        ):
             return torch.where(valid, columns, -1), False
         order, counts = packing_order(present)
         width = order.shape[1]

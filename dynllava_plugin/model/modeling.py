@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -132,8 +133,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length.
         """
-        if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
-            mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
+        if past_key_values is not None:
+            self._llm.check_cache(past_key_values)
+            if past_key_values.get_seq_length() > 0 and input_ids is not None and input_ids.shape[1] == 1:
+                mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
         if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
             return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
         layout = TokenLayout()
@@ -198,6 +201,12 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         generation_config = kwargs.get("generation_config") or self.generation_config
         use_cache = kwargs.get("use_cache", generation_config.use_cache)
         implementation = kwargs.pop("cache_implementation", None)
+        if implementation is None and generation_config.cache_implementation is not None:
+            implementation = generation_config.cache_implementation
+            kwargs["generation_config"] = copy.deepcopy(generation_config)
+            kwargs["generation_config"].cache_implementation = None  # the cache is made here, not by transformers
+        if implementation is not None and kwargs.get("past_key_values") is not None:
+            raise UserError("cache_implementation: past_key_values is given, whose kind is settled; leave one out")
         if use_cache is not False and kwargs.get("past_key_values") is None:
             compiling = kwargs.pop("compile_config", None)
             kwargs["past_key_values"] = self.new_cache(
@@ -379,6 +388,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _check_policy(self, labels: torch.Tensor | None) -> None:
         policy = self._llm.policy
+        if self.training and self.config.sparsity.image_policy != "learned":
+            raise UserError("image_policy: chance can't be trained; choose image_policy='learned'")
         if self.training and self.config.sparsity.policy is not None:
             raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
         if not self.training and labels is not None and policy.sequential:
@@ -503,7 +514,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 def _labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
     """[B, L] labels -> [B, L'] labels of the tokens that are still there."""
-    return labels.gather(1, token_index.clamp(min=0)).masked_fill(token_index < 0, IGNORE_INDEX)
+    nothing_before = torch.nn.functional.pad(token_index[:, :-1] < 0, (1, 0))  # what padding "predicts" is no loss
+    return labels.gather(1, token_index.clamp(min=0)).masked_fill(
+        (token_index < 0) | nothing_before, IGNORE_INDEX
+    )
 
 
 def _image_seed(features: torch.Tensor, seed: int) -> int:

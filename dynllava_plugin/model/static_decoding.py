@@ -7,6 +7,7 @@ a buffer has to grow; elsewhere it runs as it is. With `compile_options` it goes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,14 @@ class StaticCache(SparseContextCache):
         self.note(1, keep)
         return logits, keep
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaticCache:
+        """Copies what is held; a captured or compiled step belongs to the buffers it was made over."""
+        memo[id(self)] = new = copy.copy(self)
+        for name, value in vars(self).items():
+            of_this_one = name in ("_step", "_settings", "_graph")
+            setattr(new, name, None if of_this_one else copy.deepcopy(value, memo))
+        return new
+
     def _pin_addresses(self) -> None:
         """Tell `torch.compile` that the buffers it writes stay where they are, as its own graphs ask for."""
         for tensor in self.tensors():
@@ -82,18 +91,20 @@ class _Graph:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         lengths = [track.lengths for track in (cache.dense, cache.sparse) if track.lengths is not None]
         before = [length.clone() for length in lengths]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries set themselves up, which a capture may not do
-                step(*self.inputs)
-                # What a trial step wrote lies behind the lengths again.
-                for length, value in zip(lengths, before, strict=True):
-                    length.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits, self.keep = step(*self.inputs)
+        self.device = inputs[0].device
+        with torch.cuda.device(self.device):  # a capture is of the current device's streams
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries set themselves up, which a capture may not do
+                    step(*self.inputs)
+                    # What a trial step wrote lies behind the lengths again.
+                    for length, value in zip(lengths, before, strict=True):
+                        length.copy_(value)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.logits, self.keep = step(*self.inputs)
         self.addresses = cache.addresses()
 
     def fits(self, cache: StaticCache, inputs: tuple[torch.Tensor, ...]) -> bool:
@@ -102,7 +113,8 @@ class _Graph:
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the captured step for other tokens."""
-        for static, given in zip(self.inputs, inputs, strict=True):
-            static.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            for static, given in zip(self.inputs, inputs, strict=True):
+                static.copy_(given)
+            self.graph.replay()
         return self.logits, self.keep

@@ -21,8 +21,8 @@ class Structure(Policy):
 
     @property
     def output_share(self) -> float:
-        """Every other token."""
-        return 0.5
+        """Of a long answer."""
+        return 1 / self.period
 
     def keep_output(self, gate: Gate) -> Choice:
         """By the position id, so that every way to decode keeps the same tokens."""

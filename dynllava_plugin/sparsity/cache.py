@@ -85,7 +85,12 @@ class RaggedLayer(CacheLayerMixin):
         """Copies what is held, not the address space behind it."""
         memo[id(self)] = new = copy.copy(self)
         for name, value in vars(self).items():
-            held = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value, memo)
+            # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
+            held = (
+                value.clone(memory_format=torch.contiguous_format)
+                if isinstance(value, torch.Tensor)
+                else copy.deepcopy(value, memo)
+            )
             setattr(new, name, held)
         return new
 
@@ -210,9 +215,9 @@ class SparseContextCache(Cache):
             length for length in (self.dense.lengths, self.sparse.lengths) if length is not None
         ] + buffers
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where `tensors` lie; another answer ends a captured step's life."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors())
+    def addresses(self) -> tuple[tuple[int, torch.Size], ...]:
+        """Where `tensors` lie, and their shapes; another answer ends a captured step's life."""
+        return tuple((tensor.data_ptr(), tensor.shape) for tensor in self.tensors())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns processed so far, padding included; `kept_lengths` tells what is held."""

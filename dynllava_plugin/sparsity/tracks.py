@@ -138,10 +138,8 @@ class StaticTrack(ContextTrack):
 
     def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
         """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
-        first = self.lengths is None
         mask = super().begin(keep)
-        if first:
-            self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return mask
 
     def reserve_step(self) -> bool:

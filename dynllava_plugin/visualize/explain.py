@@ -99,11 +99,11 @@ def explain(
     side = round(places**0.5)
     if side * side != places:
         raise UserError(f"image: {places} image tokens are not a square grid, which is all that can be drawn")
-    kept = int(decisions["image_keep"].sum()) if not policy.sequential else None
+    kept = int(decisions.pop("entered")) if "entered" in decisions else int(decisions["image_keep"].sum())
     counts = {
         "prompt_tokens": width,
         "image_tokens": places,
-        "kept_image_tokens": places if kept is None else kept,
+        "kept_image_tokens": kept,
     }
     return Explanation(
         policy=policy_name or policy.name,
@@ -148,13 +148,17 @@ def _held(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, An
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     entered = out.token_index[0]  # the prompt's tokens that entered the sparse layers, by column
     order = entered[entered >= 0].tolist()
+    is_image = (inputs["input_ids"][0] == model.config.image_token_id).cpu().numpy()
+    image_places = int(is_image.sum()) if out.image_keep is None else int(out.image_keep.sum())
     mask = inputs["attention_mask"]
     width = mask.shape[1]
-    for token in answer[:-1]:
+    columns = order
+    for step, token in enumerate(answer[:-1]):
         mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
         ids = torch.tensor([[token]], device=model.device)
         out = model(ids, attention_mask=mask, past_key_values=out.past_key_values, logits_to_keep=1)
-    columns = order + list(range(width, width + len(answer) - 1))
+        if out.text_keep is None or bool(out.text_keep[0, -1]):
+            columns.append(width + step)
     share = np.zeros(width + len(answer), dtype=np.float32)
     heads = 0
     for layer in out.past_key_values.layers:
@@ -164,11 +168,13 @@ def _held(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, An
                 share[[columns[number] for number in head]] += 1
                 heads += 1
     share /= max(heads, 1)
-    is_image = (inputs["input_ids"][0] == model.config.image_token_id).cpu().numpy()
     image, text = share[:width][is_image], share[width:]
     if len(text):
         text[-1] = 1.0
-    return {"image_keep": image >= 0.5, "image_score": image, "text_keep": text >= 0.5, "text_score": text}
+    return {
+        "image_keep": image >= 0.5, "image_score": image, "text_keep": text >= 0.5, "text_score": text,
+        "entered": image_places,
+    }  # fmt: skip
 
 
 def _without_end(ids: list[int], model: Any, processor: Any) -> list[int]:
