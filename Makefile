@@ -64,9 +64,8 @@ CHECKPOINT ?= results/demo_work/dynamic_tiny
 LIMIT ?= 2000
 policies: setup
 	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa easy_vqa_scenes
-	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe \
-		--policies full image,keep=0.5 image_text,keep=0.5 image+random_text,image.keep=0.5,random_text.r=0.5 \
-		image+structure,keep=0.5 h2o,r=0.5 fastv+h2o,fastv.r=0.5,h2o.r=0.5
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe --keep 0.5 \
+		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
 test: setup
 	$(PY) -m pytest

@@ -103,19 +103,19 @@ def test_tasks_by_either_name():
 
 def context(policy: str, kept: float):
     made = policy_of(SparsityConfig(policy=policy, policy_args={}))
-    return context_of(made, 40, 24, kept, 6)
+    return context_of(made, 6, 24, kept, 16, 0.25)
 
 
 def test_contexts_say_where_tokens_go():
-    assert (context("full", 24).split, context("full", 24).kept_images) == (6, 24)
-    assert (context("fastv", 5).split, context("fastv", 5).kept_images, context("fastv", 5).text) == (
-        3,
-        5,
-        16,
-    )
-    assert context("divprune", 5).split == 0 and not context("divprune", 5).image_predictor
-    assert context("image_text", 5).image_predictor and context("image_text", 5).text_predictor
-    assert context("h2o", 24).split == 6  # the prompt is attended whole
+    full, fastv, divprune = context("full", 24), context("fastv", 5), context("divprune", 5)
+    assert (full.split, full.kept_images, full.text_keep) == (6, 24, 1.0)
+    assert (fastv.split, fastv.images, fastv.kept_images, fastv.text) == (3, 24, 5, 16)
+    assert divprune.held(6, 0) == 6 * 21 and not divprune.image_predictor
+    learned = context("image_text", 5)
+    assert learned.image_predictor and learned.text_predictor and learned.text_keep == 0.25
+    assert context("structure", 24).text_keep == context("random_text", 24).text_keep == 0.5
+    h2o = context("h2o", 24)  # the prompt is attended whole, half of it is held
+    assert (h2o.split, h2o.kept_images, h2o.held(6, 0)) == (2, 24, 2 * 40 + 4 * 20)
 
 
 def test_cache_bytes_counts_what_is_held():

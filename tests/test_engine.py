@@ -74,7 +74,9 @@ def test_counts_of_named_policies(engine: Engine, requests: list[Request]) -> No
     assert engine.generate(requests[:2], SHORT) == by_mode and by_mode[0].cost is not None
     engine.model.set_sparsity(policy="h2o", r=0.1)
     (let_go,) = engine.generate(requests[:1], SHORT)
-    assert let_go.kept_image_tokens == let_go.image_tokens and let_go.kept_tokens is None and let_go.cost is None
+    assert (
+        let_go.kept_image_tokens == let_go.image_tokens and let_go.kept_tokens is None and let_go.cost is None
+    )
     engine.model.set_sparsity(policy="fastv+h2o,keep=0.5,h2o.r=0.1")
     (both,) = engine.generate(requests[:1], SHORT)
     assert both.kept_image_tokens == both.image_tokens // 2

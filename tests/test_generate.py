@@ -198,7 +198,9 @@ def test_the_last_token_of_a_right_padded_batch(mode):
     if mode != "full":
         samples = [random_sample(rng, images, text) for images, text in ((1, 3), (2, 8), (0, 5))]
     with torch.no_grad():
-        left, right = (model(**batch_of(samples, left=side), logits_to_keep=1).logits[:, -1] for side in (True, False))
+        left, right = (
+            model(**batch_of(samples, left=side), logits_to_keep=1).logits[:, -1] for side in (True, False)
+        )
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
