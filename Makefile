@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smoke table-full policies bench-gpu test lint format clean
+.PHONY: help setup demo smoke table-full policies bench-cpu bench-gpu test lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -140,6 +141,22 @@ def terminate_in_step(step: int) -> None:
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    DynamicLlavaTrainer.compute_loss = interrupted  # type: ignore[method-assign]
+
+
+def terminate_group_in_step(step: int) -> None:
+    """SIGTERM, from outside, to this process and all that it started, while it is in an optimiser step."""
+    from train.trainer import DynamicLlavaTrainer
+
+    os.setsid()
+    compute_loss = DynamicLlavaTrainer.compute_loss
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            kill = f"import os; os.killpg({os.getpgrp()}, {int(signal.SIGTERM)})"
+            subprocess.run([sys.executable, "-S", "-c", kill], start_new_session=True, check=True)
         return compute_loss(self, *args, **kwargs)
 
     DynamicLlavaTrainer.compute_loss = interrupted  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from train.tiny_llava.batches import Encoder, training_batches
 from train.tiny_llava.gaze import FIND, MATCH, found, matching
 from train.tiny_llava.language import align_projector, build_model, train_language
 from train.tiny_llava.tokenizer import build_tokenizer
+from train.tiny_llava.train import main
 from train.tiny_llava.vision import TileSet, patch_labels, vision_config
 
 SCENE = [("red", "circle"), ("blue", "triangle"), ("red", "triangle"), ("teal", "circle")]
@@ -52,6 +53,13 @@ def test_the_prompt_for_short_answers_is_left_out_of_most_training_questions():
     turns = [("what color is the shape?", "red")] * 200
     always, seldom = (len(Encoder(tokenizer, share)(turns, True)[0]) for share in (1.0, 0.25))
     assert 0.5 < seldom / always < 0.8
+
+
+def test_a_folder_that_holds_something_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --output_dir {tmp_path} is not empty")
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_an_objects_patches_are_those_that_show_most_of_it():

@@ -115,6 +115,16 @@ def test_another_base_is_refused(trained):
         merge_adapter(trained, wrong)
 
 
+def test_in_image_mode_the_text_predictor_is_neither_trained_nor_saved(flags, tmp_path):
+    more = ["--mode", "image", "--max_steps", "1", "--save_strategy", "no"]
+    assert main([*flags, *more, "--output_dir", str(tmp_path / "out")]) == 0
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("image_predictor" in name for name in adapter)
+    assert not any("text_predictor" in name for name in adapter)
+    model, _ = load_model(tmp_path / "out", device="cpu")
+    assert model.config.sparsity.mode == "image"
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -128,6 +138,14 @@ def test_another_base_is_refused(trained):
 def test_what_makes_no_adapter(values, named):
     with pytest.raises(UserError, match=named):
         AdapterArguments(**values)
+
+
+def test_eight_bits_leave_outlying_features_exact(flags):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, _ = load_model(flags[1], device="cpu")
+    add_adapter(model, AdapterArguments(lora_rank=4, quantize="8bit"), torch.float32)
+    quantised = [part for part in model.modules() if isinstance(part, bitsandbytes.nn.Linear8bitLt)]
+    assert len(quantised) == 4 * 7 and {part.state.threshold for part in quantised} == {6.0}
 
 
 def test_quantised_layers_keep_what_they_compute_and_only_the_adapter_trains(flags):

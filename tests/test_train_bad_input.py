@@ -50,6 +50,14 @@ def command(data, tmp_path, *flags: str) -> list[str]:
         ("--learning_rate -1", "--learning_rate"),
         ("--predictor_learning_rate 0", "--predictor_learning_rate"),
         ("--lr_scheduler_type spiral", "spiral"),
+        ("--seed -1", "--seed -1"),
+        ("--data_seed -3", "--data_seed -3"),
+        ("--save_steps 0", "--save_steps 0"),
+        ("--held_out 1 --eval_steps 0", "--eval_steps 0"),
+        ("--save_only_model true", "--save_only_model true"),
+        ("--remove_unused_columns true", "--remove_unused_columns true"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1"),
+        ("--held_out 1 --lora_rank 4 --fsdp full_shard", "--held_out under FSDP"),
         ("--model_max_length 0", "--model_max_length"),
         ("--config nowhere.yaml", "nowhere.yaml"),
         ("--data_path nowhere.json", "nowhere.json"),
@@ -94,6 +102,7 @@ def changed(**changes):
         (changed(conversations=[{"from": "user", "value": "<image>what"}]), "'user'"),
         (changed(conversations=[{"role": "user", "content": "<image>what"}]), "message 0"),
         (changed(image="no/such.png"), "no/such.png"),
+        (changed(conversations=conversation(("<image>\nwhat", "half \ud83d"))), "half of a character"),
     ],
 )
 def test_mixtures(data, tmp_path, capsys, mixture, named):
@@ -114,6 +123,27 @@ def test_missing_images_are_counted_by_folder(data, tmp_path, capsys):
     assert (
         "5 images are missing (4 of 4 in sub, 1 of 2 in .)" in line and "sub/0.png" in line and "r0" in line
     )
+
+
+def test_an_image_folder_that_cannot_be_listed(data, tmp_path, capsys, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("train.images.os.listdir", refused)
+    assert "can't be listed (Permission denied)" in refuse(capsys, *command(data, tmp_path))
+
+
+@pytest.mark.parametrize("adapter", [(), ("--lora_rank", "4")])
+def test_the_folder_that_a_run_starts_from(data, tmp_path, capsys, adapter):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    out = ["--output_dir", str(tmp_path / "lora" / ".." / "base"), "--overwrite_output_dir", "true", *adapter]
+    for start in (base, tmp_path / "lora"):
+        line = refuse(capsys, *command(data, tmp_path, "--model_name_or_path", str(start), *out))
+        assert "that the run starts from" in line
 
 
 def test_layer_outside_the_model(data, tmp_path, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,46 @@ def test_a_cache_that_cannot_be_written_is_named(data, tmp_path):
     with pytest.raises(UserError):
         open_mixture(broken, tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_processes_of_one_number_on_two_nodes_write_the_cache_side_by_side(data, tmp_path, monkeypatch):
+    write = mixtures._write
+
+    def slowly(path, target):
+        with monkeypatch.context() as patch:
+            patch.setattr(mixtures, "_write", write)
+            open_mixture(path, tmp_path / "cache")  # the other one is through first
+        write(path, target)
+
+    monkeypatch.setattr(mixtures, "_write", slowly)
+    assert len(open_mixture(data[0], tmp_path / "cache")[0]) == 7
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from train.mixture import open_mixture
+held = []
+for name in sys.argv[1:]:
+    mixture, _ = open_mixture(name, Path(name).parent / "cache")
+    held.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps([len(mixture), *held]))
+"""
+
+
+def test_reading_a_file_costs_less_than_twice_its_size_in_memory(tmp_path):
+    answer = "There is a red circle on the left, a blue square – and no green shape. " * 12
+    turns = conversation(("<image>\nwhat is there", answer), ("is there a circle", "yes"))
+    row = json.dumps({"id": "0123456789", "image": "coco/train2017/0.jpg", "conversations": turns})
+    files = {name: tmp_path / f"{name}.json" for name in ("tiny", "big")}
+    for name, path in files.items():
+        path.write_text("[" + ", ".join([row] * (40_000_000 // len(row) if name == "big" else 1)) + "]")
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", MEASURE, *map(str, files.values())]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    samples, before, after = json.loads(done.stdout)
+    assert samples > 30_000
+    assert after - before < 2 * files["big"].stat().st_size
 
 
 def test_lengths_are_about_those_of_the_tokens(data, tmp_path):

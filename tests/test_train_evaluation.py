@@ -35,8 +35,8 @@ def flags(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def evaluated(flags, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
-    logs = ["--eval_steps", "2", "--report_to", "tensorboard", "--logging_dir", str(folder / "board")]
-    assert main([*flags, *logs[:4], "--output_dir", str(folder)]) == 0
+    logs = ["--eval_steps", "2", "--report_to", "tensorboard"]
+    assert main([*flags, *logs, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -103,6 +103,37 @@ def test_tensorboard_has_the_log(evaluated):
     logged = {event.step: event.value for event in board.Scalars("train/image_keep_rate")}
     table = {row["step"]: row["image_keep_rate"] for row in rows(evaluated / "train_log.csv")}
     assert logged == pytest.approx(table)
+
+
+def test_held_out_images_that_cannot_be_read_are_found_before_training(tmp_path, flags, capsys):
+    data, images = save_mixture(tmp_path / "data", samples=8)
+    _, held_out = split(open_mixture(data, tmp_path / "cache")[0], 3, 3)
+    for sample in held_out:
+        broken = images / sample.images[0]
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:40])
+    place = ["--data_path", str(data), "--image_folder", str(images), "--output_dir", str(tmp_path / "out")]
+    command = [
+        *flags,
+        *place,
+        "--held_out",
+        "3",
+        "--max_steps",
+        "1",
+        "--report_to",
+        "none",
+        "--eval_steps",
+        "1",
+    ]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unreadable image" in line and "makes 1 (all in" in line and "--max_unreadable" in line
+    assert main([*command, "--max_unreadable", "3"]) == 2
+    assert "--held_out 3: none of these" in capsys.readouterr().err
+    broken.write_bytes(whole)
+    assert main([*command, "--max_unreadable", "2"]) == 0
+    assert "skipped samples: 2 (2 unreadable)" in capsys.readouterr().out
+    assert [row["eval_samples"] for row in rows(tmp_path / "out" / "eval_log.csv")] == [1]
 
 
 def test_evaluation_without_samples_is_refused(flags, tmp_path, capsys):

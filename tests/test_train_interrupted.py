@@ -14,12 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dynllava_plugin.errors import UserError
 from tests import processes
 from tests.processes import Job, run
 from tests.training_kit import save_checkpoint, save_mixture
 from train import checkpoints
 from train.data import ConversationDataset
 from train.finetune import main
+from train.skipped import SkippedSamples
 
 RECIPE = "--global_batch_size 4 --per_device_train_batch_size 2 --max_steps 6 --save_steps 2"
 RATES = "--learning_rate 1e-3 --predictor_learning_rate 1e-3 --neftune_noise_alpha 1"
@@ -144,6 +146,56 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, uninterrupted, tmp_pa
     assert same(weights(uninterrupted[0]), weights(folder))
 
 
+def test_sigterm_to_the_whole_group_leaves_the_workers_to_their_rank(flags, uninterrupted, tmp_path):
+    """As launchers and schedulers send it; a worker that died of it would take its rank with it."""
+    folder = tmp_path / "out"
+    stopped = job(flags, folder, processes.terminate_group_in_step, 3)
+    stopped.flags += ["--dataloader_num_workers", "1"]
+    (done,) = run(stopped)
+    assert done.status == 128 + signal.SIGTERM, done.output
+    assert "stopped by SIGTERM after step" in done.output and "Traceback" not in done.output
+    assert main(command(flags, folder)) == 0
+    assert same(weights(uninterrupted[0]), weights(folder))
+
+
+def test_killed_at_any_of_the_last_changes_the_same_command_goes_on(flags, tmp_path):
+    """The model is in place, but run.json doesn't say yet that the run has finished."""
+    short = [*flags, "--max_steps", "1", "--save_strategy", "no"]
+    counting = job(short, tmp_path / "whole", processes.kill_at_event, str(tmp_path / "whole"), 0)
+    counting.arguments += (str(tmp_path / "count"),)
+    (done,) = run(counting)
+    assert done.status == 0, done.output
+    changes = int((tmp_path / "count").read_text())
+    folders = {back: tmp_path / f"back{back}" for back in range(4)}
+    jobs = [
+        job(short, folder, processes.kill_at_event, str(folder), changes - back, str(tmp_path / f"n{back}"))
+        for back, folder in folders.items()
+    ]
+    assert [done.status for done in run(*jobs)] == [-signal.SIGKILL] * 4
+    assert all((folder / "config.json").exists() for folder in folders.values())
+    for folder in folders.values():
+        assert main(command(short, folder)) == 0
+        assert json.loads((folder / "run.json").read_text())["finished"]
+        assert same(weights(tmp_path / "whole"), weights(folder))
+
+
+def sealed(folder: Path, step: int) -> Path:
+    """An empty checkpoint that counts as whole."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    checkpoints.seal(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, None])
+def test_as_many_checkpoints_stay_as_asked(tmp_path, keep):
+    for step in range(1, 7):
+        checkpoints.publish(sealed(tmp_path / ".saving", step), tmp_path, keep, None)
+        there = [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+        assert there == list(range(1, step + 1))[-(keep or step) :]
+
+
 @pytest.mark.parametrize("limit", [None, 50_000])
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(flags, uninterrupted, tmp_path, limit):
     folder = tmp_path / "out"
@@ -199,6 +251,70 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(flags, tm
     assert not (folder / "config.json").exists()
     for checkpoint in folder.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+
+
+def test_a_checkpoint_named_is_used_until_the_run_has_a_newer_one(flags, half_way, tmp_path, capsys):
+    folder, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(half_way, other)
+    named = ["--resume_from_checkpoint", str(other / "checkpoint-2"), "--save_steps", "3", "--max_steps", "6"]
+    assert main(command(flags, folder, *named)) == 0
+    assert f"going on from {other / 'checkpoint-2'}" in capsys.readouterr().out
+    shutil.rmtree(folder / "checkpoint-6")
+    for name in ("config.json", "run.json"):  # as if it had been killed after step 3
+        path = folder / name
+        path.unlink() if name == "config.json" else path.write_text(
+            path.read_text().replace("true", "false", 1)
+        )
+    assert main(command(flags, folder, *named)) == 0
+    assert f"going on from {folder / 'checkpoint-3'}" in capsys.readouterr().out
+    damaged = other / "checkpoint-2" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (tmp_path / "new").mkdir()
+    kept = sealed(tmp_path / "new", 9)
+    anew = ["--overwrite_output_dir", "true", *named]
+    assert main(command(flags, tmp_path / "new", *anew)) == 2
+    assert "not a whole checkpoint" in capsys.readouterr().err
+    assert kept.exists()  # refused before anything was deleted
+
+
+def test_a_checkpoint_named_in_the_folder_that_is_overwritten_stays(flags, half_way, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(half_way, folder)
+    named = ["--resume_from_checkpoint", str(folder / "checkpoint-2"), "--learning_rate", "2e-3"]
+    rest = ["--overwrite_output_dir", "true", "--save_strategy", "no", "--max_steps", "3"]
+    assert main(command(flags, folder, *named, *rest)) == 0
+    assert f"going on from {folder / 'checkpoint-2'}" in capsys.readouterr().out
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_another_launchers_checkpoints_are_named_not_loaded(flags, half_way, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(half_way, folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["sharding"] == "one process or DDP"
+    (folder / "run.json").write_text(json.dumps({**record, "sharding": "FSDP"}))
+    assert main(command(flags, folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint-4 was saved under FSDP and can't be read under one process or DDP" in line
+    named = ["--resume_from_checkpoint", str(folder / "checkpoint-4")]
+    assert main(command(flags, tmp_path / "new", *named)) == 2
+    assert "was saved under FSDP" in capsys.readouterr().err
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["run.json", "train_log.csv", "skipped.jsonl"])
+def test_a_disk_that_is_full_for_small_files_is_one_line(flags, tmp_path, capsys, name):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    # What is written first goes to a file of this name, then into place; skipped samples are appended.
+    (folder / (name if name == "skipped.jsonl" else f".{name}")).symlink_to("/dev/full")
+    if name == "skipped.jsonl":
+        with pytest.raises(UserError, match=r"skipped\.jsonl: cannot be written \(No space left"):
+            SkippedSamples(folder / name).add(0, "unreadable", "")
+        return
+    assert main(command(flags, folder, "--max_steps", "1", "--save_strategy", "no")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{name}: cannot be written (No space left on device)" in line
 
 
 def test_run_record_is_readable(uninterrupted):

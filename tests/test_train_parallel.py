@@ -84,6 +84,23 @@ def test_ddp(flags, alone, tmp_path):
     assert_the_same(tmp_path / "out", alone)
 
 
+def test_image_mode_under_ddp_waits_for_no_predictor_that_never_runs(flags, tmp_path):
+    more = ["--mode", "image", "--max_steps", "2", "--gradient_checkpointing", "true", "--held_out", "0"]
+    two(flags, tmp_path / "out", "--use_cpu", *more)
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(flags[1]), tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("image_predictor" in name for name in moved)
+    assert not [name for name in moved if "text_predictor" in name]
+
+
+def test_what_one_process_finds_ends_all(flags, tmp_path):
+    """Only one process of a node lists the images."""
+    flags = [*flags, "--image_folder", str(tmp_path), "--per_device_train_batch_size", "2", "--use_cpu"]
+    done = run(*side_by_side([*flags, "--output_dir", str(tmp_path / "out")], tmp_path / "log", 2))
+    assert [one.status for one in done] == [2, 2], "\n".join(one.output for one in done)
+    assert "images are missing" in done[0].output and "images are missing" not in done[1].output
+
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -97,6 +114,7 @@ FSDP2 = {
 def test_fsdp2(flags, alone, tmp_path):
     two(flags, tmp_path / "out", "--use_cpu", before=allow_fsdp_on_cpu, **FSDP2)
     assert_the_same(tmp_path / "out", alone)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["sharding"] == "FSDP"
 
 
 def deepspeed(folder: Path, stage: int) -> str:
@@ -119,3 +137,5 @@ def test_deepspeed(flags, alone, tmp_path, stage):
     settings = ["--deepspeed", deepspeed(tmp_path, stage)]
     two(flags, tmp_path / "out", *settings, before=allow_deepspeed_on_cpu, DS_ACCELERATOR="cpu")
     assert_the_same(tmp_path / "out", alone)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sharding"] == f"DeepSpeed ZeRO-{stage} with 2 process(es)"

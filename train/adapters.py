@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
 from train.arguments import AdapterArguments
 
 PREDICTORS = ("image_predictor", "text_predictor")
@@ -49,7 +50,7 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
         quantize(model, args.quantize, compute_dtype)
     # The vision tower has layers of the same names; only the LLM's get an adapter.
     targets = "|".join(args.lora_targets)
-    trained = [name for name in PREDICTORS if getattr(model.model.language_model, name) is not None]
+    trained = trained_predictors(model)
     config = LoraConfig(
         task_type=None,
         r=args.lora_rank,
@@ -62,6 +63,12 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
     for name in trained:  # copies in the LLM's dtype, but these train
         getattr(model.model.language_model, name).modules_to_save.float()
     return adapted
+
+
+def trained_predictors(model: Any) -> list[str]:
+    """The predictors that a model's mode uses; one that never runs gets no gradient, and learns nothing."""
+    used = PREDICTORS[:1] if model.config.sparsity.mode == "image" else PREDICTORS
+    return [name for name in used if getattr(model.model.language_model, name) is not None]
 
 
 def is_adapted(model: Any) -> bool:
@@ -79,6 +86,14 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
+
+
+def bases(model_name: str) -> list[Path]:
+    """The folders that a model is loaded from: its own, and where that holds an adapter the one under it."""
+    folder = Path(model_name)
+    if not folder.is_dir():
+        return []
+    return [folder, *(bases(base_of(folder)) if is_adapter(folder) else [])]
 
 
 def quantize(model: Any, kind: str, compute_dtype: torch.dtype) -> None:
@@ -112,6 +127,7 @@ def quantize(model: Any, kind: str, compute_dtype: torch.dtype) -> None:
                 layer.out_features,
                 bias=layer.bias is not None,
                 has_fp16_weights=False,
+                threshold=6.0,  # LLM.int8(): outlying features stay exact; 0 would quantise them too
             )
             new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         if layer.bias is not None:

@@ -12,6 +12,12 @@ from transformers import TrainingArguments
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
 
+# Flags of TrainingArguments that don't fit here.
+REFUSED = {
+    "save_only_model": "a checkpoint without optimiser and schedule is none to go on from",
+    "remove_unused_columns": "the data is ours, and every column of it is used",
+    "label_smoothing_factor": "the recipe's loss is the model's own",
+}
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -209,6 +215,16 @@ class RecipeArguments(TrainingArguments):
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be positive")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be positive")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UserError(f"--{name} {getattr(self, name)}: must be between 0 and 2^32 - 1")
+        for name in ("save_steps", "eval_steps", "logging_steps"):
+            steps = getattr(self, name)
+            if steps is not None and not (0 < steps < 1 or (steps >= 1 and steps % 1 == 0)):
+                raise UserError(f"--{name} {steps}: must be a number of steps, or below 1 a share of all")
+        for name, reason in REFUSED.items():
+            if getattr(self, name):
+                raise UserError(f"--{name} {str(getattr(self, name)).lower()}: {reason}; leave it out")
         super().__post_init__()
         if self.n_gpu > 1:
             raise UserError(

@@ -30,6 +30,11 @@ def step_of(checkpoint: Path) -> int:
     return int(name[1])
 
 
+def saved_step(checkpoint: Path) -> int:
+    """The optimiser step of a whole checkpoint under any name, as Trainer's state says."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
 def seal(folder: Path) -> None:
     """List a folder's files and sizes in its manifest, everything on disk before that."""
     sizes = {}
@@ -88,7 +93,7 @@ def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) 
     _sync(output_dir)
     older = [path for path in checkpoints(output_dir) if step_of(path) < step_of(target)]
     whole = [path for path in older if damage(path) is None]
-    kept = whole if keep is None else whole[len(whole) - (keep - 1) :]
+    kept = whole if keep is None else whole[max(0, len(whole) - (keep - 1)) :]
     for path in older:
         if path not in kept and (best is None or path != Path(best)):
             discard(path)
@@ -107,6 +112,8 @@ def clean_up(output_dir: Path) -> None:
     """Delete what a killed run left behind."""
     for path in [output_dir / SAVING, *output_dir.glob(".deleting-*")]:
         shutil.rmtree(path, ignore_errors=True)
+    for probe in output_dir.glob(".writable-*"):
+        probe.unlink(missing_ok=True)
 
 
 @contextmanager

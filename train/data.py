@@ -15,7 +15,7 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.mixture import Mixture
 from train.samples import Sample
-from train.skipped import TOO_LONG, UNREADABLE, SkippedSamples
+from train.skipped import TOO_LONG, UNREADABLE, SkippedSamples, too_many
 
 MAX_SKIPS_IN_A_ROW = 100
 
@@ -94,11 +94,9 @@ class ConversationDataset(Dataset):
 
     def skip(self, index: int, error: UnusableSample) -> None:
         """Note an unusable sample, or end the run where that is one too many."""
-        count = self.skipped.add(index, error.kind, str(error))
+        count = self.skipped.add(int(self.mixture.rows[index]), error.kind, str(error))
         if error.kind == UNREADABLE and count > self.max_unreadable:
-            raise UserError(
-                f"{error}; that makes {count} (all in {self.skipped.path}): mend them, or --max_unreadable N"
-            ) from None
+            raise too_many(str(error), count, self.skipped.path) from None
         if error.kind == TOO_LONG and self.strict:
             raise UserError(f"{error}; without --strict it would be skipped") from None
 
@@ -106,7 +104,7 @@ class ConversationDataset(Dataset):
         """One sample, without replacement for an unusable one."""
         sample = self.mixture[index]
         tokens = self.truncate(sample, self.encode(sample))
-        images = [self.processor.prepare_image(self.open(sample, image)) for image in sample.images]
+        images = [self.processor.prepare_image(image) for image in open_images(sample, self.image_folder)]
         if images:
             pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         else:
@@ -140,18 +138,22 @@ class ConversationDataset(Dataset):
             f"{sample.name} has {len(tokens.input_ids)} tokens, over --model_max_length {self.max_length}, and {loss}",
         )
 
-    def open(self, sample: Sample, image: str) -> Image.Image:
-        """Decode one image of a sample to RGB."""
-        path = self.image_folder / image
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # an imported library may have had them filled with gray
+
+def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
+    """A sample's images, decoded to RGB; `UnusableSample` where one can't be."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # an imported library may have had them filled with gray
+    images = []
+    for image in sample.images:
+        path = image_folder / image
         try:
             with Image.open(path) as file:
-                return file.convert("RGB")
+                images.append(file.convert("RGB"))
         except Exception as error:  # corrupt files raise anything from SyntaxError to struct.error
             reason = " ".join(str(error).split())
             raise UnusableSample(
                 UNREADABLE, f"{path}: unreadable image ({reason}), needed by {sample.name}"
             ) from None
+    return images
 
 
 def count_image_tokens(processor: Any, image_token_id: int) -> int:

@@ -17,12 +17,13 @@ from transformers.utils import strtobool
 
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
-from train.adapters import add_adapter
+from train.adapters import add_adapter, bases
+from train.agreement import together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
-from train.checkpoints import damage, saying_what_is_left
+from train.checkpoints import saying_what_is_left
 from train.command_line import parse
 from train.data import Collator, ConversationDataset, blank_image
-from train.held_out import HeldOut
+from train.held_out import HeldOut, readable
 from train.images import check_images
 from train.interruption import Interruption
 from train.mixture import Mixture, open_mixture
@@ -36,7 +37,7 @@ from train.outputs import (
     save_model,
 )
 from train.run_record import RunRecord, describe
-from train.sharding import whole_weights
+from train.sharding import FSDP, sharding, whole_weights
 from train.skipped import SkippedSamples
 from train.trainer import DynamicLlavaTrainer, freeze
 
@@ -46,8 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(*parse(argv))
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds the same before training
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process has the same: found by all, or passed on
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:  # this process's own disk
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -68,30 +72,34 @@ def train(
         args.eval_strategy = IntervalStrategy.STEPS
     if args.eval_strategy != "no" and not data_args.held_out:
         raise UserError(f"--eval_strategy {args.eval_strategy}: nothing to evaluate; add --held_out N")
-    with args.main_process_first(local=True, desc="reading the data"):
-        mixture, left_out = open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
-        if args.local_process_index == 0:
-            check_images(mixture, data_args.image_folder)
+    sharded = sharding(args)
+    if data_args.held_out and adapter_args.lora_rank and sharded == FSDP:
+        raise UserError(
+            "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
+        )
+    mixture, left_out = together(lambda: read_data(data_args, args))
     training, held_out = split(mixture, data_args.held_out, args.seed)
     output_dir = Path(args.output_dir)
-    record = RunRecord(output_dir, describe(model_args, data_args, args, adapter_args, training.digest))
+    values = describe(model_args, data_args, args, adapter_args, training.digest)
+    record = together(lambda: RunRecord(output_dir, values, sharded))  # read by all before any writes
     if record.finished and not args.overwrite_output_dir:
         say(args, f"{output_dir} holds the finished model of this very run; nothing to do")
         return 0
-    prepare_output_dir(args.output_dir, args.overwrite_output_dir)
-    with args.main_process_first(local=False, desc="looking for checkpoints"):
-        checkpoint, notes = record.start(args.overwrite_output_dir, changes_files=args.process_index == 0)
-    if args.resume_from_checkpoint:
-        checkpoint, notes = Path(args.resume_from_checkpoint), []
-        if problem := damage(checkpoint):
-            raise UserError(f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({problem})")
+    # A model of this run that isn't finished was moved into place right before the run was killed.
+    replaces = args.overwrite_output_dir or record.difference() is None
+    together(lambda: prepare_output_dir(args.output_dir, replaces, bases(model_args.model_name_or_path)))
+    named = together(lambda: record.named(args.resume_from_checkpoint))
+    checkpoint, notes = together(lambda: look_for_checkpoints(record, named, args))
     for note in notes:
         say(args, note)
-
-    model, processor, dtype = build_model(model_args, args, adapter_args)
     skipped = SkippedSamples(output_dir / "skipped.jsonl")
     if args.process_index == 0 and checkpoint is None:
         skipped.path.unlink(missing_ok=True)
+    if held_out is not None:
+        limit = data_args.max_unreadable
+        held_out = readable(held_out, data_args.image_folder, skipped, limit, args.process_index)
+
+    model, processor, dtype = build_model(model_args, args, adapter_args)
     dataset = ConversationDataset(
         training,
         data_args.image_folder,
@@ -130,7 +138,7 @@ def train(
             say(args, f"going on from {checkpoint}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except UserError as error:
+        except (UserError, OSError) as error:
             # This process's own samples or disk, so each says it; on a line of its own behind the progress bar.
             print(f"\nerror: {one_line(error)}", file=sys.stderr, flush=True)
             return 2
@@ -177,6 +185,24 @@ def build_model(
     base = str(Path(name).resolve()) if Path(name).is_dir() else name
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted, processor, dtype
+
+
+def read_data(data_args: DataArguments, args: RecipeArguments) -> tuple[Mixture, int]:
+    """The mixture and how many conversations it leaves out, read by one process of a node, mapped by the others."""
+    with args.main_process_first(local=True, desc="reading the data"):
+        found = open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
+    if args.local_process_index == 0:  # a node may have its own disk
+        check_images(found[0], data_args.image_folder)
+    return found
+
+
+def look_for_checkpoints(
+    record: RunRecord, named: Path | None, args: RecipeArguments
+) -> tuple[Path | None, list[str]]:
+    """Where to go on, and lines about it; one process changes files before the others look."""
+    with args.main_process_first(local=False, desc="looking for checkpoints"):
+        found, notes = record.start(args.overwrite_output_dir, args.process_index == 0, spare=named)
+    return (named, []) if named else (found, notes)
 
 
 def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:

@@ -7,14 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.model.prompts import vicuna_v1
+from train.agreement import gather, together
+from train.data import UnusableSample, open_images
 from train.mixture import Mixture
 from train.samples import Sample
+from train.skipped import SkippedSamples, too_many
 
 MAX_NEW_TOKENS = 64
 SHORT_ANSWER = 3  # words: up to here an answer is right or wrong
@@ -90,6 +95,47 @@ class HeldOut:
         images = tuple(str(self.image_folder / image) for image in sample.images)
         prompt = vicuna_v1([*earlier, (question, None)])
         return Request(prompt, images, sample.name, continuation=f" {answer.strip()}")
+
+
+def readable(
+    held_out: Mixture, image_folder: str | Path, skipped: SkippedSamples, max_unreadable: int, rank: int
+) -> Mixture:
+    """The samples whose images can be decoded; the others are named and counted in `skipped`.
+
+    Called on every process before training, so that no evaluation ends a run of hours.
+
+    Parameters
+    ----------
+    held_out : Mixture
+    image_folder : path
+    skipped : SkippedSamples
+    max_unreadable : int
+        Of the whole run.
+    rank : int
+        Process 0 opens the images, the others hear what it found.
+
+    Raises
+    ------
+    UserError
+        More than `max_unreadable` samples of the run can't be read, or all of `held_out`.
+    """
+
+    def look() -> list[int]:
+        bad = []
+        for index, sample in enumerate(held_out):
+            try:
+                open_images(sample, Path(image_folder))
+            except UnusableSample as error:
+                bad.append(index)
+                count = skipped.add(int(held_out.rows[index]), error.kind, str(error))
+                if count > max_unreadable:
+                    raise too_many(str(error), count, skipped.path) from None
+        if len(bad) == len(held_out):
+            raise UserError(f"--held_out {len(bad)}: none of these samples' images can be read")
+        return bad
+
+    bad = together(lambda: look() if rank == 0 else [])
+    return held_out.take(np.setdiff1d(np.arange(len(held_out)), gather(bad)[0]))
 
 
 def _sums(samples: list[Sample], answers: list[Answer], scores: list[Score]) -> list[float]:

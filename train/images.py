@@ -28,7 +28,12 @@ def check_images(mixture: Mixture, image_folder: str | Path) -> None:
         parent, file_name = os.path.split(image)
         if parent not in listed:
             path = folder / parent
-            listed[parent] = set(os.listdir(path)) if path.is_dir() else set()
+            try:
+                listed[parent] = set(os.listdir(path)) if path.is_dir() else set()
+            except OSError as error:
+                raise UserError(
+                    f"--image_folder {image_folder}: {path} can't be listed ({error.strerror})"
+                ) from None
         wanted[parent] += 1
         if file_name not in listed[parent]:
             missing.setdefault(parent, []).append(image)

@@ -1,8 +1,15 @@
-"""SIGTERM as a request to save and stop, for schedulers that warn before they take a node away."""
+"""SIGTERM as a request to save and stop, for schedulers that warn before they take a node away.
+
+Launchers and schedulers signal whole process groups: the processes that load data hear of it too, and leave the
+decision to the process that trains.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -31,3 +38,31 @@ class Interruption:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+class ShieldedWorker:
+    """A DataLoader's `worker_init_fn` under which SIGTERM ends a worker only where its own rank sends it.
+
+    One that died of a group's SIGTERM would take its rank with it, before that has saved.
+
+    Parameters
+    ----------
+    then : callable, optional
+        The `worker_init_fn` to go on with.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        # Ignored altogether, it would leave Python's exit waiting for workers that it has told to end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_rank, daemon=True).start()
+        if self.then is not None:
+            self.then(worker)
+
+
+def _wait_for_rank() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,19 +159,25 @@ def _cached(path: Path, cache: str | Path | None) -> Path:
     identity = f"{FORMAT} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     arrow_file = folder / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
     if not arrow_file.is_file():
-        temporary = arrow_file.with_name(f".{arrow_file.name}-{os.getpid()}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
+            # Nodes that share the folder may have processes of one number.
+            handle, name = tempfile.mkstemp(dir=folder, prefix=f".{arrow_file.name}-")
+            os.close(handle)
         except OSError as error:
             raise UserError(
                 f"--data_cache {folder}: cannot write there ({error.strerror}); name another"
             ) from None
+        temporary = Path(name)
         try:
+            temporary.chmod(0o644)  # mkstemp's own would shut out whoever else uses the cache
             _write(path, temporary)
             os.replace(temporary, arrow_file)
-        except OSError as error:
-            raise UserError(f"--data_cache {folder}: cannot write there ({error})") from None
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # Arrow's own are of either kind
+            reason = " ".join(str(error).split())
+            raise UserError(f"--data_cache {folder}: cannot write there ({reason})") from None
         finally:
             temporary.unlink(missing_ok=True)
     return arrow_file

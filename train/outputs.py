@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from dynllava_plugin.errors import UserError
 from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
+from train.writing import naming_the_file
 
 PARTIAL_MODEL = ".model"
 LAST = "config.json"  # without it a folder is no checkpoint
@@ -58,28 +59,41 @@ class CsvLog(TrainerCallback):
                 rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
         rows = [row for row in rows if int(row["step"]) <= state.global_step]
         temporary = self.path.with_name(f".{self.path.name}")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            kept = [[row.get(name) for name in self.columns] for row in rows]
-            csv.writer(file).writerows([self.columns, *kept])
-        os.replace(temporary, self.path)
+        kept = [[row.get(name) for name in self.columns] for row in rows]
+        with naming_the_file(self.path):
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([self.columns, *kept])
+            os.replace(temporary, self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a row."""
         if state.is_world_process_zero and self.belongs in logs:
             row = {**logs, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
-            with self.path.open("a", newline="", encoding="utf-8") as file:
+            with naming_the_file(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([row.get(name, "") for name in self.columns])
 
 
-def prepare_output_dir(output_dir: str, overwrite: bool) -> Path:
+def prepare_output_dir(output_dir: str, overwrite: bool, bases: Sequence[Path] = ()) -> Path:
     """Make the folder and check that a run may write there, before hours are spent.
+
+    Parameters
+    ----------
+    output_dir : str
+    overwrite : bool
+        A model that it holds may be replaced.
+    bases : sequence of Path
+        Folders of weights that the run, or the adapter it saves, starts from.
 
     Raises
     ------
     UserError
-        It holds a model already (and `overwrite` is false), or can't be written to.
+        It holds a model already (and `overwrite` is false), is one of `bases`, or can't be written to.
     """
     folder = Path(output_dir)
+    if any(folder.resolve() == base.resolve() for base in bases):
+        raise UserError(
+            f"--output_dir {output_dir} is the folder of the model that the run starts from; choose another"
+        )
     if (folder / "config.json").exists() and not overwrite:
         raise UserError(
             f"--output_dir {output_dir} already holds a model; choose another or --overwrite_output_dir true"
@@ -88,7 +102,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot write there ({error.strerror})") from None
     return folder

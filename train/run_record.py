@@ -10,6 +10,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from train import checkpoints
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
+from train.writing import naming_the_file
 
 RECORD = "run.json"
 DATA = ("model_max_length", "text_only", "held_out")
@@ -48,11 +49,13 @@ class RunRecord:
     output_dir : Path
     values : dict
         What the run that is starting is (see `describe`).
+    sharding : str
+        How it shards its weights (see `train.sharding.sharding`): its checkpoints can be read under that only.
     """
 
-    def __init__(self, output_dir: Path, values: dict[str, Any]) -> None:
-        self.output_dir, self.values = output_dir, values
-        self.found = self._read()
+    def __init__(self, output_dir: Path, values: dict[str, Any], sharding: str) -> None:
+        self.output_dir, self.values, self.sharding = output_dir, values, sharding
+        self.found = read_record(output_dir)
 
     def difference(self) -> str | None:
         """The first argument that the folder's run had otherwise, in words; None where it is this run."""
@@ -77,11 +80,43 @@ class RunRecord:
     def write(self, finished: bool) -> None:
         """Say what the folder holds from now on."""
         temporary = self.output_dir / f".{RECORD}"
-        record = {"finished": finished, "arguments": self.values}
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.output_dir / RECORD)
+        record = {"finished": finished, "sharding": self.sharding, "arguments": self.values}
+        with naming_the_file(self.output_dir / RECORD):
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self.output_dir / RECORD)
 
-    def start(self, overwrite: bool, changes_files: bool) -> tuple[Path | None, list[str]]:
+    def misfit(self, checkpoint: Path) -> str | None:
+        """Why a whole checkpoint, of this run or another, can't be read as this one is started; None where it can."""
+        before = (read_record(checkpoint.parent) or {}).get("sharding", self.sharding)
+        if before == self.sharding:
+            return None
+        return f"was saved under {before} and can't be read under {self.sharding}"
+
+    def named(self, name: str | None) -> Path | None:
+        """The checkpoint of `--resume_from_checkpoint`; None where this run has a newer one of its own.
+
+        Raises
+        ------
+        UserError
+            It is not whole, or doesn't fit how this run is started.
+        """
+        if not name:
+            return None
+        checkpoint = Path(name)
+        problem = checkpoints.damage(checkpoint)
+        if self.difference() is None and not self.finished:
+            own, _ = checkpoints.last_whole(self.output_dir)
+            if own and (problem or checkpoints.step_of(own) >= checkpoints.saved_step(checkpoint)):
+                return None
+        if problem:
+            raise UserError(f"--resume_from_checkpoint {name}: not a whole checkpoint ({problem})")
+        if misfit := self.misfit(checkpoint):
+            raise UserError(f"--resume_from_checkpoint {name} {misfit}; start as that run was")
+        return checkpoint
+
+    def start(
+        self, overwrite: bool, changes_files: bool, spare: Path | None = None
+    ) -> tuple[Path | None, list[str]]:
         """Where to go on: the newest whole checkpoint of this run (None: from the beginning).
 
         Parameters
@@ -90,6 +125,8 @@ class RunRecord:
             Another run's checkpoints may be deleted.
         changes_files : bool
             This process is the one that deletes and writes.
+        spare : Path, optional
+            A checkpoint that is not deleted in any case.
 
         Returns
         -------
@@ -100,7 +137,7 @@ class RunRecord:
         Raises
         ------
         UserError
-            The folder holds another run's checkpoints.
+            The folder holds checkpoints of another run, or of this one under another launcher.
         """
         there = checkpoints.checkpoints(self.output_dir)
         other = self.difference()
@@ -111,17 +148,24 @@ class RunRecord:
                 f"--output_dir {self.output_dir} holds {there[-1].name} of {other}: give that run's flags to go "
                 "on, another folder, or --overwrite_output_dir true to start anew"
             )
+        if there and not other and (other := self.misfit(there[-1])) and not overwrite:
+            raise UserError(
+                f"{there[-1]} {other}: start as before to go on, or --overwrite_output_dir true to start anew"
+            )
         if changes_files:
             checkpoints.clean_up(self.output_dir)
             if other:
                 for path in there:
-                    checkpoints.discard(path)
+                    if spare is None or not path.samefile(spare):
+                        checkpoints.discard(path)
             self.write(finished=False)
         return (None, []) if other else checkpoints.last_whole(self.output_dir)
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.output_dir / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return record if isinstance(record, dict) else None
+
+def read_record(output_dir: Path) -> dict[str, Any] | None:
+    """A folder's `run.json`; None where there is none that can be read."""
+    try:
+        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

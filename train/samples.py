@@ -69,6 +69,13 @@ def read_sample(name: str, row: Any) -> Sample:
         raise UserError(
             f"{name} has {markers} {IMAGE_TOKEN} markers in its questions but {len(images)} images"
         )
+    try:
+        "".join([*images, *(text for turn in turns for text in turn)]).encode()
+    except UnicodeEncodeError as error:
+        odd = error.object[error.start]
+        raise UserError(
+            f"{name} has {odd!r}, half of a character, which no tokenizer takes; mend it"
+        ) from None
     return Sample(name, tuple(images), tuple(turns))
 
 

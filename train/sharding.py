@@ -1,11 +1,25 @@
-"""Loading a model for DeepSpeed ZeRO-3."""
+"""How weights are shared out over processes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed
+from transformers.utils import strtobool
+
+WHOLE, FSDP = "one process or DDP", "FSDP"
+
+
+def sharding(args: TrainingArguments) -> str:
+    """Who can read a checkpoint, in words: FSDP's and DeepSpeed's hold pieces that nothing else puts together."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None:
+        stage = plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        return f"DeepSpeed ZeRO-{stage} with {args.world_size} process(es)"
+    return FSDP if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) else WHOLE
 
 
 @contextmanager

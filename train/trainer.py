@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.sparsity.selection import tau_at
 from train import checkpoints
+from train.adapters import PREDICTORS, trained_predictors
 from train.arguments import RecipeArguments
-from train.interruption import Interruption
+from train.interruption import Interruption, ShieldedWorker
 from train.measures import Measures, count_labels
 from train.noise import gumbel_noise
 from train.sampling import EpochSampler
 
-PREDICTORS = ("image_predictor", "text_predictor")
 FROZEN = ("vision_tower", "multi_modal_projector")
 
 
@@ -93,9 +94,15 @@ class DynamicLlavaTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with workers that leave SIGTERM to this process."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = ShieldedWorker(loader.worker_init_fn)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The micro-batches of one optimiser step and its number of labels; remembers that of samples."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches = list(islice(epoch_iterator, num_batches))
         labels = sum(int(count_labels(batch["labels"])) for batch in batches)
         samples = sum(len(batch["sample"]) for batch in batches)
         # A request to stop travels with the counts: every process hears of it before the same step.
@@ -160,10 +167,7 @@ class DynamicLlavaTrainer(Trainer):
         )
         if self.is_fsdp_enabled:
             # Its root gathers its weights for `forward` (and, by Trainer, `generate`) only.
-            if not isinstance(self.dynamic, FSDPModule):
-                raise UserError(
-                    "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
-                )
+            assert isinstance(self.dynamic, FSDPModule)  # not under an adapter: refused before training
             for method in ("score_details", "get_image_features"):
                 if method not in vars(self.dynamic):
                     register_fsdp_forward_method(self.dynamic, method)
@@ -235,6 +239,7 @@ def dynamic_llava(model: Any) -> DynamicLlavaForConditionalGeneration:
 
 
 def freeze(model: Any) -> None:
-    """Train the LLM and the predictors; the vision tower and the projector stay as they are."""
+    """Train the LLM and the predictors that are used; all else stays as it is (DDP waits for every gradient)."""
+    unused = set(PREDICTORS) - set(trained_predictors(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in FROZEN))
+        parameter.requires_grad_(not any(part in name for part in (*FROZEN, *unused)))

@@ -19,10 +19,9 @@ from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
 from train.easy_vqa import SHORT_ANSWER
 from train.easy_vqa_facts import COLORS, SHAPES
 from train.easy_vqa_scenes import DESCRIPTIONS, Fact, describe, scene_questions
-from train.tiny_llava.gaze import Gaze, find_gaze
+from train.tiny_llava.gaze import IMAGE_TOKENS, Gaze, find_gaze
 from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, object_patches
 
-IMAGE_TOKENS = 64
 TENSORS = ("ids", "positions", "labels", "block", "pixels")
 Turn = tuple[str, str]
 

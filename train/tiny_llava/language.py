@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from train.easy_vqa_facts import COLORS, SHAPES
-from train.tiny_llava.batches import IMAGE_TOKENS, Batch, training_batches
-from train.tiny_llava.gaze import LAYERS, gaze_loss
+from train.tiny_llava.batches import Batch, training_batches
+from train.tiny_llava.gaze import IMAGE_TOKENS, LAYERS, gaze_loss
 from train.tiny_llava.optim import Optimizers
 from train.tiny_llava.vision import (
     PATCHES,

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -89,8 +88,3 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def save_processor(processor: LlavaProcessor, folder: Path) -> None:
-    """Write the tokenizer's and the processor's files."""
-    processor.save_pretrained(folder)

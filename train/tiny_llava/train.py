@@ -82,7 +82,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder of the checkpoint, new or empty"
+    )
     parser.add_argument(
         "--vision_weights", type=Path, help="safetensors file to keep stage 1 in, or to take it from"
     )
@@ -101,6 +103,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{flag} is {getattr(args, flag)}: give 1 or more")
     if args.width % 32:
         raise ValueError(f"--width is {args.width}: give a multiple of 32")
+    if args.output_dir.exists() and not (args.output_dir.is_dir() and not any(args.output_dir.iterdir())):
+        raise ValueError(
+            f"--output_dir {args.output_dir} is not empty, and would be replaced: name a new folder"
+        )
     return args
 
 
