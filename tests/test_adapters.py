@@ -272,16 +272,25 @@ def test_upstream_checkout_is_found(tmp_path: Path) -> None:
     assert done.stdout.strip() == "upstream", done.stderr
 
 
-def test_finished_predictions_are_forgotten_and_half_done_ones_kept(tmp_path: Path) -> None:
+def test_all_files_of_a_dataset_are_forgotten_and_none_of_another(tmp_path: Path) -> None:
     folder = tmp_path / "dynllava"
     folder.mkdir()
-    names = ("dynllava_Set.tsv", "dynllava_Set_acc.csv", "01_Set.pkl", "dynllava_Set_B.tsv")
-    for name in names:
+    derived = ("_acc.csv", "_auxmatch.xlsx", "_exact_matching_result.pkl", "_PREV.pkl", "_score.csv", ".tsv")
+    others = (
+        "dynllava_Set_B.tsv",
+        "dynllava_Set_B_acc.csv",
+        "01_Set_B.pkl",
+        "dynllava_run.json",
+        "x_Set.pkl",
+    )
+    for name in (*(f"dynllava_Set{ending}" for ending in derived), "01_Set.pkl", "12_Set.pkl", *others):
         (folder / name).touch()
-    forget_finished(folder, "dynllava", ["Other"])
-    assert len(list(folder.iterdir())) == 4
-    forget_finished(folder, "dynllava", ["Set"])
-    assert {path.name for path in folder.iterdir()} == {"01_Set.pkl", "dynllava_Set_B.tsv"}
+    write_status(folder, Set={"status": "done", "metrics": {"Overall": 1}}, Set_B={"status": "done"})
+    forget_finished(folder, "dynllava", ["Other"], ["Set", "Set_B", "Other"])
+    assert len(list(folder.iterdir())) == len(derived) + 2 + len(others) + 1
+    forget_finished(folder, "dynllava", ["Set"], ["Set", "Set_B", "Other"])
+    assert {path.name for path in folder.iterdir()} == {*others, "status.json"}
+    assert json.loads((folder / "status.json").read_text())["datasets"] == {"Set_B": {"status": "done"}}
 
 
 class Questions:
@@ -341,6 +350,16 @@ def test_vlmevalkit_stops_looking_ahead_where_it_guesses_wrong() -> None:
         prompt = dataset.build_prompt(dataset.data.iloc[row])
         assert model.generate(prompt, "Questions")["prediction"] == f"is it {row}?"
     assert calls == [4, 1, 1, 1]
+
+
+def test_vlmevalkit_looks_ahead_over_rows_that_ask_the_same() -> None:
+    calls: list[int] = []
+    model, dataset = kit_model(calls), Questions(9)
+    dataset.data["question"] = ["is it 0?", "is it 0?", *dataset.data["question"][2:]]
+    model.set_dump_image(dataset.dump_image)
+    rows = [dataset.data.iloc[i] for i in range(9)]
+    answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows]
+    assert answers == list(dataset.data["question"]) and calls == [4, 4, 1]
 
 
 def test_vlmevalkit_refuses_video() -> None:

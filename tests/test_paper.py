@@ -100,8 +100,8 @@ def test_judges_and_servers_are_never_faked(results: Path) -> None:
     assert row(table, benchmark="VQAv2-test")["status"] == "submission file"
     assert row(table, benchmark="GQA", harness="lmms-eval")["stderr"] == pytest.approx(1.0)
     text = render(table, "markdown")
-    assert "| MM-Vet | score [%] | needs judge | needs judge | 8 |" in text
-    assert "| RealWorldQA | accuracy [%] | - | 50.00 | 8 |" in text  # missing, which is something else
+    assert "| MM-Vet | score [%] | needs judge | needs judge | 8 | 8 |" in text
+    assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 8 |" in text  # missing, which is something else
     assert by_benchmark(table).loc[("GQA", "accuracy [%]"), "image_text vlmevalkit"] == 61
 
 
@@ -128,8 +128,8 @@ def test_comparison(results: Path) -> None:
 
     text = render_comparison(comparison, "markdown")
     assert "### Table 1 (understanding): org/Dynamic-LLaVA-7B, mode image_text" in text
-    assert "| GQA | accuracy [%] | 60.00 | 61.00 | +1.00 | 61.30 | -1.30 | -0.30 | 8 |" in text
-    assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 57.00 | - | -7.00 | 8 |" in text
+    assert "| GQA | accuracy [%] | 60.00 | 61.00 | +1.00 | 61.30 | -1.30 | -0.30 | 8 | 8 |" in text
+    assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 57.00 | - | -7.00 | - | 8 |" in text
     assert "* MM-Vet" not in text and "Table 3 (generation)" in text and "Table 12" in text
     latex = render_comparison(comparison, "latex")
     assert latex.count(r"\begin{tabular}") == 3 and "GQA & accuracy [\\%] & 60.00" in latex
@@ -178,10 +178,38 @@ def test_an_unknown_benchmark_suggests_the_nearest(name: str, hint: str) -> None
         find_benchmark(name)
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def test_docs_list_every_benchmark_with_its_commands() -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for benchmark in BENCHMARKS:
         lmms, kit = ",".join(benchmark.tasks("lmms-eval")), " ".join(benchmark.tasks("vlmevalkit"))
         line = next(line for line in text.splitlines() if line.startswith(f"| {benchmark.name} |"))
         assert f"--tasks {lmms}`" in line
         assert f"--data {kit}`" in line if kit else line.endswith("| - |")
+
+
+def test_readme_has_the_registry() -> None:
+    """The README's table is the registry's, row by row: name, split, lmms-eval's tasks, VLMEvalKit's dataset, needs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    chapter = text.partition("\n## Evaluate\n")[2].partition("\n## ")[0]
+    rows = [line for line in chapter.splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]
+    wanted = [
+        [
+            item.name,
+            item.split,
+            f"`{','.join(item.tasks('lmms-eval'))}`",
+            f"`{' '.join(item.tasks('vlmevalkit'))}`" if item.tasks("vlmevalkit") else "-",
+            "a judge"
+            if item.judge
+            else "its server"
+            if item.server
+            else "`build-lvis`"
+            if item.paper_table == "3"
+            else "",
+        ]
+        for item in BENCHMARKS
+    ]
+    assert found == wanted

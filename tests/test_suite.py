@@ -63,6 +63,13 @@ def test_smoke_suite_has_every_benchmark() -> None:
         ("tasks: gqa", [], "unknown key 'tasks'; known are"),
         ("- GQA", [], "expected keys like"),
         ("benchmarks: [", [], "not YAML"),
+        ("benchmarks:", [], "`benchmarks` is empty"),
+        ("benchmarks: 5", [], "`benchmarks` has to be a name or a list of names, not 5"),
+        ("benchmarks: {GQA: 1}", [], "`benchmarks` has to be a name or a list of names"),
+        ("benchmarks: GQA\nmode: [[full]]", [], "`mode` has to be a name or a list of names"),
+        ("benchmarks: GQA\nharness: [both]", [], "`harness` has to be text"),
+        ("benchmarks: GQA\nvision_keep_rate: some", [], "`vision_keep_rate` has to be a number"),
+        ("benchmarks: GQA\nlimit: true", [], "--limit True: must be a positive integer"),
         ("benchmarks: GQA\nlimit: many", [], "--limit many: must be a positive integer"),
         ("benchmarks: GQA\nharness: mine", [], "--harness: unknown value 'mine'"),
         ("benchmarks: GQA", ["--limit", "0"], "--limit 0: must be a positive integer"),
@@ -78,6 +85,14 @@ def test_bad_settings_are_one_line(
     assert main(["eval", str(suite(tmp_path, text)), *flags]) == 2
     error = capsys.readouterr().err
     assert problem in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_suite_may_name_its_judge(tmp_path: Path) -> None:
+    chosen = SuiteConfig.read(
+        suite(tmp_path, "benchmarks: GQA\njudge_url: http://host/v1\njudge_model: some"),
+        {"pretrained": "tiny"},
+    )
+    assert (chosen.judge_url, chosen.judge_model) == ("http://host/v1", "some")
 
 
 def test_no_checkpoint_and_no_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,9 @@ def test_pivot_and_formats(results: Path) -> None:
     assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] lmms-eval"] == 99
     assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] vlmevalkit"] == 96
     assert wide.loc[("dynamic", "image_text"), "image tokens kept"] == "12 of 64"
-    assert wide.loc[("dynamic", "full"), "output tokens kept [%]"] == 50
+    assert wide.loc[("dynamic", "full"), "output tokens kept [%]"] == "50.0"
+    assert wide.loc[("dynamic", "image_text"), "n easy_vqa lmms-eval"] == 80
+    assert wide.loc[("dynamic", "image_text"), "n easy_vqa vlmevalkit"] == 50
     table = read_results(results)
     text = render(table, "markdown")
     assert "| 97.00 | - |" in text and len({line.count("|") for line in text.splitlines()}) == 1

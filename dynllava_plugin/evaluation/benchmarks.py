@@ -1,345 +1,38 @@
-"""The benchmarks: our name for each, and where each harness says which figure of it.
+"""The registry of benchmarks: what is looked up in it, by our names and by the harnesses'.
 
-Adapters, suite, tables and docs read this registry and nothing else, so that a benchmark is one row here.
+Adapters, suite, tables and docs read this registry and nothing else, so that a benchmark is one row of it.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.text_metrics import METEOR, METEOR_WITHOUT_SYNONYMS
-
-PERCENT = "%"
-LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
-HARNESSES = (LMMS_EVAL, VLMEVALKIT)
-
-
-class Place(NamedTuple):
-    """Where a harness reports a figure.
-
-    Attributes
-    ----------
-    task : str
-        lmms-eval's task or VLMEvalKit's dataset.
-    key : str
-        In lmms-eval's results file, or in VLMEvalKit's `status.json`.
-    factor : float
-        Brings the harness's figure to the metric's unit.
-    """
-
-    task: str
-    key: str
-    factor: float = 1
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a benchmark.
-
-    Attributes
-    ----------
-    name : str
-        Our name.
-    lmms_eval, vlmevalkit : Place or None
-        None where the harness doesn't report it.
-    unit : str
-        ``%``, or empty for perplexity and scores.
-    higher_is_better : bool
-    paper : str
-        The same figure's name in the paper's tables (`paper_results.csv`); empty where the paper has none.
-    paper_factor : float
-        Brings the paper's figure to `unit`.
-    """
-
-    name: str
-    lmms_eval: Place | None = None
-    vlmevalkit: Place | None = None
-    unit: str = PERCENT
-    higher_is_better: bool = True
-    paper: str = ""
-    paper_factor: float = 1
-
-    def place(self, harness: str) -> Place | None:
-        """Where `harness` reports it."""
-        return self.lmms_eval if harness == LMMS_EVAL else self.vlmevalkit
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark and its metrics, the first one the headline.
-
-    Attributes
-    ----------
-    name : str
-    metrics : tuple of Metric
-    split : str
-        What is evaluated.
-    judge : bool
-        Whether a harness needs a judge model to score it.
-    server : bool
-        Whether only a server has the answers: a run ends with a submission file.
-    lmms_eval_tasks : tuple of str
-        What `--tasks` gets; by default the metrics' tasks.
-    repo : str
-        The hub repository of lmms-eval's task; empty for our own data.
-    paper_table : str
-        The paper's table that has it: ``1``, ``3``, ``12``, or empty.
-    note : str
-        Where a figure isn't like for like with the paper's or between the harnesses.
-    """
-
-    name: str
-    metrics: tuple[Metric, ...] = ()
-    split: str = ""
-    judge: bool = False
-    server: bool = False
-    lmms_eval_tasks: tuple[str, ...] = ()
-    repo: str = ""
-    paper_table: str = ""
-    note: str = ""
-
-    def tasks(self, harness: str) -> list[str]:
-        """What the harness is asked to run; empty where it doesn't have the benchmark."""
-        if harness == LMMS_EVAL and self.lmms_eval_tasks:
-            return list(self.lmms_eval_tasks)
-        places = (metric.place(harness) for metric in self.metrics)
-        return list(dict.fromkeys(place.task for place in places if place))
-
-
-def _one(
-    name: str,
-    lmms_eval: tuple[str, str, float] | None,
-    vlmevalkit: tuple[str, str, float] | None,
-    *,
-    repo: str,
-    split: str,
-    metric: str = "accuracy",
-    unit: str = PERCENT,
-    paper: str = "acc",
-    table: str = "1",
-    judge: bool = False,
-    note: str = "",
-) -> Benchmark:
-    """A benchmark of one headline figure."""
-    places = [Place(*place) if place else None for place in (lmms_eval, vlmevalkit)]
-    figure = Metric(metric, places[0], places[1], unit=unit, paper=paper)
-    return Benchmark(name, (figure,), split=split, judge=judge, repo=repo, paper_table=table, note=note)
-
-
-def _submission(name: str, task: str, repo: str) -> Benchmark:
-    return Benchmark(
-        name,
-        (Metric("submission", Place(task, "submission")),),
-        split="test",
-        server=True,
-        repo=repo,
-        note="the run writes the file to upload",
-    )
-
-
-def _long_answers(name: str, task: str, dataset: str, paper_table: str, split: str) -> Benchmark:
-    """Perplexity of the reference, METEOR of the answer, and what the output costs in both runs (Table 3)."""
-    ppl, answer = f"{task}_ppl", f"{task}_answer"
-
-    def cost(metric: str, paper: str) -> list[Metric]:
-        return [
-            Metric(
-                f"{metric}_{run}_run",
-                Place(source, metric),
-                Place(dataset, f"{metric}_{run}_run"),
-                unit="",
-                higher_is_better=False,
-                paper=f"{paper}_{run}_run" if paper else "",
-            )
-            for run, source in (("ppl", ppl), ("meteor", answer))
-        ]
-
-    metrics = [
-        Metric("ppl", Place(ppl, "ppl"), Place(dataset, "ppl"), unit="", higher_is_better=False, paper="ppl")
-    ]
-    for meteor in (METEOR, METEOR_WITHOUT_SYNONYMS):
-        same = "meteor" if meteor == METEOR else ""
-        metrics.append(
-            Metric(meteor, Place(answer, meteor, 100), Place(dataset, meteor), paper=same, paper_factor=100)
-        )
-    metrics += cost("kv_mib", "kv_mib")
-    # The paper counts an output token in layers >= l only where it stays as context.
-    metrics += cost("decode_tflops_kept", "decode_tflops")
-    metrics += cost("decode_tflops", "")
-    return Benchmark(name, tuple(metrics), split=split, paper_table=paper_table)
-
-
-_E = "lmms-lab-encoder/"
-_DESCRIBE = "easy_vqa_describe"
-BENCHMARKS: tuple[Benchmark, ...] = (
-    Benchmark(
-        "easy_vqa",
-        (Metric("accuracy", Place("easy_vqa", "exact_match", 100), Place("EasyVQA", "Overall")),),
-        split="test",
-    ),
-    Benchmark(
-        "easy_vqa_scenes",
-        (
-            Metric(
-                "accuracy",
-                Place("easy_vqa_scenes", "exact_match", 100),
-                Place("EasyVQA_Scenes", "Overall"),
-            ),
-        ),
-        split="test",
-    ),
-    Benchmark(
-        _DESCRIBE,
-        (
-            Metric(
-                "ppl",
-                Place("easy_vqa_describe_ppl", "ppl"),
-                Place("EasyVQA_Describe", "ppl"),
-                unit="",
-                higher_is_better=False,
-            ),
-            *(
-                Metric(name, Place("easy_vqa_describe_answer", name, 100), Place("EasyVQA_Describe", name))
-                for name in (METEOR, METEOR_WITHOUT_SYNONYMS)
-            ),
-        ),
-        split="test",
-    ),
-    # The paper's twelve, MME and LLaVA-Wild, by the harnesses' own tasks and datasets.
-    _one(
-        "VQAv2",
-        ("vqav2_val", "exact_match", 100),
-        ("VQAv2_VAL", "Overall", 1),
-        repo=f"{_E}VQAv2",
-        split="validation",
-        note="the paper reports test-dev (server); here the validation split",
-    ),
-    _one(
-        "GQA",
-        ("gqa", "exact_match", 100),
-        ("GQA_TestDev_Balanced", "Overall", 1),
-        repo=f"{_E}GQA",
-        split="testdev balanced",
-    ),
-    _one(
-        "VizWiz",
-        ("vizwiz_vqa_val", "exact_match", 100),
-        ("VizWiz", "Overall", 1),
-        repo=f"{_E}VizWiz-VQA",
-        split="val",
-        table="12",
-        note="the paper reports test-dev (server); here the validation split",
-    ),
-    _one(
-        "SciQA",
-        ("scienceqa_img", "exact_match", 100),
-        ("ScienceQA_TEST", "Overall", 100),
-        repo=f"{_E}ScienceQA",
-        split="test, with image",
-    ),
-    _one(
-        "TextVQA",
-        ("textvqa_val", "exact_match", 100),
-        ("TextVQA_VAL", "Overall", 1),
-        repo=f"{_E}textvqa",
-        split="validation",
-        note="LLaVA-1.5's own prompt lists the image's OCR tokens; the harnesses' prompts don't",
-    ),
-    _one(
-        "POPE",
-        ("pope", "pope_f1_score", 100),
-        ("POPE", "Overall", 1),
-        metric="f1",
-        paper="f1",
-        repo=f"{_E}POPE",
-        split="test",
-        note="F1 of all three categories pooled; LLaVA's script averages the categories' F1",
-    ),
-    _one(
-        "MME",
-        ("mme", "mme_perception_score", 1),
-        ("MME", "perception", 1),
-        metric="perception",
-        unit="",
-        paper="perception",
-        repo=f"{_E}MME",
-        split="test",
-    ),
-    _one(
-        "MMBench",
-        ("mmbench_en_dev_static", "gpt_eval_score", 1),
-        ("MMBench_DEV_EN", "Overall", 100),
-        repo=f"{_E}MMBench",
-        split="en, dev",
-        note="answers are matched by rules, no judge",
-    ),
-    _one(
-        "SEED",
-        ("seedbench", "seed_image", 100),
-        ("SEEDBench_IMG", "Overall", 100),
-        repo=f"{_E}SEED-Bench",
-        split="test, images",
-    ),
-    _one(
-        "MM-Vet",
-        ("mmvet", "gpt_eval_score", 1),
-        ("MMVet", "Overall", 1),
-        metric="score",
-        paper="score",
-        table="12",
-        judge=True,
-        repo=f"{_E}MMVet",
-        split="test",
-    ),
-    _one(
-        "LLaVA-Wild",
-        ("llava_in_the_wild", "gpt_eval_llava_all", 1),
-        ("LLaVABench", "Relative Score (main)", 1),
-        metric="score",
-        paper="score",
-        table="12",
-        judge=True,
-        repo=f"{_E}llava-bench-in-the-wild",
-        split="train (its only one)",
-    ),
-    _one(
-        "MMVP",
-        ("mmvp", "mmvp_pair_accuracy", 100),
-        ("MMVP", "Overall", 100),
-        metric="pair_accuracy",
-        repo="lmms-lab-eval/MMVP",
-        split="train (its only one)",
-    ),
-    _one(
-        "RealWorldQA",
-        ("realworldqa", "exact_match", 100),
-        ("RealWorldQA", "Overall", 100),
-        repo=f"{_E}RealWorldQA",
-        split="test",
-    ),
-    _one(
-        "CVBench-2D",
-        ("cv_bench_2d", "cv_bench_acc", 100),
-        ("CV-Bench-2D", "Overall", 100),
-        repo="nyu-visionx/CV-Bench",
-        split="2D, test",
-        note="lmms-eval takes the mean over questions, VLMEvalKit the mean over the two sources",
-    ),
-    # Answers that only a server has.
-    _submission("VQAv2-test", "vqav2_test", f"{_E}VQAv2"),
-    _submission("VizWiz-test", "vizwiz_vqa_test", f"{_E}VizWiz-VQA"),
-    _submission("TextVQA-test", "textvqa_test", f"{_E}textvqa"),
-    # Long answers, from `dynllava build-lvis`.
-    _long_answers("LVIS-VQA single", "lvis_vqa_single", "LVIS_VQA_Single", "3", "1,000 samples of one round"),
-    _long_answers(
-        "LVIS-VQA multi", "lvis_vqa_multi", "LVIS_VQA_Multi", "3", "1,000 samples of more than seven rounds"
-    ),
-    _long_answers("ShareGPT4V-VQA", "sharegpt4v_vqa", "ShareGPT4V_VQA", "3", "captions of 300 words or more"),
+from dynllava_plugin.evaluation.benchmark import (
+    HARNESSES,
+    LMMS_EVAL,
+    PERCENT,
+    VLMEVALKIT,
+    Benchmark,
+    Metric,
+    Place,
 )
+from dynllava_plugin.evaluation.benchmark_list import BENCHMARKS
+
+__all__ = [
+    "BENCHMARKS",
+    "HARNESSES",
+    "LMMS_EVAL",
+    "PERCENT",
+    "VLMEVALKIT",
+    "Benchmark",
+    "Metric",
+    "Place",
+    "find_benchmark",
+    "find_metrics",
+    "unit_of",
+]
 
 
 def find_metrics(harness: str, task: str) -> list[tuple[Benchmark, Metric, str, float]]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the name of one that all commands share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
 
 
 def write_text(path: Path, text: str) -> None:

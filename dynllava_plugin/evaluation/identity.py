@@ -18,7 +18,8 @@ def checkpoint_hash(pretrained: str) -> str:
     """Twelve digits that change with the checkpoint's weights or configuration.
 
     Of a folder its files' content; of a hub id its commit in the local cache, ``unknown`` where it isn't
-    there. `dynllava eval` computes it once for all of its runs and hands it on as ``$DYNLLAVA_CHECKPOINT_HASH``.
+    there (`resolve_checkpoint` fetches it). `dynllava eval` computes it once for all of its runs and hands it on
+    as ``$DYNLLAVA_CHECKPOINT_HASH``.
     """
     given = os.environ.get(HASH_VARIABLE, "")
     name, _, digest = given.rpartition("=")
@@ -37,6 +38,30 @@ def checkpoint_hash(pretrained: str) -> str:
             while chunk := file.read(_CHUNK):
                 digest_of_all.update(chunk)
     return digest_of_all.hexdigest()[:12]
+
+
+def resolve_checkpoint(pretrained: str) -> str:
+    """`checkpoint_hash`, of a hub id after its text files were fetched: it is the same before and after the weights come.
+
+    Raises
+    ------
+    UserError
+        For neither a folder, nor a hub id that is in the cache or can be fetched.
+    """
+    from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+
+    find_checkpoint(pretrained, weights=False)
+    return checkpoint_hash(pretrained)
+
+
+@cache
+def source_digest() -> str:
+    """Twelve digits that change with any of this package's Python sources and task files: other code, other results."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _hub_commit(repo: str) -> str:

@@ -184,8 +184,8 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 def _write_manifest(results_file: Path, args: Namespace, judge: dict[str, Any] | None) -> None:
     """Beside the results, under the same date: `<date>_dynllava_run.json`."""
-    from dynllava_plugin.evaluation.files import write_json
-    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD
+    from dynllava_plugin.evaluation.files import MANIFEST_NAME, write_json
+    from dynllava_plugin.evaluation.records import RECORD
 
     if RECORD.settings is None:
         return  # another model than ours was evaluated

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.files import MANIFEST_NAME
+from dynllava_plugin.evaluation.results import read_json
 
 
-def footer(folder: Path) -> str:
+def footer(folders: Iterable[Path]) -> str:
     """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
     manifests = []
-    for path in sorted(folder.rglob(f"*{MANIFEST_NAME}")):
+    for path in sorted({path for folder in folders for path in folder.rglob(f"*{MANIFEST_NAME}")}):
         try:
             manifests.append(read_json(path))
         except UserError:

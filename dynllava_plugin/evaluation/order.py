@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
@@ -33,6 +34,6 @@ def in_order(table: pd.DataFrame, first: tuple[str, ...] = ("checkpoint", "mode"
 
 
 def _mode_rank(mode: str) -> str:
-    name, _, rate = mode.partition("@")
+    name = re.split("@|, ", mode)[0]
     rank = _MODES.index(name) if name in _MODES else len(_MODES)
-    return f"{bool(rate):d}{rank}{mode}"  # other keep rates follow, method beside control
+    return f"{'@' in mode:d}{rank}{mode}"  # other keep rates follow, method beside control

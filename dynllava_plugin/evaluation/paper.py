@@ -10,9 +10,14 @@ import pandas as pd
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL, VLMEVALKIT, Benchmark, Metric
-from dynllava_plugin.evaluation.order import in_order
-from dynllava_plugin.evaluation.results import KEYS, SCORED
-from dynllava_plugin.evaluation.tables import FORMATS, frame_text
+from dynllava_plugin.evaluation.results import SCORED
+from dynllava_plugin.evaluation.tables import (
+    COUNT_COLUMNS,
+    FORMATS,
+    frame_text,
+    largest_runs,
+    setting_counts,
+)
 
 # Which of the paper's rows a mode stands beside. A mode "full" of a trained checkpoint isn't LLaVA-1.5's
 # weights; its row is still the one of full context.
@@ -34,7 +39,9 @@ COMPARISON = (
     "paper",
     "lmms-eval - paper",
     "vlmevalkit - paper",
-    "n",
+    "n lmms-eval",
+    "n vlmevalkit",
+    *COUNT_COLUMNS,
     "note",
 )
 
@@ -87,7 +94,7 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
     -------
     DataFrame
         Columns `COMPARISON`, one row a checkpoint, mode, benchmark and metric. A harness's column holds a
-        figure, a reason ("needs judge"), or None.
+        figure, a reason ("needs judge"), or None; `COUNT_COLUMNS` are the setting's.
 
     Raises
     ------
@@ -96,8 +103,10 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
     """
     if llm is not None and llm not in LLMS:
         raise UserError(f"--llm: unknown value {llm!r}; choose {' or '.join(LLMS)}")
-    chosen = in_order(table.sort_values("n").drop_duplicates(list(KEYS), keep="last"))
+    chosen = largest_runs(table)
     registry = {item.name: item for item in BENCHMARKS if item.paper_table}
+    pairs = chosen[["checkpoint", "mode"]].drop_duplicates().to_dict("records")
+    costs = {(pair["checkpoint"], pair["mode"]): setting_counts(chosen, **pair) for pair in pairs}
     rows: list[dict[str, Any]] = []
     for keys, group in chosen.groupby(["checkpoint", "mode", "benchmark", "metric"], sort=False):
         checkpoint, mode, name, metric_name = (str(key) for key in keys)
@@ -106,12 +115,13 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
         benchmark = registry[name]
         metric = next(item for item in benchmark.metrics if item.name == metric_name)
         size = llm or ("13B" if "13b" in checkpoint.lower() else "7B")
-        method = METHODS.get(mode, "")
+        method = METHODS.get(group["method"].iloc[0], "")
         value = paper_value(benchmark, metric, method, size)
         found = {
             str(row["harness"]): row["value"] if row["status"] == SCORED else str(row["status"])
             for row in group.to_dict("records")
         }
+        counts = {str(row["harness"]): row["n"] for row in group.to_dict("records")}
         ours, kits = found.get(LMMS_EVAL), found.get(VLMEVALKIT)
         rows.append(
             {
@@ -128,7 +138,9 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
                 "paper": value,
                 "lmms-eval - paper": _difference(ours, value),
                 "vlmevalkit - paper": _difference(kits, value),
-                "n": group["n"].max(),
+                "n lmms-eval": counts.get(LMMS_EVAL),
+                "n vlmevalkit": counts.get(VLMEVALKIT),
+                **costs[checkpoint, mode],
                 "note": benchmark.note,
             }
         )
@@ -153,13 +165,23 @@ def render_comparison(comparison: pd.DataFrame, style: str) -> str:
             beside = f", beside the paper's {methods[0]}" if methods else ", which the paper doesn't have"
             heading = f"{title}: {checkpoint}, mode {mode}{beside}"
             text = frame_text(_cells(rows), style)
+            counts = _counts(rows.iloc[0])
             notes = [f"{row['benchmark']}: {row['note']}." for row in rows.to_dict("records") if row["note"]]
             if style == "latex":
-                parts.append(f"% {heading}\n{text}" + "".join(f"% {note}\n" for note in dict.fromkeys(notes)))
+                parts.append(
+                    f"% {heading}\n% {counts}\n{text}"
+                    + "".join(f"% {note}\n" for note in dict.fromkeys(notes))
+                )
             else:
                 lines = "\n".join(f"* {note}" for note in dict.fromkeys(notes))
-                parts.append(f"### {heading}\n\n{text}" + (f"\n{lines}\n" if notes else ""))
+                parts.append(f"### {heading}\n\n{counts}\n\n{text}" + (f"\n{lines}\n" if notes else ""))
     return "\n".join(parts)
+
+
+def _counts(row: pd.Series) -> str:
+    """A line with what the setting's figures were reached with."""
+    known = [f"{name} {row[name]}" for name in COUNT_COLUMNS if isinstance(row[name], str)]
+    return f"Of every figure: {', '.join(known)}." if known else "Token counts were not recorded."
 
 
 def _cells(rows: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +193,8 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame:
             cells[column] = _text(row[column], signed="-" in column.replace("lmms-eval", ""))
         for column in ("lmms-eval - paper", "vlmevalkit - paper"):
             cells[column] = _text(row[column], signed=True)
-        cells["n"] = "-" if pd.isna(row["n"]) else f"{row['n']:.0f}"
+        for column in ("n lmms-eval", "n vlmevalkit"):
+            cells[column] = "-" if pd.isna(row[column]) else f"{row[column]:.0f}"
         out.append(cells)
     return pd.DataFrame(out)
 

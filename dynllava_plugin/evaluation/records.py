@@ -23,7 +23,6 @@ from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.policies import Policy, policy_of
 
-MANIFEST_NAME = "dynllava_run.json"
 _PACKAGES = ("dynllava-plugin", "torch", "transformers", "lmms-eval", "ms-vlmeval", "nltk")
 
 
@@ -38,6 +37,7 @@ class RunRecord:
         self.started = time.time()
         self.settings: dict[str, Any] | None = None
         self.sparsity: dict[str, Any] | None = None
+        self.model: dict[str, Any] | None = None
         self._pretrained = ""
         self._costs: tuple[DecoderShape, Policy] | None = None
         self._answers: dict[str, list[Answer]] = defaultdict(list)
@@ -48,6 +48,10 @@ class RunRecord:
         """The model that was loaded; its sparsity settings are those in force, not only the overrides."""
         self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
         self.sparsity = model.config.sparsity.to_dict()
+        self.model = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        }
         self._pretrained = settings.pretrained
         self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
 
@@ -85,6 +89,7 @@ class RunRecord:
             "settings": self.settings,
             "checkpoint_hash": checkpoint_hash(self._pretrained) if self._pretrained else None,
             "sparsity": self.sparsity,
+            "model": self.model,
             "tokens": {name: self._counts(answers) for name, answers in self._answers.items()},
             "scored": {name: mean_score_counts(scores) for name, scores in self._scores.items()},
             "seconds": round(time.time() - self.started, 1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from dynllava_plugin.evaluation.benchmarks import (
     Metric,
     find_metrics,
 )
-from dynllava_plugin.evaluation.modes import mode_name
+from dynllava_plugin.evaluation.files import MANIFEST_NAME
 from dynllava_plugin.evaluation.order import in_order
+from dynllava_plugin.evaluation.run_settings import SETTINGS, run_settings
 
-MANIFEST_NAME = "dynllava_run.json"
 COUNTS = (
     "image_tokens",
     "kept_image_tokens",
@@ -31,14 +32,13 @@ COUNTS = (
     "prefill_gflops",
 )
 COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
-SETTINGS = ("vision_keep_rate", "text_keep_rate", "image_policy")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
 # What a cell without a figure says: nobody ran it is "-", these were run.
 SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
 
-def read_results(folder: Path) -> pd.DataFrame:
+def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFrame:
     """Every figure under `folder`, one a row.
 
     Parameters
@@ -46,13 +46,15 @@ def read_results(folder: Path) -> pd.DataFrame:
     folder : Path
         Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and
         token counts come from the ``dynllava_run.json`` beside them.
+    only : iterable of Path, optional
+        Folders in `folder`; the others aren't looked at.
 
     Returns
     -------
     DataFrame
         Columns `COLUMNS`: `value` and `stderr` in the metric's unit (percent where it has one), NaN where
         `status` isn't "scored"; `n` questions; token counts as means over samples, NaN where not measured.
-        Of two runs with the same settings and `n` the later one stands.
+        Of two runs of the same checkpoint with the same settings and `n` the later one stands.
 
     Raises
     ------
@@ -61,16 +63,26 @@ def read_results(folder: Path) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = [*folder.rglob("[0-9]*_results.json"), *folder.rglob("status.json")]
+    places = [folder] if only is None else list(only)
+    files = [path for place in places for path in place.rglob("[0-9]*_results.json")]
+    files += [path for place in places for path in place.rglob("status.json")]
     rows: list[dict[str, Any]] = []
     for path in sorted(files, key=lambda file: file.stat().st_mtime):
         rows += _lmms_eval_rows(path) if path.name != "status.json" else _vlmevalkit_rows(path)
     if not rows:
         raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column in ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate"):
+    for column in (
+        "value",
+        "stderr",
+        "seconds",
+        *COUNTS,
+        "vision_keep_rate",
+        "text_keep_rate",
+        "random_seed",
+    ):
         table[column] = pd.to_numeric(table[column])
-    table["file"] = [str(Path(file).relative_to(folder)) for file in table["file"]]
+    table["file"] = [os.path.relpath(file, folder) for file in table["file"]]
     table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
     return in_order(table).reset_index(drop=True)
 
@@ -92,7 +104,7 @@ def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
     manifest_path = path.with_name(path.name.removesuffix("_results.json") + f"_{MANIFEST_NAME}")
     manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-    common = _common(manifest, content.get("config", {}).get("model_args", ""), path)
+    common = run_settings(manifest, content.get("config", {}).get("model_args", ""), path)
     for task, scores in content.get("results", {}).items():
         count = content.get("n-samples", {}).get(task, {}).get("effective")
         counts = _counts(manifest, task)
@@ -120,14 +132,15 @@ def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
     manifest_path = path.with_name(MANIFEST_NAME)
     manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-    common = _common(manifest, "", path)
+    common = run_settings(manifest, "", path)
     model = content.get("model_name", path.parent.name)
     for dataset, entry in content.get("datasets", {}).items():
         if not isinstance(entry, dict):
             continue
         metrics = entry.get("metrics") or {}
         counts = _counts(manifest, dataset)
-        count = counts.get("n") or _prediction_rows(path.parent, f"{model}_{dataset}")
+        rows = (manifest.get("questions") or {}).get(dataset) or counts.get("n")
+        count = rows or prediction_rows(path.parent, f"{model}_{dataset}")
         for benchmark, metric, key, factor in find_metrics(VLMEVALKIT, dataset):
             row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
             if benchmark.judge and not (metrics and _judged(manifest, dataset)):
@@ -161,7 +174,8 @@ def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
 def _judged(manifest: dict[str, Any], task: str) -> bool:
     """Whether a judge was configured and answered for every sample of the task."""
     judge = manifest.get("judge") or {}
-    return bool(judge.get("model")) and not judge.get("unanswered", {}).get(task)
+    asked = bool(judge.get("model")) and task in judge.get("tasks", [task])
+    return asked and not judge.get("unanswered", {}).get(task)
 
 
 def _row(
@@ -185,27 +199,6 @@ def _row(
     }
 
 
-def _common(manifest: dict[str, Any], model_args: str, path: Path) -> dict[str, Any]:
-    """Checkpoint and settings of a run; of one without a manifest, what its arguments say."""
-    if manifest:
-        sparsity = manifest.get("sparsity") or {}
-        checkpoint = (manifest.get("settings") or {}).get("checkpoint", "unknown")
-    else:
-        pairs = dict(part.split("=", 1) for part in str(model_args).split(",") if "=" in part)
-        sparsity = {key: pairs[key] for key in ("mode", *SETTINGS) if key in pairs}
-        checkpoint = Path(pairs.get("pretrained", path.parent.name)).name
-    # Output text is dropped in one mode only: elsewhere its keep rate says nothing about the run.
-    text_rate = sparsity.get("text_keep_rate") if sparsity.get("mode") == "image_text" else None
-    return {
-        "checkpoint": checkpoint,
-        "mode": mode_name(sparsity),
-        "vision_keep_rate": float(sparsity["vision_keep_rate"]) if "vision_keep_rate" in sparsity else None,
-        "text_keep_rate": None if text_rate is None else float(text_rate),
-        "image_policy": sparsity.get("image_policy"),
-        "seconds": manifest.get("seconds"),
-    }
-
-
 def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
     tokens = manifest.get("tokens") or {}
     # The perplexity task generates nothing: its answer task's counts go with it, or those of what it scored.
@@ -213,7 +206,8 @@ def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
     return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or scored
 
 
-def _prediction_rows(folder: Path, stem: str) -> int | None:
+def prediction_rows(folder: Path, stem: str) -> int | None:
+    """Questions in VLMEvalKit's prediction file; None where it has none."""
     path = folder / f"{stem}.tsv"
     if path.is_file():
         return len(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))

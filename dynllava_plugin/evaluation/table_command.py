@@ -56,7 +56,7 @@ def _table(args: argparse.Namespace) -> int:
     else:
         text = render(table, args.format)
     if args.format == "markdown":
-        text += footer(args.results)
+        text += footer([args.results])
     print(text, end="")
     return 0
 
@@ -72,12 +72,14 @@ def benchmarks_text() -> str:
     from dynllava_plugin.evaluation.paper import METHODS, paper_value
 
     lines = [
-        "| benchmark | split | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics | needs | paper, 7B I\\|T |",
+        "| benchmark | split | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics (↓: lower is better) | needs | paper, 7B I\\|T |",
         "|---|---|---|---|---|---|---|",
     ]
     for item in BENCHMARKS:
         cells = [", ".join(f"`{name}`" for name in item.tasks(harness)) or "-" for harness in HARNESSES]
-        metrics = ", ".join(metric.name for metric in item.metrics)
+        metrics = ", ".join(
+            metric.name + ("" if metric.higher_is_better else " ↓") for metric in item.metrics
+        )
         needs = "a judge" if item.judge else "a server" if item.server else ""
         values = [paper_value(item, metric, METHODS["image_text"], "7B") for metric in item.metrics]
         value = f"{values[0]:g}" if values and values[0] is not None else ""

@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, PERCENT, VLMEVALKIT, unit_of
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, unit_of
 from dynllava_plugin.evaluation.modes import mode_name
 from dynllava_plugin.evaluation.order import in_order
 from dynllava_plugin.evaluation.results import KEYS, SCORED, read_results
+from dynllava_plugin.evaluation.run_settings import told_apart
 
 __all__ = [
     "LMMS_EVAL",
@@ -25,7 +26,8 @@ __all__ = [
 ]
 
 FORMATS = ("markdown", "csv", "latex")
-_COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
+COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
+_LONG = 20  # tokens; which of fewer stay says nothing
 # More than these don't fit beside each other: one benchmark a row then.
 _BENCHMARKS_ACROSS = 4
 
@@ -36,25 +38,27 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     Where one setting was run on different numbers of questions, the largest stands. A cell without a figure
     says why ("needs judge"); NaN where nothing was run.
     """
-    chosen = _largest_runs(table)
+    chosen = largest_runs(table)
     out: dict[tuple[str, str], dict[str, Any]] = {}
     for row in chosen.to_dict("records"):
         cells = out.setdefault((row["checkpoint"], row["mode"]), {})
         cells[_title(row)] = figure_or_status(row)
-        cells[f"n {row['benchmark']}"] = row["n"]
-    _add_counts(chosen, out)
+        cells[f"n {row['benchmark']} {row['harness']}"] = row["n"]
+    for setting, cells in out.items():
+        cells |= setting_counts(chosen, *setting)
     # Scores first, as the registry lists them; then questions; then tokens.
     ordered = in_order(chosen, first=("benchmark", "metric", "harness"))
     columns = list(dict.fromkeys(_title(row) for row in ordered.to_dict("records")))
-    columns += list(dict.fromkeys(f"n {name}" for name in ordered["benchmark"]))
-    columns += [name for name in _COUNT_COLUMNS if any(name in cells for cells in out.values())]
+    pairs = zip(ordered["benchmark"], ordered["harness"], strict=True)
+    columns += list(dict.fromkeys(f"n {name} {harness}" for name, harness in pairs))
+    columns += [name for name in COUNT_COLUMNS if any(name in cells for cells in out.values())]
     index = pd.MultiIndex.from_tuples(list(out), names=["checkpoint", "mode"])
     return pd.DataFrame(list(out.values()), index=index, columns=columns)
 
 
 def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows benchmark and metric; columns harness under checkpoint and mode, and the number of questions."""
-    chosen = in_order(_largest_runs(table), first=("benchmark", "metric"))
+    """Rows benchmark and metric; columns harness under checkpoint and mode, and each harness's number of questions."""
+    chosen = in_order(largest_runs(table), first=("benchmark", "metric"))
     several = chosen["checkpoint"].nunique() > 1
     runs = in_order(chosen)[["checkpoint", "mode", "harness"]].drop_duplicates().to_dict("records")
 
@@ -62,13 +66,49 @@ def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
         return (f"{row['checkpoint']} " if several else "") + f"{row['mode']} {row['harness']}"
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in chosen.to_dict("records"):
-        unit = f" [{row['unit']}]" if row["unit"] else ""
-        cells = rows.setdefault((row["benchmark"], row["metric"] + unit), {})
-        cells[heading(row)] = figure_or_status(row)
-        cells["n"] = row["n"]
+    for (benchmark, metric), group in chosen.groupby(["benchmark", "metric"], sort=False):
+        records = group.to_dict("records")
+        unit = f" [{records[0]['unit']}]" if records[0]["unit"] else ""
+        cells = rows.setdefault((str(benchmark), f"{metric}{unit}"), {})
+        cells |= {heading(row): figure_or_status(row) for row in records}
+        for harness, of_harness in group.groupby("harness"):
+            cells[f"n {harness}"] = span(of_harness["n"], ".0f")
     index = pd.MultiIndex.from_tuples(list(rows), names=["benchmark", "metric"])
-    return pd.DataFrame(list(rows.values()), index=index, columns=[*(heading(run) for run in runs), "n"])
+    columns = [heading(run) for run in runs] + [f"n {name}" for name in sorted(set(chosen["harness"]))]
+    return pd.DataFrame(list(rows.values()), index=index, columns=columns)
+
+
+def by_setting(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows checkpoint and mode, columns `COUNT_COLUMNS`: what every figure of a setting was reached with."""
+    chosen = largest_runs(table)
+    settings = chosen[["checkpoint", "mode"]].drop_duplicates().to_dict("records")
+    rows = [{**setting, **setting_counts(chosen, **setting)} for setting in settings]
+    found = pd.DataFrame(rows).dropna(axis="columns", how="all")
+    return found.set_index(["checkpoint", "mode"])
+
+
+def setting_counts(table: pd.DataFrame, checkpoint: str, mode: str) -> dict[str, Any]:
+    """Means over samples with an image, as a range where benchmarks differ; long answers' share of tokens that stays."""
+    rows = table[(table["checkpoint"] == checkpoint) & (table["mode"] == mode)]
+    cells: dict[str, Any] = {}
+    with_image = rows[rows["image_tokens"] > 0]
+    if len(with_image):
+        total, kept = span(with_image["image_tokens"], ".0f"), span(with_image["kept_image_tokens"], ".0f")
+        cells[COUNT_COLUMNS[0]] = f"{kept} of {total}"
+        for title, column in zip(COUNT_COLUMNS[2:], ("equivalent_tokens", "prefill_gflops"), strict=True):
+            if with_image[column].notna().any():
+                cells[title] = span(with_image[column], ".4g")
+    long = rows[(rows["generated_tokens"] >= _LONG) & rows["kept_output_share"].notna()]
+    if len(long):
+        cells[COUNT_COLUMNS[1]] = span(100 * long["kept_output_share"], ".1f")
+    return cells
+
+
+def span(values: pd.Series, digits: str) -> str:
+    """``12``, or ``12 to 15`` where the values differ: unlike things aren't averaged."""
+    known = values.dropna().sort_values()
+    ends = [f"{known.iloc[place]:{digits}}" for place in (0, -1)] if len(known) else ["-"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def figure_or_status(row: Mapping[Any, Any]) -> Any:
@@ -90,12 +130,17 @@ def render(table: pd.DataFrame, style: str) -> str:
         raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":
         return table.to_csv(index=False)
-    across = table["benchmark"].nunique() <= _BENCHMARKS_ACROSS
-    wide = (pivot(table) if across else by_benchmark(table)).reset_index()
+    if table["benchmark"].nunique() <= _BENCHMARKS_ACROSS:
+        return frame_text(_finished(pivot(table)), style)
+    parts = [_finished(by_benchmark(table)), _finished(by_setting(table))]
+    return "\n".join(frame_text(part, style) for part in parts if len(part.columns) > 2)
+
+
+def _finished(wide: pd.DataFrame) -> pd.DataFrame:
+    wide = wide.reset_index()
     for column in wide.columns:
-        counts = across and not (f"[{PERCENT}]" in column or "ppl" in column)
-        wide[column] = [_cell(value, 0 if counts or column == "n" else 2) for value in wide[column]]
-    return frame_text(wide, style)
+        wide[column] = [_cell(value, 0 if column.startswith("n ") else 2) for value in wide[column]]
+    return wide
 
 
 def frame_text(frame: pd.DataFrame, style: str) -> str:
@@ -107,31 +152,15 @@ def frame_text(frame: pd.DataFrame, style: str) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def _largest_runs(table: pd.DataFrame) -> pd.DataFrame:
-    return in_order(table.sort_values("n").drop_duplicates(list(KEYS), keep="last"))
+def largest_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The figures to show, one for each checkpoint, mode, harness, benchmark and metric."""
+    shown = told_apart(table)
+    return in_order(shown.sort_values("n", kind="stable").drop_duplicates(list(KEYS), keep="last"))
 
 
 def _title(row: Mapping[Any, Any]) -> str:
     unit = unit_of(row["metric"])
     return f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "") + f" {row['harness']}"
-
-
-def _add_counts(chosen: pd.DataFrame, out: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Mean image tokens kept of a sample with an image, and the share of long answers' tokens that stay."""
-    for (checkpoint, mode), rows in chosen.groupby(["checkpoint", "mode"]):
-        cells = out[(str(checkpoint), str(mode))]
-        with_image = rows[rows["image_tokens"] > 0]
-        if len(with_image):
-            total, kept = with_image["image_tokens"].mean(), with_image["kept_image_tokens"].mean()
-            cells[_COUNT_COLUMNS[0]] = f"{kept:.0f} of {total:.0f}"
-            for title, column in zip(
-                _COUNT_COLUMNS[2:], ("equivalent_tokens", "prefill_gflops"), strict=True
-            ):
-                if with_image[column].notna().any():
-                    cells[title] = f"{with_image[column].mean():.3g}"
-        long = rows[(rows["generated_tokens"] >= 20) & rows["kept_output_share"].notna()]
-        if len(long):
-            cells[_COUNT_COLUMNS[1]] = 100 * long["kept_output_share"].mean()
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.identity import source_digest
+from dynllava_plugin.evaluation.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
+from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
-from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished, judge_failures
+from dynllava_plugin.evaluation.vlmevalkit_manifest import write_manifest
+from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
 from dynllava_plugin.evaluation.vlmevalkit_setup import (
     MODEL_NAME,
     gather_before_leaving,
     import_kit,
+    known_datasets,
     register,
     use_gloo,
     use_local_data,
     without_judge,
 )
+from dynllava_plugin.model.checkpoints.sources import read_json
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
 # Their cells must come back as they were written; Excel's don't ("=1+1" becomes 0).
@@ -65,8 +72,7 @@ def _run(arguments: list[str]) -> int:
     if peek.model is None and peek.config is None:
         forwarded += ["--model", MODEL_NAME]
     if peek.work_dir is None:
-        limit = f"_limit-{peek.limit}" if peek.limit else ""
-        peek.work_dir = DEFAULT_OUTPUT / f"{settings.slug()}{limit}"
+        peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, own, peek)
         forwarded += ["--work-dir", str(peek.work_dir)]
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
     models, datasets = _selected(peek)
@@ -74,6 +80,8 @@ def _run(arguments: list[str]) -> int:
 
     if set(datasets) and set(datasets) <= _OWN_DATASETS:
         os.environ.setdefault("PRED_FORMAT", "tsv")
+    fresh = kit_mode != "eval" and not peek.reuse
+    journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     kit = import_kit()
     register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
     if own.data_root is not None:
@@ -82,8 +90,8 @@ def _run(arguments: list[str]) -> int:
     without_judge(unjudged)
     use_gloo()
     gather_before_leaving()
-    if kit_mode != "eval" and not peek.reuse:
-        forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets)
+    if fresh:
+        forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
     started = time.time()
     sys.argv = [sys.argv[0], *forwarded]
     kit.main()
@@ -95,10 +103,35 @@ def _run(arguments: list[str]) -> int:
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if len(models) == 1:
-        manifest = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
-        _write_manifest(work_dir / models[0], judge, manifest)
+        facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
+        write_manifest(work_dir / models[0], judge, datasets, peek.reuse, facts)
+    if journal is not None and not failures:
+        shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
     print(f"results: {work_dir}")
     return 1 if failures else 0
+
+
+def _folder_name(settings: ModelSettings, own: argparse.Namespace, peek: argparse.Namespace) -> str:
+    """Differs wherever another answer may: the kit takes up old files without asking whose they are."""
+    parts = [settings.slug()]
+    parts += [f"limit-{peek.limit}"] if peek.limit else []
+    parts += [f"prompts-{own.prompts}"] if own.prompts != PROMPTS[0] else []
+    parts += [f"max-new-tokens-{own.max_new_tokens}"] if own.max_new_tokens != MAX_NEW_TOKENS else []
+    return "_".join(parts)
+
+
+def _journal(work_dir: Path, settings: ModelSettings, own: argparse.Namespace) -> Path | None:
+    """Where a run that is killed leaves its answers for the next one of the same model, settings and code.
+
+    The kit's own half-done files have no settings with them, nor what the answers cost. None where
+    `dynllava eval` has its own place for them.
+    """
+    if os.environ.get(VARIABLE):
+        return None
+    facts = [settings.to_dict(), settings.slug(), own.prompts, own.max_new_tokens, source_digest()]
+    folder = work_dir / MODEL_NAME / f"journal-{entry_key('vlmevalkit', *facts)[:12]}"
+    os.environ[VARIABLE] = str(folder)
+    return folder
 
 
 def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) -> Judge | None:
@@ -125,20 +158,13 @@ def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) 
 def _selected(peek: argparse.Namespace) -> tuple[list[str], list[str]]:
     if peek.config is None:
         return peek.model or [MODEL_NAME], peek.data or []
-    config = json.loads(Path(peek.config).read_text(encoding="utf-8"))
+    config = read_json(Path(peek.config))
+    for key in ("model", "data"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(
+                f"--config {peek.config}: expected an object {key!r} in it, as VLMEvalKit's docs say"
+            )
     return list(config["model"]), list(config["data"])
-
-
-def _write_manifest(folder: Path, judge: Judge | None, more: dict[str, object]) -> None:
-    from dynllava_plugin.evaluation.files import write_json
-    from dynllava_plugin.evaluation.records import MANIFEST_NAME, RECORD
-
-    if RECORD.settings is None:
-        return  # everything was reused: the earlier run's manifest still holds
-    if judge is not None:
-        unanswered = judge_failures(folder)
-        more["judge"] = {"model": judge.model, "url": judge.url, "unanswered": unanswered}
-    write_json(folder / MANIFEST_NAME, RECORD.to_dict(VLMEVALKIT, **more))
 
 
 if __name__ == "__main__":

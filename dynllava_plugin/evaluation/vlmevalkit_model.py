@@ -239,15 +239,21 @@ class _LookAhead:
         self.rows = len(rows)
         self._rows: Iterator[int] = iter(rows)
         self._dataset, self._size, self._ask = dataset, size, prompt
-        self._ready: dict[str, Any] = {}
+        self._ready: dict[str, list[Any]] = {}  # two rows may ask the same
 
     def take(self, message: Message) -> Any:
         """The answer to `message`, or None where it isn't computed yet."""
-        return self._ready.pop(_key(message), None)
+        key = _key(message)
+        answers = self._ready.get(key)
+        if not answers:
+            return None
+        if len(answers) == 1:
+            del self._ready[key]
+        return answers.pop(0)
 
     def put(self, message: Message, answer: Any) -> None:
         """Keep an answer until the kit asks."""
-        self._ready[_key(message)] = answer
+        self._ready.setdefault(_key(message), []).append(answer)
 
     def following(self, message: Message) -> list[Message]:
         """`message` and the rows after it, a few batches in all, so that they can be sorted by length."""

@@ -7,6 +7,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from dynllava_plugin.evaluation.files import write_json
+
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
 _NO_SCORE_WANTED = (
     "mode_infer",
@@ -17,19 +19,46 @@ _NO_SCORE_WANTED = (
 )
 
 
-def forget_finished(folder: Path, model: str, datasets: list[str]) -> None:
+def forget_finished(folder: Path, model: str, datasets: list[str], known: Collection[str] = ()) -> None:
     """Without `--reuse` the kit promises a fresh start, yet keeps old predictions and scores: remove ours.
 
-    What a killed run left (`*.pkl`) stays, so that it is taken up again.
+    Parameters
+    ----------
+    folder : Path
+        Work-dir / model.
+    model : str
+    datasets : list of str
+        Whose files go: predictions, matched answers, judgements and scores, half-done ones too (the answers of a
+        run that was killed are in its journal), and what `status.json` says of them.
+    known : collection of str
+        The kit's datasets: what belongs to one whose name is longer stays.
     """
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for dataset in datasets:
-        for path in folder.glob(f"{model}_{dataset}.*"):
-            if path.suffix in (".tsv", ".xlsx", ".json"):
+        others = [f"{model}_{name}" for name in known if name != dataset and name.startswith(dataset)]
+        for path in [*folder.glob(f"{model}_{dataset}.*"), *folder.glob(f"{model}_{dataset}_*")]:
+            if path.is_file() and not any(_belongs(path, other) for other in others):
                 path.unlink()
-        for path in folder.glob(f"{model}_{dataset}_acc.*"):
-            path.unlink()
+        for path in folder.glob(f"*_{dataset}.pkl"):
+            if path.stem.removesuffix(f"_{dataset}").isdigit():  # its rank and the number of processes
+                path.unlink()
+    _forget_status(folder / "status.json", datasets)
+
+
+def _belongs(path: Path, stem: str) -> bool:
+    return path.name.startswith((f"{stem}.", f"{stem}_"))
+
+
+def _forget_status(path: Path, datasets: list[str]) -> None:
+    """The kit never takes back that a dataset is done, so an old score would outlive a run that is killed."""
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        for dataset in datasets:
+            status["datasets"].pop(dataset, None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none, or the kit will say what is wrong with it
+    write_json(path, status)
 
 
 def check_run(

@@ -62,6 +62,13 @@ def register(settings: ModelSettings, **arguments: Any) -> None:
     vlmevalkit_datasets.register()
 
 
+def known_datasets() -> list[str]:
+    """The names of all datasets that the kit has, ours included once they are registered."""
+    from vlmeval.dataset import SUPPORTED_DATASETS
+
+    return list(SUPPORTED_DATASETS)
+
+
 def _build_or_exit(build: Any) -> Any:
     """A checkpoint that can't be loaded ends the run: the kit would try it again for each dataset."""
     try:

@@ -38,6 +38,11 @@ def write_set(
         raise UserError(f"{folder}: can't be written ({error.strerror})") from None
 
 
+def data_folder() -> Path:
+    """Where the built sets are looked for."""
+    return Path(os.environ.get(DATA_VARIABLE) or _DEFAULT).resolve()
+
+
 def load_rows(name: str) -> list[dict[str, Any]]:
     """A set's samples in their order.
 
@@ -51,7 +56,7 @@ def load_rows(name: str) -> list[dict[str, Any]]:
     UserError
         If the set isn't built, isn't ours, or its images aren't there.
     """
-    folder = Path(os.environ.get(DATA_VARIABLE) or _DEFAULT).resolve()
+    folder = data_folder()
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(

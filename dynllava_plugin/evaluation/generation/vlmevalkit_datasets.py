@@ -24,11 +24,13 @@ class GenerationSet(ImageBaseDataset):
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Columns index, image_path, question (the first), turns (JSON)."""
+        """Columns index (the row's number: ids may repeat, the kit's index mustn't), id, image_path, question (the
+        first), turns (JSON)."""
         rows = load_rows(self.SET)
         return pd.DataFrame(
             {
-                "index": [row["id"] for row in rows],
+                "index": range(len(rows)),
+                "id": [row["id"] for row in rows],
                 "image_path": [row["image"] for row in rows],
                 "question": [row["turns"][0][0] for row in rows],
                 "turns": [json.dumps(row["turns"], ensure_ascii=False) for row in rows],

@@ -15,16 +15,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.cli import main as dynllava
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.files import write_text
 from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.minis.command import make_minis
 from dynllava_plugin.evaluation.results import read_results
 from dynllava_plugin.evaluation.smoke.check import check_table
+from dynllava_plugin.evaluation.suite.command import evaluate
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import LONG
 from dynllava_plugin.evaluation.suite.runner import STATE
@@ -68,20 +69,19 @@ def smoke(args: argparse.Namespace) -> int:
         os.environ.pop(name, None)  # the table is made without a judge
     shutil.rmtree(runs_folder, ignore_errors=True)
     make_minis(minis)
-    command = ["eval", str(args.suite), "--pretrained", args.pretrained, "--mode", args.mode]
-    command += ["--data", str(minis), "--jobs", str(args.jobs)]
-    command += ["--benchmarks", *args.benchmarks] if args.benchmarks else []
-    if dynllava([*command, "--output", str(runs_folder)]):
+    settings = {"pretrained": args.pretrained, "mode": [args.mode], "data": minis, "jobs": args.jobs}
+    settings |= {"benchmarks": args.benchmarks, "output": runs_folder}
+    if evaluate(args.suite, settings):
         return 1
     runs, table = _runs(args, minis, runs_folder), read_results(runs_folder)
     limit = SuiteConfig.read(args.suite, {"pretrained": args.pretrained}).limit
     problems = check_table(table, runs, minis, limit)
     if not args.once:
         again = [name for name in AGAIN if any(run.benchmark.name == name for run in runs)]
-        problems += _resumed(command, again, runs, runs_folder, table)
-        problems += _two_processes(command, again, work / "two", table)
+        problems += _resumed(args.suite, settings, again, runs, table)
+        problems += _two_processes(args.suite, {**settings, "output": work / "two"}, again, table)
     seconds = time.time() - started
-    text = render(table, "markdown") + footer(runs_folder)
+    text = render(table, "markdown") + footer([runs_folder])
     write_text(args.output / "table.csv", table.drop(columns="file").to_csv(index=False))
     write_text(args.output / "table.md", text)
     for problem in problems:
@@ -99,7 +99,7 @@ def _runs(args: argparse.Namespace, minis: Path, output: Path) -> list[Run]:
 
 
 def _resumed(
-    command: list[str], names: list[str], runs: list[Run], output: Path, table: pd.DataFrame
+    suite: Path, settings: dict[str, Any], names: list[str], runs: list[Run], table: pd.DataFrame
 ) -> list[str]:
     """As if killed in the middle: half of the answers written down, no result."""
     if not names:
@@ -108,9 +108,9 @@ def _resumed(
         if run.benchmark.name in names:
             _cut_short(run)
     print(f"once more, resumed: {', '.join(names)}", flush=True)
-    if dynllava([*command, "--output", str(output), "--benchmarks", *names]):
+    if evaluate(suite, {**settings, "benchmarks": names}):
         return ["the resumed runs failed"]
-    return _differences("resumed", read_results(output), table)
+    return _differences("resumed", read_results(settings["output"]), table)
 
 
 def _cut_short(run: Run) -> None:
@@ -123,15 +123,16 @@ def _cut_short(run: Run) -> None:
         write_text(path, "".join(kept) + lines[-1][: len(lines[-1]) // 2])  # the last one torn
 
 
-def _two_processes(command: list[str], names: list[str], output: Path, table: pd.DataFrame) -> list[str]:
+def _two_processes(suite: Path, settings: dict[str, Any], names: list[str], table: pd.DataFrame) -> list[str]:
     if not names:
         return []
-    shutil.rmtree(output, ignore_errors=True)
+    shutil.rmtree(settings["output"], ignore_errors=True)
     print(f"once more, in two processes: {', '.join(names)}", flush=True)
-    more = ["--output", str(output), "--benchmarks", *names, "--num-processes", "2", "--jobs", "1"]
-    if dynllava([*command, *more]):
+    if evaluate(suite, {**settings, "benchmarks": names, "num_processes": 2, "jobs": 1}):
         return ["the runs in two processes failed"]
-    return _differences("two processes", read_results(output), table[table["benchmark"].isin(names)])
+    return _differences(
+        "two processes", read_results(settings["output"]), table[table["benchmark"].isin(names)]
+    )
 
 
 def _differences(what: str, found: pd.DataFrame, wanted: pd.DataFrame) -> list[str]:

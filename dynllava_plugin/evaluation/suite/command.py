@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,26 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-_OWN = ("suite", "judge_url", "judge_model", "command", "run")
+_OWN = ("suite", "command", "run")
 
 
 def _run(args: argparse.Namespace) -> int:
+    return evaluate(args.suite, {key: value for key, value in vars(args).items() if key not in _OWN})
+
+
+def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
+    """Carry out a suite's file with `overrides` (keys of `SuiteConfig`, None: as the file says).
+
+    Returns
+    -------
+    int
+        0, 1 where a run failed, 130 where it was stopped.
+
+    Raises
+    ------
+    UserError
+        For a setting that is wrong, before anything runs.
+    """
     from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
     from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
     from dynllava_plugin.evaluation.suite.config import SuiteConfig
@@ -58,12 +75,9 @@ def _run(args: argparse.Namespace) -> int:
     from dynllava_plugin.evaluation.suite.runner import Runner
     from dynllava_plugin.evaluation.suite.runs import plan
 
-    if args.judge_url:
-        os.environ[URL] = args.judge_url
-    if args.judge_model:
-        os.environ[MODEL] = args.judge_model
-    overrides = {key: value for key, value in vars(args).items() if key not in _OWN}
-    config = SuiteConfig.read(args.suite, overrides)
+    config = SuiteConfig.read(suite, overrides)
+    given = {URL: config.judge_url, MODEL: config.judge_model}
+    os.environ |= {name: value for name, value in given.items() if value}
     judged = [task for benchmark in config.wanted() for task in benchmark.tasks(LMMS_EVAL)]
     runs = plan(config, find_judge(LMMS_EVAL, judged))
     print(f"{len(runs)} runs into {config.output}", flush=True)

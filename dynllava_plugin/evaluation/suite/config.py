@@ -40,6 +40,8 @@ class SuiteConfig:
         ``llava`` or ``kit``: who words VLMEvalKit's questions.
     data, images, output : Path or None
         Folder of local datasets; image folder of the generation sets; results.
+    judge_url, judge_model : str or None
+        An OpenAI-compatible endpoint other than OpenAI's, and its model.
     """
 
     benchmarks: tuple[str, ...] = ()
@@ -62,6 +64,8 @@ class SuiteConfig:
     data: Path | None = None
     images: Path | None = None
     output: Path | None = None
+    judge_url: str | None = None
+    judge_model: str | None = None
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any]) -> SuiteConfig:
@@ -87,14 +91,7 @@ class SuiteConfig:
         if unknown:
             raise UserError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         values = {**content, **{key: value for key, value in overrides.items() if value is not None}}
-        for key in ("benchmarks", "mode"):
-            if key in values:
-                given = values[key]
-                values[key] = (given,) if isinstance(given, str) else tuple(str(item) for item in given)
-        for key in ("data", "images", "output"):
-            if values.get(key):
-                values[key] = Path(values[key])
-        config = cls(**values)
+        config = cls(**{key: _typed(path, key, value) for key, value in values.items() if value is not None})
         if config.output is None:
             config = replace(config, output=Path("results") / path.stem)
         config.check(path)
@@ -114,7 +111,7 @@ class SuiteConfig:
             raise UserError(f"--prompts: unknown value {self.prompts!r}; choose {' or '.join(PROMPTS)}")
         for key in _POSITIVE:
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"--{key.replace('_', '-')} {value}: must be a positive integer")
         for key in ("data", "images"):
             folder = getattr(self, key)
@@ -140,3 +137,24 @@ class SuiteConfig:
         common = {name: getattr(self, name) for name in names}
         modes: tuple[str | None, ...] = self.mode or (None,)
         return [ModelSettings.from_dict({"pretrained": pretrained, "mode": mode, **common}) for mode in modes]
+
+
+def _typed(path: Path, key: str, value: Any) -> Any:
+    """A value as `SuiteConfig` holds it: names as a tuple, folders as paths, rates as numbers.
+
+    YAML turns what a user writes into lists, mappings, dates and numbers: what can't be meant is an error here.
+    """
+    if key in _POSITIVE:
+        return value  # `check` looks at them
+    if key in ("benchmarks", "mode"):
+        names = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(name, str) for name in names):
+            return tuple(names)
+        raise UserError(f"{path}: `{key}` has to be a name or a list of names, not {value!r}")
+    if key in ("vision_keep_rate", "text_keep_rate", "random_seed"):
+        if type(value) is int or (type(value) is float and key != "random_seed"):
+            return value if key == "random_seed" else float(value)
+        raise UserError(f"{path}: `{key}` has to be a number, not {value!r}")
+    if not isinstance(value, (str, Path)):
+        raise UserError(f"{path}: `{key}` has to be text, not {value!r}")
+    return Path(value) if key in ("data", "images", "output") else str(value)

@@ -10,6 +10,8 @@ from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
 
 # Of a folder given as `--data`.
 HUB, KIT, LONG = "datasets", "LMUData", "generation"
+# The identity of data that isn't on this machine yet.
+DOWNLOAD = "hub"
 
 
 def is_offline() -> bool:
@@ -39,6 +41,11 @@ def is_ours(benchmark: Benchmark) -> bool:
     return not benchmark.repo
 
 
+def is_built(benchmark: Benchmark) -> bool:
+    """Whether `dynllava build-lvis` makes it, from images that the user has."""
+    return is_ours(benchmark) and not benchmark.name.startswith("easy_vqa")
+
+
 def how_to_provide(benchmark: Benchmark, harness: str) -> str:
     """One line for a user whose machine can't download it."""
     if harness == LMMS_EVAL or benchmark.name == "VQAv2":
@@ -53,13 +60,13 @@ def how_to_provide(benchmark: Benchmark, harness: str) -> str:
 
 
 def identity(benchmark: Benchmark, harness: str, data: Path | None) -> str:
-    """Changes when the data on this machine does; ``hub`` where it is downloaded."""
-    place = locate(benchmark, harness, data) if not is_ours(benchmark) else _own_data(benchmark, data)
+    """Changes when the data on this machine does; `DOWNLOAD` where it isn't there yet."""
+    place = _source(benchmark, harness, data)
     if place is None:
-        return "hub"
-    if place.name.startswith("datasets--"):
+        return DOWNLOAD
+    if _is_cached(place):
         reference = place / "refs" / "main"
-        return reference.read_text().strip() if reference.is_file() else "hub"
+        return reference.read_text().strip() if reference.is_file() else DOWNLOAD
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     digest = hashlib.sha256()
     for path in files:
@@ -69,13 +76,46 @@ def identity(benchmark: Benchmark, harness: str, data: Path | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def identity_after(benchmark: Benchmark, harness: str, data: Path | None, planned: str) -> str:
+    """What a run is to write down once it has ended, when `planned` was the identity before it began.
+
+    The harness may have fetched the data, or newer data, in between. The user's own files it only reads: had
+    they changed meanwhile, the answers would be the older ones'.
+    """
+    place = _source(benchmark, harness, data)
+    given = is_ours(benchmark) or (data is not None and place is not None and place.is_relative_to(data))
+    return planned if given and planned != DOWNLOAD else identity(benchmark, harness, data)
+
+
+def is_same_data(recorded: object, now: object) -> bool:
+    """Whether answers to data `recorded` are answers to the data there is `now`.
+
+    A run that was cut short before it could say what it fetched recorded `DOWNLOAD`: that is what is there now.
+    """
+    return recorded in (now, DOWNLOAD)
+
+
+def _source(benchmark: Benchmark, harness: str, data: Path | None) -> Path | None:
+    """Where the data comes from. VLMEvalKit's VQAv2 is written from lmms-eval's at its first use."""
+    if is_ours(benchmark):
+        return _own_data(benchmark, data)
+    return locate(benchmark, LMMS_EVAL if benchmark.name == "VQAv2" else harness, data)
+
+
+def _is_cached(place: Path) -> bool:
+    return place.name.startswith("datasets--")
+
+
 def _own_data(benchmark: Benchmark, data: Path | None) -> Path | None:
-    if benchmark.name.startswith("easy_vqa"):
+    if is_built(benchmark):
+        from dynllava_plugin.evaluation.generation.sets import data_folder as built_folder
+
+        folder = data / LONG if data and (data / LONG).is_dir() else built_folder()
+    else:
         from dynllava_plugin.evaluation.easy_vqa import data_folder
 
         folder = data_folder()
-        return folder if folder.is_dir() else None
-    return data / LONG if data and (data / LONG).is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def _hub_cache() -> Path:

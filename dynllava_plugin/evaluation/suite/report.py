@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
@@ -20,7 +21,7 @@ def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
     failed = [outcome for outcome in outcomes if outcome.problem]
     try:
         write_json(config.output / MANIFEST, _manifest(config, outcomes))
-        _table(config)
+        _table(config.output, [outcome.run.output for outcome in outcomes])
     except OSError as error:
         print(f"error: {error.filename or config.output}: {error.strerror}", file=sys.stderr)
         return 1
@@ -31,19 +32,19 @@ def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
     return 1 if failed else 0
 
 
-def _table(config: SuiteConfig) -> None:
+def _table(folder: Path, outputs: list[Path]) -> None:
+    """Of this invocation's runs only: what other checkpoints or settings left in `folder` is `dynllava table`'s."""
     from dynllava_plugin.evaluation.tables import read_results, render
 
-    assert config.output is not None
     try:
-        table = read_results(config.output)
+        table = read_results(folder, outputs)
     except UserError as error:
         print(f"no table: {error}")
         return
-    write_text(config.output / "table.csv", table.to_csv(index=False))
-    text = render(table, "markdown") + footer(config.output)
-    write_text(config.output / "table.md", text)
-    print(f"\n{text}\ntable: {config.output / 'table.csv'}")
+    write_text(folder / "table.csv", table.to_csv(index=False))
+    text = render(table, "markdown") + footer(outputs)
+    write_text(folder / "table.md", text)
+    print(f"\n{text}\ntable: {folder / 'table.csv'}")
 
 
 def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,21 +9,31 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.files import write_json
-from dynllava_plugin.evaluation.suite.data import how_to_provide, is_offline, is_ours, locate
+from dynllava_plugin.evaluation.suite.data import (
+    DOWNLOAD,
+    how_to_provide,
+    identity_after,
+    is_offline,
+    is_ours,
+    is_same_data,
+    locate,
+)
+from dynllava_plugin.evaluation.suite.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
 
 STATE = "run.json"
 DONE, FAILED, RUNNING = "done", "failed", "running"
+PATIENCE = 10.0  # seconds that a process has to end after SIGTERM
 _UNREACHABLE = (
     "Couldn't reach",
     "ConnectionError",
@@ -79,6 +88,7 @@ class Runner:
     report: Callable[[str], None]
     _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _held: dict[Path, int] = field(default_factory=dict)
     _stopped: bool = False
 
     def run(self) -> list[Outcome]:
@@ -91,7 +101,9 @@ class Runner:
         """
         outcomes: list[Outcome] = []
         progress = Progress(len(self.runs), self.jobs, self.report)
-        with _locks({run.folder.parents[1] for run in self.runs}), ThreadPoolExecutor(self.jobs) as pool:
+        folders = {run.folder.parents[1] for run in self.runs}
+        with terminated_like_interrupted(), locks(folders) as held, ThreadPoolExecutor(self.jobs) as pool:
+            self._held = held
             pending: set[Future[Outcome]] = {pool.submit(self._guarded, run, progress) for run in self.runs}
             try:
                 while pending:
@@ -112,9 +124,17 @@ class Runner:
         self._stopped = True
         for future in pending:
             future.cancel()
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        while self._processes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         with self._lock:
             for process in self._processes:
-                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
 
     def _guarded(self, run: Run, progress: Progress) -> Outcome:
         started = time.monotonic()
@@ -126,15 +146,15 @@ class Runner:
 
     def _one(self, run: Run, progress: Progress) -> Outcome:
         state = read_state(run.folder)
-        same_answers = state.get("answers_from") == _plain(run.answers_from)
-        same = same_answers and state.get("scores_from") == _plain(run.scores_from)
-        if same and state.get("state") == DONE:
+        done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
+        answered = _is_same(state.get("answers_from"), run.answers_from, done)
+        if answered and done:
             return Outcome(run, resumed=True)
-        if not same_answers and run.folder.exists():
-            shutil.rmtree(run.folder)  # other data, settings or weights: nothing of it may be reused
         if is_offline() and not is_ours(run.benchmark):
             if locate(run.benchmark, run.harness, self.data) is None:
                 return Outcome(run, how_to_provide(run.benchmark, run.harness))
+        if not answered and run.folder.exists():
+            shutil.rmtree(run.folder)  # other data, settings, code or weights: nothing of it may be reused
         shutil.rmtree(run.output, ignore_errors=True)  # half a result; its answers are in the journal
         facts = {"answers_from": run.answers_from, "scores_from": run.scores_from, "command": run.command}
         write_json(run.folder / STATE, {"state": RUNNING, **facts})
@@ -145,8 +165,19 @@ class Runner:
         problem = "" if code == 0 else "stopped" if self._stopped else _reason(run, code, self.data)
         if not self._stopped:
             ended = {"state": FAILED if problem else DONE, "seconds": round(seconds, 1), "problem": problem}
-            write_json(run.folder / STATE, {**ended, **facts})
+            write_json(run.folder / STATE, {**ended, **facts, **self._found_out(run, bool(problem))})
         return Outcome(run, problem, seconds)
+
+    def _found_out(self, run: Run, failed: bool) -> dict[str, Any]:
+        """What only the run itself could tell: the data that it fetched, and whether the judge still answered."""
+        found: dict[str, Any] = {}
+        planned = run.answers_from.get("data")
+        if isinstance(planned, str):
+            data = identity_after(run.benchmark, run.harness, self.data, planned)
+            found["answers_from"] = {**run.answers_from, "data": data}
+        if run.scores_from.get("judge") and not failed and _lacks_judge(run):
+            found["scores_from"] = {**run.scores_from, "judge": None}
+        return found
 
     def _execute(self, run: Run) -> int:
         for path in run.journal.glob("progress-*.json"):
@@ -163,6 +194,7 @@ class Runner:
                     cwd=run.directory,
                     env={**os.environ, **run.environment},
                     start_new_session=True,  # so that its own processes end with it
+                    pass_fds=[self._held[run.folder.parents[1]]],  # were we killed, it still holds its folder
                 )
                 self._processes.add(process)
             try:
@@ -186,6 +218,27 @@ def _plain(values: dict[str, Any]) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
+def _is_same(recorded: Any, planned: dict[str, Any], done: bool) -> bool:
+    """Whether answers that were recorded are those of a run as it is planned now."""
+    if not isinstance(recorded, dict):
+        return False
+    now = _plain(planned)
+    # Data that was cleared away after a run was done doesn't undo it; to go on with a half-done one it does.
+    cleared = done and now.get("data") == DOWNLOAD
+    same_data = cleared or is_same_data(recorded.get("data"), now.get("data"))
+    return same_data and {**recorded, "data": None} == {**now, "data": None}
+
+
+def _lacks_judge(run: Run) -> bool:
+    """Whether a cell of a finished run says that it needs a judge."""
+    from dynllava_plugin.evaluation.results import NEEDS_JUDGE, read_results
+
+    try:
+        return bool((read_results(run.output)["status"] == NEEDS_JUDGE).any())
+    except UserError:
+        return True
+
+
 def _reason(run: Run, code: int, data: Path | None) -> str:
     """Why a run failed, in one line, from its log."""
     log = run.folder / "log.txt"
@@ -199,26 +252,3 @@ def _reason(run: Run, code: int, data: Path | None) -> str:
     errors = [line for line in lines if line.startswith("error: ")]
     reason = (errors or lines)[-1].removeprefix("error: ").strip()
     return f"ended with {code} ({reason[:300]}; see {log})"
-
-
-@contextmanager
-def _locks(folders: set[Path]) -> Iterator[None]:
-    """Hold each folder for this process alone."""
-    files = []
-    try:
-        for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / ".lock").open("w")
-            files.append(file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another `dynllava eval` is writing there") from None
-        yield
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            raise
-        raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None
-    finally:
-        for file in files:
-            file.close()

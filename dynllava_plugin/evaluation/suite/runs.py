@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
-from dynllava_plugin.evaluation.identity import HASH_VARIABLE, checkpoint_hash
+from dynllava_plugin.evaluation.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
-from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity
+from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity, is_built
 
 _MODULES = {
     LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval_command",
@@ -72,11 +72,17 @@ class Run:
 
 
 def plan(config: SuiteConfig, judge: Judge | None) -> list[Run]:
-    """All runs of a suite, setting by setting, benchmark by benchmark, both harnesses beside each other."""
+    """All runs of a suite, setting by setting, benchmark by benchmark, both harnesses beside each other.
+
+    Raises
+    ------
+    UserError
+        For a checkpoint that isn't there and can't be fetched.
+    """
     assert config.output is not None
     runs = []
     for settings in config.settings():
-        digest = checkpoint_hash(settings.pretrained)
+        digest = resolve_checkpoint(settings.pretrained)
         root = config.output.resolve() / folder_name(settings, digest, config)
         for benchmark in config.wanted():
             for harness in config.harnesses():
@@ -120,8 +126,11 @@ def _run(
         "prompts": config.prompts,
         "checkpoint": digest,
         "data": identity(benchmark, harness, data),
-        "versions": {name: _version(name) for name in ("dynllava-plugin", "torch", "transformers")},
+        "versions": {name: _version(name) for name in ("torch", "transformers")},
+        "sources": source_digest(),
     }
+    if is_built(benchmark):
+        answers_from["images"] = str(config.images.resolve()) if config.images else _given_images()
     uses_judge = judge.model if judge and benchmark.judge else None
     return Run(
         benchmark=benchmark,
@@ -160,6 +169,12 @@ def _vlmevalkit(
     if config.data and (config.data / KIT).is_dir():
         command += ["--data-root", str((config.data / KIT).resolve())]
     return command + (["--limit", str(config.limit)] if config.limit else [])
+
+
+def _given_images() -> str | None:
+    from dynllava_plugin.evaluation.generation.sets import IMAGES_VARIABLE
+
+    return os.environ.get(IMAGES_VARIABLE)
 
 
 def _environment(

@@ -1,0 +1,73 @@
+"""One writer a folder, also where the writer's parent is gone; and an end by SIGTERM that leaves nobody behind."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.errors import UserError
+
+
+@contextmanager
+def locks(folders: set[Path]) -> Iterator[dict[Path, int]]:
+    """Hold each folder for this process, and for those that are given its file descriptor.
+
+    Yields
+    ------
+    dict of Path to int
+        Each folder's descriptor: a lock lasts until the last process that has it open ends.
+
+    Raises
+    ------
+    UserError
+        If another process holds one, or a folder can't be written.
+    """
+    files = {}
+    try:
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            files[folder] = (folder / ".lock").open("w")
+            try:
+                fcntl.flock(files[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another `dynllava eval`, or a run that one left behind, is writing there"
+                ) from None
+    except OSError as error:
+        _close(files)
+        raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None
+    except UserError:
+        _close(files)
+        raise
+    try:
+        yield {folder: file.fileno() for folder, file in files.items()}
+    finally:
+        _close(files)
+
+
+def _close(files: dict[Path, Any]) -> None:
+    for file in files.values():
+        file.close()
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: what is running is ended first. Elsewhere than in the main thread nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

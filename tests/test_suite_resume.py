@@ -1,0 +1,183 @@
+"""What a rerun of `dynllava eval` may count as done, and what it leaves behind where it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import identity
+from dynllava_plugin.evaluation.benchmarks import find_benchmark
+from dynllava_plugin.evaluation.suite import data as suite_data
+from dynllava_plugin.evaluation.suite import runs as suite_runs
+from dynllava_plugin.evaluation.suite.locks import locks
+from dynllava_plugin.evaluation.suite.report import report
+from dynllava_plugin.evaluation.suite.runner import Outcome, Runner, read_state
+from dynllava_plugin.evaluation.suite.runs import Run, plan
+from dynllava_plugin.model.checkpoints import sources
+from tests.test_paper import write_run
+from tests.test_suite import config, fake, run_all
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and leave to download."""
+    monkeypatch.setattr(suite_data, "_hub_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("LMUData", str(tmp_path / "LMUData"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def downloading(tmp_path: Path, commit: str) -> Run:
+    """A run of GQA that fetches its data at `commit` into the cache, planned with what is there now."""
+    gqa = find_benchmark("GQA")
+    refs = tmp_path / "cache" / "datasets--lmms-lab-encoder--GQA" / "refs"
+    code = f"import os; os.makedirs({str(refs)!r}, exist_ok=True); open({str(refs / 'main')!r}, 'w').write({commit!r})"
+    planned = {"data": suite_data.identity(gqa, "lmms-eval", None)}
+    return fake(tmp_path, "one", code, benchmark=gqa, answers_from=planned)
+
+
+def resumed(run: Run) -> bool:
+    (outcome,) = Runner([run], 1, None, lambda line: None).run()
+    assert not outcome.problem
+    return outcome.resumed
+
+
+def test_a_download_is_not_other_data(tmp_path: Path, cache: Path) -> None:
+    first = downloading(tmp_path, "c1")
+    assert first.answers_from == {"data": "hub"} and not resumed(first)
+    again = downloading(tmp_path, "c1")
+    assert again.answers_from == {"data": "c1"} and resumed(again)
+    for path in (cache / "datasets--lmms-lab-encoder--GQA" / "refs").iterdir():
+        path.unlink()  # the cache was cleared: what is done stays done
+    assert resumed(downloading(tmp_path, "c1"))
+    newer = replace(downloading(tmp_path, "c2"), answers_from={"data": "c2"})
+    newer.journal.mkdir(exist_ok=True)
+    assert not resumed(newer) and not newer.journal.exists()
+
+
+def test_a_run_killed_behind_its_download_goes_on(tmp_path: Path, cache: Path) -> None:
+    run = downloading(tmp_path, "c1")
+    killed = replace(run, command=[*run.command[:2], f"{run.command[2]}; os.kill(os.getpid(), 9)"])
+    assert run_all([killed])[0]["one"]
+    state = run.folder / "run.json"
+    state.write_text(state.read_text().replace('"c1"', '"hub"'))  # the runner was killed too
+    run.journal.mkdir()
+    assert not resumed(downloading(tmp_path, "c1")) and run.journal.is_dir()
+
+
+def test_vlmevalkits_vqav2_is_lmms_evals(tmp_path: Path, cache: Path) -> None:
+    """The kit's TSV is written by the first run; it is no data of its own."""
+    vqav2 = find_benchmark("VQAv2")
+    repository = tmp_path / "datasets" / vqav2.repo
+    repository.mkdir(parents=True)
+    (repository / "data.parquet").write_bytes(b"rows")
+    before = suite_data.identity(vqav2, "vlmevalkit", tmp_path)
+    (tmp_path / "LMUData").mkdir()
+    (tmp_path / "LMUData" / "VQAv2_VAL.tsv").write_text("index")
+    assert suite_data.identity(vqav2, "vlmevalkit", tmp_path) == before != "hub"
+    assert suite_data.identity(vqav2, "lmms-eval", tmp_path) == before
+
+
+def test_a_hub_checkpoint_has_one_folder_before_and_after_its_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[bool] = []
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sources, "_download", lambda hub_id, weights: fetched.append(weights) or tmp_path)
+    monkeypatch.setattr(identity, "_hub_commit", lambda repo: "abc" if fetched else "unknown")
+    identity.checkpoint_hash.cache_clear()
+    root = plan(config(tmp_path, pretrained="some/model"), None)[0].folder.parents[1]
+    assert root.name == "some-model_abc" and fetched == [False]  # no weights for a plan
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        plan(config(tmp_path, pretrained="nowhere at all"), None)
+
+
+def test_other_code_and_other_images_are_other_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(**overrides: Any) -> dict[str, Any]:
+        chosen = config(tmp_path, benchmarks=["LVIS-VQA single"], **overrides)
+        return plan(chosen, None)[0].answers_from
+
+    first = answers()
+    assert first["sources"] == identity.source_digest() and len(first["sources"]) == 12
+    monkeypatch.setattr(suite_runs, "source_digest", lambda: "other")
+    assert answers()["sources"] == "other"
+    assert answers(images=str(tmp_path))["images"] == str(tmp_path) != first["images"]
+    assert "images" not in plan(config(tmp_path), None)[0].answers_from
+
+
+def test_a_judge_that_vanished_is_not_recorded_as_used(tmp_path: Path) -> None:
+    """The suite's judge answered at the start; the run found none, ended well, and is to be scored later."""
+    run = fake(tmp_path, "one", "", benchmark=find_benchmark("MM-Vet"), scores_from={"judge": "gpt"})
+    write_run(tmp_path / "made", "image", {"mmvet": {"gpt_eval_score,none": 31.0}})
+    copy = f"import shutil; shutil.copytree({str(tmp_path / 'made')!r}, {str(run.output)!r})"
+    run = replace(run, command=[sys.executable, "-c", copy])
+    assert not resumed(run) and read_state(run.folder)["scores_from"] == {"judge": None}
+    judge = {"model": "gpt", "unanswered": {}}
+    write_run(tmp_path / "made", "image", {"mmvet": {"gpt_eval_score,none": 31.0}}, judge=judge)
+    assert not resumed(run) and read_state(run.folder)["scores_from"] == {"judge": "gpt"}
+    assert resumed(run)
+
+
+def test_the_suites_table_has_its_own_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = config(tmp_path)
+    mine = plan(chosen, None)[0]
+    write_run(mine.output, "image", {"gqa": {"exact_match,none": 0.5}})
+    other = tmp_path / "out" / "old_checkpoint" / "lmms-eval" / "GQA" / "output"
+    write_run(other, "full", {"gqa": {"exact_match,none": 0.9}})
+    assert report(chosen, [Outcome(mine)]) == 0
+    text = (tmp_path / "out" / "table.csv").read_text()
+    assert ",image," in text and ",full," not in text and "in 1 runs" in capsys.readouterr().out
+
+
+def test_sigterm_ends_what_is_running(tmp_path: Path) -> None:
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    run, started = fake(tmp_path, "one", code), tmp_path / "pid"
+
+    def terminate() -> None:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        Runner([run], 1, None, lambda line: None).run()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before and read_state(run.folder)["state"] == "running"
+
+
+def test_an_orphan_holds_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "setting"
+    with locks({folder}) as held:
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=list(held.values()))
+    try:
+        with (
+            pytest.raises(UserError, match="or a run that one left behind, is writing there"),
+            locks({folder}),
+        ):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with locks({folder}):
+        pass
+    # The runner's children are such: they have the lock open.
+    look = "import os, sys; fds = os.listdir('/proc/self/fd')\n"
+    look += "links = [os.readlink(f'/proc/self/fd/{fd}') for fd in fds if os.path.exists(f'/proc/self/fd/{fd}')]\n"
+    look += "sys.exit(not any(link.endswith('setting/.lock') for link in links))"
+    assert run_all([fake(tmp_path, "one", look)])[0] == {"one": ""}

@@ -1,0 +1,150 @@
+"""Tables keep apart what differs: checkpoints of one name, data types, prompts, seeds, policies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dynllava_plugin.evaluation.paper import compare, render_comparison
+from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.tables import by_benchmark, pivot, render, span
+from tests.test_paper import row, write_kit, write_run
+
+GQA = {"gqa": {"exact_match,none": 0.5}}
+COUNTS = {
+    "n": 8,
+    "image_tokens": 576.0,
+    "kept_image_tokens": 115.0,
+    "equivalent_tokens": 143.8,
+    "prefill_gflops": 2500.0,
+}
+
+
+def write(folder: Path, accuracy: float = 0.5, questions: int = 8, **manifest: Any) -> None:
+    write_run(folder, "image_text", {"gqa": {"exact_match,none": accuracy}}, **manifest)
+    path = folder / "20260101_000000_results.json"
+    content = json.loads(path.read_text())
+    content["n-samples"]["gqa"]["effective"] = questions
+    path.write_text(json.dumps(content))
+
+
+def test_an_older_checkpoint_of_the_same_name_is_another_row(tmp_path: Path) -> None:
+    write(tmp_path / "old", 0.9, questions=100, checkpoint_hash="aaa")
+    write(tmp_path / "new", 0.5, checkpoint_hash="bbb")
+    wide = pivot(read_results(tmp_path))["GQA accuracy [%] lmms-eval"]
+    assert dict(wide) == {
+        ("org/Dynamic-LLaVA-7B (aaa)", "image_text"): 90,
+        ("org/Dynamic-LLaVA-7B (bbb)", "image_text"): 50,
+    }
+    assert set(compare(read_results(tmp_path))["paper_method"]) == {"Dynamic-LLaVA_I|T 7B"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "modes"),
+    [
+        ([{"model": {"dtype": name}} for name in ("float32", "bfloat16")], {"image_text, float32", "image_text, bfloat16"}),
+        ([{"settings": {"checkpoint": "m", "attn_implementation": name}} for name in ("sdpa", "eager")],
+         {"image_text, sdpa", "image_text, eager"}),
+        ([{"sparsity": {"mode": "image", "image_policy": "random", "random_seed": seed}} for seed in (0, 1)],
+         {"random_image, seed 0", "random_image, seed 1"}),
+        ([{"sparsity": {"mode": "image_text", "random_seed": seed}} for seed in (0, 1)], {"image_text"}),
+    ],
+)  # fmt: skip
+def test_settings_are_shown_where_they_differ(tmp_path: Path, changes: list[dict], modes: set[str]) -> None:
+    for number, change in enumerate(changes):
+        write(tmp_path / str(number), **{"settings": {"checkpoint": "m"}, **change})
+    table = read_results(tmp_path)
+    assert {mode for _, mode in pivot(table).index} == modes
+    assert set(by_benchmark(table).columns) == {*(f"{mode} lmms-eval" for mode in modes), "n lmms-eval"}
+    assert len(set(table["mode"])) == 1  # the tidy table has a column for each
+
+
+def test_prompts_are_told_apart(tmp_path: Path) -> None:
+    for prompts in ("llava", "kit"):
+        write_kit(tmp_path / prompts, "image", {"POPE": {"metrics": {"Overall": 80.0}}}, prompts=prompts)
+    assert {mode for _, mode in pivot(read_results(tmp_path)).index} == {
+        "image, llava prompts",
+        "image, kit prompts",
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "rate", "seed"),
+    [
+        ("fastv", {"k": 3, "r": 0.75}, None, None),
+        ("fastv", {"k": 3}, 0.2, None),
+        ("random", {"keep": 0.1}, None, 7),
+        ("random", {"seed": 3}, 0.2, None),
+    ],
+)
+def test_a_policys_row_names_it_and_no_learned_settings(
+    tmp_path: Path, policy: str, arguments: dict[str, Any], rate: float | None, seed: float | None
+) -> None:
+    sparsity = {
+        "mode": "image_text",
+        "image_policy": "learned",
+        "vision_keep_rate": 0.2,
+        "text_keep_rate": 0.5,
+    }
+    write(tmp_path, sparsity={**sparsity, "random_seed": 7, "policy": policy, "policy_args": arguments})
+    found = read_results(tmp_path).iloc[0]
+    name = ",".join([policy, *(f"{key}={value}" for key, value in arguments.items())])
+    assert found["policy"] == found["mode"] == name
+    assert pd.isna(found["image_policy"]) and pd.isna(found["text_keep_rate"])
+    for column, wanted in (("vision_keep_rate", rate), ("random_seed", seed)):
+        assert found[column] == wanted if wanted is not None else pd.isna(found[column])
+
+
+def test_a_policy_without_a_manifest_is_read_from_its_arguments(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "20260101_000000_dynllava_run.json").unlink()
+    path = tmp_path / "20260101_000000_results.json"
+    content = json.loads(path.read_text())
+    content["config"] = {"model_args": "pretrained=a/m,policy=fastv,k=3,r=0.75,dtype=bfloat16"}
+    path.write_text(json.dumps(content))
+    found = read_results(tmp_path).iloc[0]
+    assert (found["checkpoint"], found["mode"]) == ("m", "fastv,k=3,r=0.75")
+
+
+def test_counts_are_printed_with_every_table(tmp_path: Path) -> None:
+    """Equivalent tokens and prefill FLOPs; of five benchmarks as a table of their own. Questions of each harness."""
+    tasks = {
+        "gqa": "exact_match",
+        "pope": "pope_f1_score",
+        "realworldqa": "exact_match",
+        "mmvp": "mmvp_pair_accuracy",
+    }
+    scores = {task: {f"{key},none": 0.5} for task, key in tasks.items()}
+    more = {**COUNTS, "prefill_gflops": 2600.0}
+    write_run(tmp_path / "a", "image", scores, tokens={**dict.fromkeys(tasks, COUNTS), "pope": more})
+    write_kit(tmp_path / "b", "image", {"MMBench_DEV_EN": {"metrics": {"Overall": 0.5}}})
+    path = tmp_path / "b" / "dynllava_run.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokens": {"MMBench_DEV_EN": {**COUNTS, "n": 32}}})
+    )
+    write_run(
+        tmp_path / "c",
+        "image",
+        {"mmbench_en_dev_static": {"gpt_eval_score,none": 50.0}},
+        tokens={"mmbench_en_dev_static": COUNTS},
+    )
+    table = read_results(tmp_path)
+    text = render(table, "markdown")
+    assert "| MMBench | accuracy [%] | 50.00 | 50.00 | 8 | 32 |" in text
+    assert "| checkpoint | mode | image tokens kept | equivalent tokens | prefill GFLOPs |" in text
+    assert "| 115 of 576 | 143.8 | 2500 to 2600 |" in text
+    assert render(table, "latex").count(r"\begin{tabular}") == 2
+    comparison = compare(table)
+    mmbench = row(comparison, benchmark="MMBench")
+    assert (mmbench["n lmms-eval"], mmbench["n vlmevalkit"]) == (8, 32)
+    line = (
+        "Of every figure: image tokens kept 115 of 576, equivalent tokens 143.8, prefill GFLOPs 2500 to 2600."
+    )
+    assert line in render_comparison(comparison, "markdown") and f"% {line}" in render_comparison(
+        comparison, "latex"
+    )
+    assert span(pd.Series([], dtype=float), ".0f") == "-"

@@ -1,0 +1,117 @@
+"""`run_vlmevalkit.py` around the kit: its folders, journal, manifest and bad input, without running the kit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynllava_plugin.evaluation import vlmevalkit_command as command
+from dynllava_plugin.evaluation import vlmevalkit_manifest
+from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.judges import Judge
+from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser
+
+ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
+JUDGE = Judge("gpt", "http://host/v1")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"model": ["dynllava"], "data": {}}'])
+def test_a_bad_config_is_one_line(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    assert command.main(["--config", str(path), "--work-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
+def test_whatever_changes_an_answer_changes_the_folder() -> None:
+    def name(*flags: str) -> str:
+        own, forwarded = own_parser().parse_known_args(list(flags))
+        peek, _ = kit_parser().parse_known_args(forwarded)
+        return command._folder_name(ModelSettings(pretrained="tiny"), own, peek)
+
+    names = [name(), name("--prompts", "kit"), name("--max-new-tokens", "5"), name("--limit", "3")]
+    assert len(set(names)) == 4 and names[0] == name("--batch-size", "2", "--prompts", "llava") == "tiny"
+
+
+def test_a_killed_run_leaves_its_answers_to_the_same_model_and_code_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def journal(*flags: str, mode: str | None = None) -> Path | None:
+        monkeypatch.delenv(command.VARIABLE, raising=False)
+        own, _ = own_parser().parse_known_args(list(flags))
+        return command._journal(tmp_path, ModelSettings(pretrained="tiny", mode=mode), own)
+
+    first = journal()
+    assert first is not None and first == journal() == Path(os.environ[command.VARIABLE])
+    others = [journal(mode="full"), journal("--prompts", "kit"), journal("--max-new-tokens", "5")]
+    monkeypatch.setattr(command, "source_digest", lambda: "other")
+    assert len({first, *others, journal()}) == 5
+    monkeypatch.setenv(command.VARIABLE, "elsewhere")  # `dynllava eval` has a place for them
+    own, _ = own_parser().parse_known_args([])
+    assert command._journal(tmp_path, ModelSettings(pretrained="tiny"), own) is None
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work-dir in which MM-Vet's questions were answered and not scored."""
+    monkeypatch.setattr(vlmevalkit_manifest, "judge_failures", lambda folder: {})
+    folder = tmp_path / "dynllava"
+    folder.mkdir()
+    ended(folder, {"MMVet": {"skip_reason": "mode_infer"}}, ["MMVet"], None)
+    return folder
+
+
+def ended(
+    folder: Path,
+    status: dict[str, Any],
+    datasets: list[str],
+    judge: Judge | None,
+    asks: bool = True,
+    reused: bool = False,
+) -> None:
+    """What is there after a run of `datasets`, one question each."""
+    path = folder / "status.json"
+    known = json.loads(path.read_text())["datasets"] if path.is_file() else {}
+    path.write_text(json.dumps({"model_name": "dynllava", "datasets": {**known, **status}}))
+    RECORD.clear()
+    if asks:
+        RECORD.settings, RECORD.sparsity = {"checkpoint": "m"}, {"mode": "image"}
+        for name in datasets:
+            RECORD.note_answers(name, [ANSWER])
+    vlmevalkit_manifest.write_manifest(folder, judge, datasets, reused, {"prompts": "llava"})
+    RECORD.clear()
+
+
+def status(folder: Path, benchmark: str) -> str:
+    table = read_results(folder).set_index("benchmark")
+    return table.loc[benchmark, "status"]
+
+
+def test_inferred_first_and_judged_later(folder: Path) -> None:
+    assert status(folder, "MM-Vet") == "needs judge"
+    ended(folder, {"MMVet": {"metrics": {"Overall": 31.0}}}, ["MMVet"], JUDGE, asks=False)
+    assert status(folder, "MM-Vet") == "scored"
+    ended(
+        folder, {"POPE": {"metrics": {"Overall": 80.0}}}, ["POPE"], None
+    )  # another dataset, without a judge
+    assert status(folder, "MM-Vet") == status(folder, "POPE") == "scored"
+    assert set(read_results(folder)["n"]) == {1}  # both datasets' counts are there
+    ended(folder, {"MMVet": {"metrics": {"Overall": 31.0}}}, ["MMVet"], None)  # asked again, not scored again
+    assert status(folder, "MM-Vet") == "needs judge"
+
+
+def test_reused_answers_are_counted(folder: Path) -> None:
+    (folder / "dynllava_POPE.tsv").write_text("index\tprediction\n1\tyes\n2\tno\n3\tno\n")
+    ended(folder, {"POPE": {"metrics": {"Overall": 80.0}}}, ["POPE"], None, reused=True)
+    assert read_results(folder).set_index("benchmark").loc["POPE", "n"] == 3
