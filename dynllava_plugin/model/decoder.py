@@ -418,9 +418,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         """
         batch, length = present.shape
         columns = torch.arange(length, device=present.device).expand(batch, -1)
-        if (seen and length == 1) or bool(
-            (present == valid).all() and (not last_only or valid[:, -1].all())
-        ):
+        if (seen and length == 1) or bool((present == valid).all() and (not last_only or valid[:, -1].all())):
             return torch.where(valid, columns, -1), False
         order, counts = packing_order(present)
         width = order.shape[1]

@@ -204,9 +204,13 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if implementation is None and generation_config.cache_implementation is not None:
             implementation = generation_config.cache_implementation
             kwargs["generation_config"] = copy.deepcopy(generation_config)
-            kwargs["generation_config"].cache_implementation = None  # the cache is made here, not by transformers
+            kwargs[
+                "generation_config"
+            ].cache_implementation = None  # the cache is made here, not by transformers
         if implementation is not None and kwargs.get("past_key_values") is not None:
-            raise UserError("cache_implementation: past_key_values is given, whose kind is settled; leave one out")
+            raise UserError(
+                "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
+            )
         if use_cache is not False and kwargs.get("past_key_values") is None:
             compiling = kwargs.pop("compile_config", None)
             kwargs["past_key_values"] = self.new_cache(
@@ -514,7 +518,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 def _labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
     """[B, L] labels -> [B, L'] labels of the tokens that are still there."""
-    nothing_before = torch.nn.functional.pad(token_index[:, :-1] < 0, (1, 0))  # what padding "predicts" is no loss
+    nothing_before = torch.nn.functional.pad(
+        token_index[:, :-1] < 0, (1, 0)
+    )  # what padding "predicts" is no loss
     return labels.gather(1, token_index.clamp(min=0)).masked_fill(
         (token_index < 0) | nothing_before, IGNORE_INDEX
     )

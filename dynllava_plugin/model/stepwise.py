@@ -41,7 +41,9 @@ def score_step_by_step(
     )
     # A prompt row predicts the token whose row comes next, as in `score`.
     index = torch.where(out.token_index >= 0, prompt.gather(1, out.token_index.clamp(min=0)), -1)
-    wanted = (index[:, :-1] >= 0) & (index[:, 1:] >= 0) & (labels.gather(1, index[:, 1:].clamp(min=0)) != -100)
+    wanted = (
+        (index[:, :-1] >= 0) & (index[:, 1:] >= 0) & (labels.gather(1, index[:, 1:].clamp(min=0)) != -100)
+    )
     note(wanted.nonzero()[:, 0], index[:, 1:][wanted], out.logits[:, :-1][wanted])
 
     answer, real = _packed(output & valid, left=False)
