@@ -61,9 +61,9 @@ bench-gpu:
 
 # Every policy on one checkpoint: accuracy, equivalent tokens and prefill time, then long answers with half of the context.
 CHECKPOINT ?= results/demo_work/dynamic_tiny
-LIMIT ?= 2000
+LIMIT ?= 1000
 policies: setup
-	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa easy_vqa_scenes
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa_scenes
 	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe --keep 0.5 \
 		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
