@@ -213,7 +213,7 @@ def test_two_suites_in_one_folder(tmp_path: Path) -> None:
     inner: list[str] = []
 
     def meanwhile(line: str) -> None:
-        with pytest.raises(UserError, match="another `dynllava eval` is writing there"):
+        with pytest.raises(UserError, match="another `dynllava eval`, or a run that one left behind"):
             Runner([fake(tmp_path, "two", "pass")], 1, None, print).run()
         inner.append(line)
 

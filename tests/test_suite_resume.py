@@ -119,7 +119,7 @@ def test_other_code_and_other_images_are_other_answers(
     assert "images" not in plan(config(tmp_path), None)[0].answers_from
 
 
-def test_a_judge_that_vanished_is_not_recorded_as_used(tmp_path: Path) -> None:
+def test_a_judge_that_vanished_is_not_recorded_as_used(tmp_path: Path, cache: Path) -> None:
     """The suite's judge answered at the start; the run found none, ended well, and is to be scored later."""
     run = fake(tmp_path, "one", "", benchmark=find_benchmark("MM-Vet"), scores_from={"judge": "gpt"})
     write_run(tmp_path / "made", "image", {"mmvet": {"gpt_eval_score,none": 31.0}})

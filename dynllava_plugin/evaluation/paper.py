@@ -17,6 +17,7 @@ from dynllava_plugin.evaluation.tables import (
     frame_text,
     largest_runs,
     setting_counts,
+    settings_of,
 )
 
 # Which of the paper's rows a mode stands beside. A mode "full" of a trained checkpoint isn't LLaVA-1.5's
@@ -105,8 +106,7 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
         raise UserError(f"--llm: unknown value {llm!r}; choose {' or '.join(LLMS)}")
     chosen = largest_runs(table)
     registry = {item.name: item for item in BENCHMARKS if item.paper_table}
-    pairs = chosen[["checkpoint", "mode"]].drop_duplicates().to_dict("records")
-    costs = {(pair["checkpoint"], pair["mode"]): setting_counts(chosen, **pair) for pair in pairs}
+    costs = {setting: setting_counts(chosen, *setting) for setting in settings_of(chosen)}
     rows: list[dict[str, Any]] = []
     for keys, group in chosen.groupby(["checkpoint", "mode", "benchmark", "metric"], sort=False):
         checkpoint, mode, name, metric_name = (str(key) for key in keys)

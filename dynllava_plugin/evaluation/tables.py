@@ -81,10 +81,17 @@ def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
 def by_setting(table: pd.DataFrame) -> pd.DataFrame:
     """Rows checkpoint and mode, columns `COUNT_COLUMNS`: what every figure of a setting was reached with."""
     chosen = largest_runs(table)
-    settings = chosen[["checkpoint", "mode"]].drop_duplicates().to_dict("records")
-    rows = [{**setting, **setting_counts(chosen, **setting)} for setting in settings]
+    rows = [
+        {"checkpoint": checkpoint, "mode": mode, **setting_counts(chosen, checkpoint, mode)}
+        for checkpoint, mode in settings_of(chosen)
+    ]
     found = pd.DataFrame(rows).dropna(axis="columns", how="all")
     return found.set_index(["checkpoint", "mode"])
+
+
+def settings_of(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(checkpoint, mode), each once, in the table's order."""
+    return list(dict.fromkeys(zip(table["checkpoint"], table["mode"], strict=True)))
 
 
 def setting_counts(table: pd.DataFrame, checkpoint: str, mode: str) -> dict[str, Any]:

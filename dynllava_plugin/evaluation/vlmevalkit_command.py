@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> int:
 
     if set(datasets) and set(datasets) <= _OWN_DATASETS:
         os.environ.setdefault("PRED_FORMAT", "tsv")
-    fresh = kit_mode != "eval" and not peek.reuse
+    fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
     journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     kit = import_kit()
     register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
@@ -104,7 +104,8 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
     if len(models) == 1:
         facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
-        write_manifest(work_dir / models[0], judge, datasets, peek.reuse, facts)
+        scored_by = None if kit_mode == "infer" else judge
+        write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
     if journal is not None and not failures:
         shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
     print(f"results: {work_dir}")

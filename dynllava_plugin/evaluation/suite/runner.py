@@ -33,7 +33,7 @@ from dynllava_plugin.evaluation.suite.runs import Run
 
 STATE = "run.json"
 DONE, FAILED, RUNNING = "done", "failed", "running"
-PATIENCE = 10.0  # seconds that a process has to end after SIGTERM
+PATIENCE = 45.0  # seconds to end after SIGTERM; torchrun gives its workers 30
 _UNREACHABLE = (
     "Couldn't reach",
     "ConnectionError",
