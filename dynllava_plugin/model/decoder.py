@@ -447,7 +447,9 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             length = hidden.shape[1]
             itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
             mask = _causal(length, hidden.device) & (keep[:, None, None, :] | itself)
-        if mask is None or self.config._attn_implementation != "eager":
+        # SDPA would turn a step's mask into an additive one in every layer.
+        step = bool(seen) and hidden.shape[1] == 1
+        if mask is None or not (step or self.config._attn_implementation == "eager"):
             return mask
         return _additive(mask, hidden)
 

@@ -63,9 +63,8 @@ class RaggedLayer(CacheLayerMixin):
             return key_states, value_states
         self.grow()
         if isinstance(plan, Step):
-            rows = torch.arange(key_states.shape[0], device=key_states.device)
-            self.keys[rows, :, plan.slots] = key_states[:, :, 0]
-            self.values[rows, :, plan.slots] = value_states[:, :, 0]
+            self.keys[plan.rows, :, plan.slots] = key_states[:, :, 0]
+            self.values[plan.rows, :, plan.slots] = value_states[:, :, 0]
             return self.keys[:, :, : plan.bound], self.values[:, :, : plan.bound]
         attended = (
             torch.cat([self.keys[:, :, : plan.bound], key_states], dim=2),

@@ -34,10 +34,11 @@ class Prefill:
 
 @dataclass
 class Step:
-    """One token a sample: written in place at `slots` [B], which attends the first `bound` slots."""
+    """One token a sample: row `rows[i]` = i is written in place at `slots[i]` and attends the first `bound` slots."""
 
     slots: torch.Tensor
     bound: int
+    rows: torch.Tensor
 
 
 @dataclass
@@ -97,7 +98,7 @@ class ContextTrack:
             self.bound = int(lengths.max())
         bound = self.bound + 1
         self._reserve(bound)
-        self.plan = Step(slots=lengths, bound=bound)
+        self.plan = Step(lengths, bound, torch.arange(len(lengths), device=lengths.device))
         self._pending, self._pending_bound = lengths + keep, bound
         if exact and int(lengths.min()) == self.bound:
             return None
@@ -159,7 +160,8 @@ class StaticTrack(ContextTrack):
     def begin_static(self, keep: torch.Tensor) -> torch.Tensor:
         """Plan a step for bool [B, 1] `keep`, in tensors alone; bool [B, 1, 1, capacity] of the slots the token sees."""
         lengths = self.lengths
-        self.plan, self._pending = Step(slots=lengths, bound=self.capacity), keep[:, 0]  # type: ignore[arg-type]
+        rows = torch.arange(keep.shape[0], device=keep.device)
+        self.plan, self._pending = Step(lengths, self.capacity, rows), keep[:, 0]  # type: ignore[arg-type]
         return (torch.arange(self.capacity, device=keep.device) <= lengths[:, None])[:, None, None]  # type: ignore[index]
 
     def commit_static(self) -> None:
