@@ -34,18 +34,22 @@ smoke: setup
 table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
 
-# The CPU table of results/efficiency (15 minutes on 2 idle cores; an interrupted run goes on where it was).
+# The CPU tables of results/efficiency and results/training (25 minutes on 2 idle cores). An interrupted run goes on where it
+# was; delete results/*/cpu*.json to measure everything anew. The committed rows of a GPU stay in the tables.
 CPU_ROWS = results/efficiency/cpu.json
 BENCH_CPU = $(PY) -m dynllava_plugin.bench all --resume --device cpu --shape cpu-medium --json $(CPU_ROWS)
 bench-cpu: setup
-	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 9
-	$(BENCH_CPU) --only decode --batch 1,8 --new-tokens 2000 --repeats 5
-	$(BENCH_CPU) --only batching --batch 1,8 --at 200 --repeats 5
+	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 11
+	$(BENCH_CPU) --only decode --batch 1,8 --new-tokens 2000 --repeats 9
+	$(BENCH_CPU) --only batching --batch 1,8 --at 200 --repeats 9
 	$(BENCH_CPU) --only nocache --batch 1,8 --at 0,250,500 --repeats 6
 	$(BENCH_CPU) --only memory --batch 1,8 --new-tokens 2000
 	$(BENCH_CPU) --only score --batch 1,8 --mode image_text --repeats 5
 	$(PY) -m dynllava_plugin.bench load --resume --device cpu --shape 12x768x12 --repeats 10 --json results/efficiency/cpu_load.json
-	$(PY) -m dynllava_plugin.bench report $(wildcard results/efficiency/*.json) --output results/efficiency
+	$(PY) -m dynllava_plugin.bench report results/efficiency/cpu.json results/efficiency/cpu_load.json \
+		results/efficiency/h100_7b.json results/efficiency/h100_13b.json --output results/efficiency
+	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json results/training/cpu.json
+	$(PY) -m dynllava_plugin.bench report results/training/cpu.json results/training/h100_bench.json --output results/training
 
 # LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT), whole after each.
 OUT ?= results/efficiency-gpu
