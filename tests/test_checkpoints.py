@@ -265,6 +265,10 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         (lambda folder: fake.edit_config(folder, vocab_size=300), "420 tokens, its model only 300"),
         (lambda folder: fake.edit_config(folder, mm_vision_tower="../nowhere"), r"\.\./nowhere: no such"),
         (
+            lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+            "processor's JSON files are missing or damaged",
+        ),
+        (
             lambda folder: fake.edit_config(folder, sparse_config={"vision_keep_rate": 2}),
             "sparse_config: vision_keep_rate",
         ),

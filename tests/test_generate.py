@@ -204,6 +204,13 @@ def test_the_last_token_of_a_right_padded_batch(mode):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
+def test_chance_is_not_trained():
+    model = random_model(mode="image", image_policy="random").train()
+    batch = batch_of([random_sample(random.Random(0), 1, 3)], labels=[[5, 6]])
+    with pytest.raises(UserError, match="image_policy: chance can't be trained"):
+        model(**batch)
+
+
 def test_a_first_token_has_no_score_in_a_batch_either():
     rng = random.Random(4)
     samples = [random_sample(rng, 0, text) for text in (3, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -224,6 +225,24 @@ def test_unreadable_images_are_named(tmp_path: Path, processors: dict[str, Dynam
             assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="uint8"):
         processors["image"](images=[np.zeros((4, 4))], text="<image>")
+
+
+def test_an_address_gives_the_pixels_of_the_file(
+    tmp_path: Path, processors: dict[str, DynamicLlavaProcessor]
+) -> None:
+    """A camera's note to turn the image counts in neither, as in LLaVA's code."""
+    image, path = Image.effect_noise((40, 64), 90).convert("RGB"), tmp_path / "turned.png"
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(path, exif=exif)
+    address = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    pixels = [
+        processors["image"](images=[where], text="<image>", return_tensors="pt")["pixel_values"]
+        for where in (path, address, image)
+    ]
+    assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        processors["image"](images=["data:image/png;base64,AAAA"], text="<image>")
 
 
 def test_round_trip(tmp_path: Path, tokenizer_model: Path) -> None:

@@ -18,6 +18,7 @@ from dynllava_plugin.sparsity.masked_softmax_plain import (
 from dynllava_plugin.sparsity.objective import keep_loss, lm_loss
 from dynllava_plugin.sparsity.selection import (
     gumbel_keep_mask,
+    keep_score,
     last_answer,
     num_kept_image_tokens,
     random_image_scores,
@@ -38,7 +39,7 @@ def test_number_of_kept_image_tokens(tokens, rate, kept):
 @given(st.integers(1, 5), st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 1000))
 def test_kept_image_tokens_have_the_highest_scores(images, tokens, rate, seed):
     scores = torch.randn(images, tokens, generator=torch.Generator().manual_seed(seed))
-    keep = select_image_tokens(scores, rate)
+    keep = select_image_tokens(scores, num_kept_image_tokens(tokens, rate))
     assert (keep.sum(1) == num_kept_image_tokens(tokens, rate)).all()
     for row, kept in zip(scores, keep, strict=True):
         if not kept.all():
@@ -47,7 +48,7 @@ def test_kept_image_tokens_have_the_highest_scores(images, tokens, rate, seed):
 
 def test_text_decision_is_the_argmax_and_index_0_keeps():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [-3.0, -2.0]])
-    assert select_text_tokens(logits).tolist() == [True, False, False]
+    assert select_text_tokens(keep_score(logits)).tolist() == [True, False, False]
 
 
 def test_random_scores_depend_on_the_image_seed_only():

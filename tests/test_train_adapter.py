@@ -52,6 +52,12 @@ def peft_merged(flags: list[str], folder: Path) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().state_dict()
 
 
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match=r"adapter_config.json: no r and no lora_alpha, so it isn't a LoRA's"):
+        merge_adapter(tmp_path, {})
+
+
 def test_only_adapter_and_predictors_are_saved_and_both_moved(flags, trained):
     adapter = load_file(trained / "adapter_model.safetensors")
     assert not (trained / "model.safetensors").exists()

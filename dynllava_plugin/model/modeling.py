@@ -48,7 +48,8 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     logits : [B, L', V]
         L' = L in training; at inference without the dropped image tokens, packed to the right.
     token_index : int64 [B, L']
-        The input column of each logit row, -1 on padding; None in training.
+        The input column of each hidden state, -1 on padding; `logits` are those of its last columns where `logits_to_keep`
+        asked for few. None in training.
     image_keep : bool [B, N_img]
         Image tokens that stay, right padded over samples; None without images or in mode "full".
     text_keep : bool [B, T]

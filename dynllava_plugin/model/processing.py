@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import urllib.request
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -187,6 +189,12 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
     return groups
 
 
+def _fetched(address: str) -> Image.Image:
+    """An image behind an http(s) or data URL, its pixels as a local file's: not turned by EXIF, which LLaVA ignores."""
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return Image.open(io.BytesIO(response.read()))
+
+
 def _rgb(image: Any, name: str) -> Image.Image:
     """Anything image-like as an RGB PIL image; `UserError` with the file's name where it cannot be read."""
     if isinstance(image, (str, PathLike)):
@@ -200,9 +208,7 @@ def _rgb(image: Any, name: str) -> Image.Image:
             with Image.open(image) as opened:
                 return opened.convert("RGB")
         if remote:
-            from transformers.image_utils import load_image
-
-            return load_image(str(image)).convert("RGB")
+            return _fetched(str(image)).convert("RGB")
         array = np.asarray(image)
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None

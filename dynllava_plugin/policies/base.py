@@ -20,7 +20,7 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.points import Choice, Gate, Patches, Reduced, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.sparsity.selection import num_kept_image_tokens, select_image_tokens
 
 __all__ = [
     "CACHE",
@@ -195,8 +195,7 @@ class InputPolicy(ImagePolicy):
 
 def top_tokens(score: torch.Tensor, count: int) -> Choice:
     """[M, N] scores -> the `count` highest of each image."""
-    kept = score.topk(count, dim=-1).indices
-    return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(-1, kept, True), score)
+    return Choice(select_image_tokens(score, count), score)
 
 
 def share(name: str, argument: str, value: Any, zero: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynllava_plugin.policies.base import IMAGE, OUTPUT, Choice, Gate, ImagePolicy, Policy, top_tokens
-from dynllava_plugin.sparsity.selection import keep_score
+from dynllava_plugin.sparsity.selection import keep_score, select_text_tokens
 
 _PAPER = "arXiv 2412.00876"
 
@@ -44,7 +44,7 @@ class LearnedText(Policy):
     def keep_output(self, gate: Gate) -> Choice:
         """Eq. 6."""
         score = keep_score(gate.text_predictor(gate.of_output(gate.hidden)))
-        return Choice(score > 0, score)
+        return Choice(select_text_tokens(score), score)
 
 
 @dataclass(frozen=True, kw_only=True)

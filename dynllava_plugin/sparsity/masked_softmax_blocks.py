@@ -87,7 +87,7 @@ def forward(
     ----------
     query : [B, H, L, D]; key, value : [B, H_kv, L, D]
     packing : int32 [B, 3, L]
-        `masked_softmax.pack`.
+        `TrainingContext.packing`.
     max_exponent : float
         Most that a dropped token's score may exceed the row's best kept one in the backward pass.
 

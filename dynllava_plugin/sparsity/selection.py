@@ -19,9 +19,9 @@ def keep_score(logits: torch.Tensor) -> torch.Tensor:
     return logits[..., KEEP] - logits[..., 1 - KEEP]
 
 
-def select_image_tokens(scores: torch.Tensor, keep_rate: float) -> torch.Tensor:
-    """Eq. 5: [M, N] scores of M images -> [M, N] bool, True for the floor(r_I * N) highest of each image."""
-    kept = scores.topk(num_kept_image_tokens(scores.shape[-1], keep_rate), dim=-1).indices
+def select_image_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Eq. 5: [M, N] scores of M images -> [M, N] bool, True for the `count` highest of each image."""
+    kept = scores.topk(count, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
 
 
@@ -31,9 +31,9 @@ def random_image_scores(seeds: list[int], num_tokens: int, device: torch.device)
     return torch.stack(rows).to(device) if rows else torch.zeros(0, num_tokens, device=device)
 
 
-def select_text_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """Eq. 6: [..., 2] logits -> [...] bool, True where KEEP is the likelier one."""
-    return keep_score(logits) > 0
+def select_text_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """Eq. 6: [...] `keep_score`s -> [...] bool, True where KEEP is the likelier one."""
+    return scores > 0
 
 
 def gumbel_noise(shape: torch.Size | tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -53,6 +53,11 @@ def merge_adapter(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str
             raise UserError(
                 f"{directory / CONFIG}: {name} {config[name]!r} is not supported, only plain LoRA is"
             )
+    missing = [name for name in ("r", "lora_alpha") if not isinstance(config.get(name), (int, float))]
+    if missing or not config["r"]:
+        raise UserError(
+            f"{directory / CONFIG}: no {' and no '.join(missing) or 'rank'}, so it isn't a LoRA's"
+        )
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def _front_matter(run: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     lines += ["tags:", "- dynamic-llava", "- token-pruning"]
     base = run.get("model_name_or_path")
-    if base and "/" in base and not Path(base).exists():
+    # A hub id is OWNER/NAME; a path of the machine that trained means nothing elsewhere.
+    if base and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "---"]) + "\n"
 

@@ -237,6 +237,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise UserError(f"device: {device!r} is not a device (cpu, cuda, cuda:0, ...)") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} asked for, but PyTorch sees no GPU here")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {device!r} asked for, but there are {torch.cuda.device_count()} GPUs")
     return found
 
 
@@ -246,7 +248,8 @@ def _dtype(
     wanted: Any = dtype
     text: Any = config.text_config
     if wanted in (None, "auto"):
-        wanted = config.dtype or text.dtype or tensors[EMBEDDINGS[0]].dtype
+        first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
+        wanted = config.dtype or text.dtype or first.dtype
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted.removeprefix("torch."), None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:

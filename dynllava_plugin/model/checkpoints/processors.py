@@ -52,7 +52,7 @@ def read_processor(
     if not _has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer here ({' or '.join(TOKENIZER_FILES)})")
     if layout == OWN:
-        processor = AutoProcessor.from_pretrained(directory)
+        processor = _whole(AutoProcessor, directory)
         if not isinstance(processor, DynamicLlavaProcessor):
             raise UserError(f"{directory / 'processor_config.json'}: missing, or not written by this package")
         return processor
@@ -66,7 +66,7 @@ def read_processor(
         "num_additional_image_tokens": 1,  # CLIP's class token, which the "default" strategy takes off again
     }
     if layout == LLAVA_HF:
-        found = AutoProcessor.from_pretrained(directory)
+        found = _whole(AutoProcessor, directory)
         spacing = original_spacing(directory) if _is_sentencepiece(directory) else "tokenizer"
         return DynamicLlavaProcessor(
             found.image_processor, tokenizer, chat_template=found.chat_template, spacing=spacing, **settings
@@ -74,6 +74,17 @@ def read_processor(
     return DynamicLlavaProcessor(
         _image_processor(directory, values), tokenizer, spacing=original_spacing(directory), **settings
     )
+
+
+def _whole(kind: Any, directory: Path) -> Any:
+    """What transformers reads from a folder; its many errors as one line."""
+    try:
+        return kind.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{directory}: its processor's JSON files are missing or damaged ({reason})"
+        ) from None
 
 
 def _is_sentencepiece(directory: Path) -> bool:
@@ -93,10 +104,10 @@ def _is_sentencepiece(directory: Path) -> bool:
 def _image_processor(directory: Path, values: dict[str, Any]) -> Any:
     """The checkpoint's own preprocessor, else its vision tower's, else CLIP ViT-L/14-336's."""
     if (directory / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(directory)
+        return _whole(AutoImageProcessor, directory)
     if values.get("mm_vision_tower") == CLIP_L_336 and not (directory / CLIP_L_336).is_dir():
         return CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     folder = vision_folder(directory, values, weights=False)
     if not (folder / "preprocessor_config.json").is_file():
         raise UserError(f"{folder}: no preprocessor_config.json for the vision tower of {directory}")
-    return AutoImageProcessor.from_pretrained(folder)
+    return _whole(AutoImageProcessor, folder)
