@@ -98,6 +98,7 @@ def _work(job: Job) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(job.environment)
+    multiprocessing.set_start_method("fork", force=True)  # of its data-loading processes, as in a command
     if job.before:
         job.before(*job.arguments)
     sys.exit(train.finetune.main(job.flags))

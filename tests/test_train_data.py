@@ -125,18 +125,21 @@ def test_processes_of_one_number_on_two_nodes_write_the_cache_side_by_side(data,
     write = mixtures._write
 
     def slowly(path, target):
+        write(path, target)
         with monkeypatch.context() as patch:
             patch.setattr(mixtures, "_write", write)
-            open_mixture(path, tmp_path / "cache")  # the other one is through first
-        write(path, target)
+            open_mixture(path, tmp_path / "cache")  # the other one, through first
 
     monkeypatch.setattr(mixtures, "_write", slowly)
     assert len(open_mixture(data[0], tmp_path / "cache")[0]) == 7
 
 
 MEASURE = """
-import json, resource, sys
+import json, resource, sys, types
 from pathlib import Path
+for name in ("dynllava_plugin", "dynllava_plugin.model"):  # without torch, which takes longer than the file
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [name.replace(".", "/")]
 from train.mixture import open_mixture
 held = []
 for name in sys.argv[1:]:
@@ -152,12 +155,12 @@ def test_reading_a_file_costs_less_than_twice_its_size_in_memory(tmp_path):
     row = json.dumps({"id": "0123456789", "image": "coco/train2017/0.jpg", "conversations": turns})
     files = {name: tmp_path / f"{name}.json" for name in ("tiny", "big")}
     for name, path in files.items():
-        path.write_text("[" + ", ".join([row] * (40_000_000 // len(row) if name == "big" else 1)) + "]")
+        path.write_text("[" + ", ".join([row] * (32_000_000 // len(row) if name == "big" else 1)) + "]")
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", MEASURE, *map(str, files.values())]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     samples, before, after = json.loads(done.stdout)
-    assert samples > 30_000
+    assert samples > 25_000
     assert after - before < 2 * files["big"].stat().st_size
 
 

@@ -166,12 +166,12 @@ def test_killed_at_any_of_the_last_changes_the_same_command_goes_on(flags, tmp_p
     (done,) = run(counting)
     assert done.status == 0, done.output
     changes = int((tmp_path / "count").read_text())
-    folders = {back: tmp_path / f"back{back}" for back in range(4)}
+    folders = {back: tmp_path / f"back{back}" for back in range(3)}
     jobs = [
         job(short, folder, processes.kill_at_event, str(folder), changes - back, str(tmp_path / f"n{back}"))
         for back, folder in folders.items()
     ]
-    assert [done.status for done in run(*jobs)] == [-signal.SIGKILL] * 4
+    assert [done.status for done in run(*jobs)] == [-signal.SIGKILL] * 3
     assert all((folder / "config.json").exists() for folder in folders.values())
     for folder in folders.values():
         assert main(command(short, folder)) == 0

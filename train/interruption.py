@@ -56,8 +56,9 @@ class ShieldedWorker:
 
     def __call__(self, worker: int) -> None:
         # Ignored altogether, it would leave Python's exit waiting for workers that it has told to end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_rank, daemon=True).start()
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_wait_for_rank, daemon=True).start()
         if self.then is not None:
             self.then(worker)
 
