@@ -115,3 +115,15 @@ def test_reused_answers_are_counted(folder: Path) -> None:
     (folder / "dynllava_POPE.tsv").write_text("index\tprediction\n1\tyes\n2\tno\n3\tno\n")
     ended(folder, {"POPE": {"metrics": {"Overall": 80.0}}}, ["POPE"], None, reused=True)
     assert read_results(folder).set_index("benchmark").loc["POPE", "n"] == 3
+
+
+def test_samples_of_one_id_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit keeps answers by index: equal ones would be one answer."""
+    from dynllava_plugin.evaluation.generation import vlmevalkit_datasets as sets
+
+    row = {"id": "7", "image": "a.png", "turns": [("What?", "this")]}
+    monkeypatch.setattr(sets, "load_rows", lambda name: [row, row])
+    data = sets.LVIS_VQA_Single.load_data(
+        sets.LVIS_VQA_Single.__new__(sets.LVIS_VQA_Single), "LVIS_VQA_Single"
+    )
+    assert list(data["index"]) == [0, 1] and list(data["id"]) == ["7", "7"]
