@@ -101,7 +101,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         order = group.sort_values("keep", ascending=False, na_position="first", kind="stable")
         for row in order.to_dict("records"):
             cells = [
-                row["policy"], _cell(row["keep"], "{:.0%}"), _cell(row["value"], "{:.2f}"),
+                row["policy"], _cell(row["keep"], "{:.0%}"), _cell(row["value"], "{:.4f}" if metric in LOWER_IS_BETTER else "{:.2f}"),
                 _range(row["low"], row["high"]),
                 _cell(row["behind_full"], "{:.2f}") + _in_brackets(_range(row["behind_low"], row["behind_high"])),
                 _cell(row["n"], "{:.0f}"), _cell(row["equivalent_tokens"], "{:.1f}"),
