@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynllava_plugin.bench.resident import resident_bytes
 from dynllava_plugin.sparsity import buffers
 from dynllava_plugin.sparsity.buffers import RESERVE, grown, zeros
 from tests.tiny_random import batch_of, random_model, random_sample
@@ -57,6 +58,19 @@ def resident():
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
 )
+def test_pages_are_given_when_slots_are_written():
+    """A short sample beside a long one takes what it holds, page by page."""
+    buffer = zeros(torch.empty(2, 1, 1, 1024), 512)  # a page a slot
+    page = 4096
+    before = resident_bytes([buffer])
+    if before is None:
+        pytest.skip("the system doesn't tell which pages are in memory")
+    buffer[0, :, :500] = 1.0
+    buffer[1, :, :20] = 1.0
+    assert 520 * page <= resident_bytes([buffer]) - before <= 524 * page
+    assert resident_bytes([buffer[:, :, :1]]) == resident_bytes([buffer])
+
+
 def test_memory_follows_what_is_written():
     before = resident()
     buffer = zeros(torch.zeros(8, 8, 1, 64), 100)  # 67 MB of address space

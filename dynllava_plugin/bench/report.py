@@ -35,7 +35,15 @@ SECTIONS = {
     ),
     "memory": (
         "Memory",
-        ("cache_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits"),
+        (
+            "cache_bytes",
+            "resident_bytes",
+            "needed_bytes",
+            "growth_bytes",
+            "peak_bytes",
+            "weight_bytes",
+            "fits",
+        ),
     ),
     "load": (
         "Loading a checkpoint against reading it with safetensors alone",
@@ -45,7 +53,8 @@ SECTIONS = {
 HEADINGS = {
     "median_s": "ms", "baseline_s": "baseline ms", "tokens_per_s": "tokens/s", "speedup": "speed-up", "ideal_speedup": "ideal",
     "of_ideal": "measured/ideal", "tflops_paper": "TFLOPs (Eq. 13)", "tflops_exact": "TFLOPs (exact)",
-    "kept_share": "text kept", "max_difference": "largest difference", "cache_bytes": "cache MiB", "needed_bytes": "needed MiB",
+    "kept_share": "text kept", "max_difference": "largest difference", "cache_bytes": "cache MiB", "resident_bytes": "in memory MiB",
+    "needed_bytes": "needed MiB",
     "growth_bytes": "growth step MiB", "peak_bytes": "peak above weights MiB", "weight_bytes": "weights MiB",
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch",
 NEEDED = ("phase", "mode", "batch", "length")
 COLUMNS = (
     *KEYS, "median_s", "min_s", "max_s", "iqr_s", "repeats", "tokens_per_s", "speedup", "ideal_speedup", "of_ideal",
-    "tflops_paper", "tflops_exact", "read_bytes", "kept_share", "cache_bytes", "needed_bytes", "growth_bytes", "peak_bytes",
+    "tflops_paper", "tflops_exact", "read_bytes", "kept_share", "cache_bytes", "resident_bytes",
+    "needed_bytes", "growth_bytes", "peak_bytes",
     "weight_bytes", "fits", "baseline_s", "max_difference", "image_tokens", "text_tokens", "vision_keep_rate",
     "text_keep_rate", "threads",
 )  # fmt: skip

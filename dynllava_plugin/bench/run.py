@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.bench.modes import Mode
+from dynllava_plugin.bench.resident import resident_bytes
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.subject import Prompts, Subject
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -114,12 +115,13 @@ def against_full(full_time: float, time: float, full_cost: float, cost: float) -
     return {"speedup": speedup, "ideal_speedup": ideal, "of_ideal": speedup / ideal}
 
 
-def held_bytes(cache: SparseContextCache, subject: Subject) -> dict[str, int]:
-    """Bytes a cache has allocated, bytes its tokens need, and what one growth step of every layer adds."""
+def held_bytes(cache: SparseContextCache, subject: Subject) -> dict[str, Any]:
+    """Bytes: of the buffers, of them really in memory (CPU), what the tokens need, and what one growth step of every layer adds."""
     token = subject.shape.kv_bytes(subject.itemsize)
     lengths = cache.kept_lengths()
     return {
         "cache_bytes": cache.num_bytes(),
+        "resident_bytes": resident_bytes(t for t in cache.tensors() if t.dim() == 4),
         "needed_bytes": int(lengths.sum()) * token,
         "growth_bytes": lengths.numel() * cache.dense.growth_step * token,
     }
