@@ -18,6 +18,7 @@ from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.predictors import KEEP
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 
+PREDICTOR_HEAD = 64  # width of the image predictor's heads at any width of its own: the paper's, 512 / 8
 FILL_CHUNK = 128  # tokens fed at once between two measured lengths
 
 
@@ -215,6 +216,7 @@ def _config(shape: DecoderShape, vision_keep_rate: float) -> DynamicLlavaConfig:
         sparsity=dict(
             vision_keep_rate=vision_keep_rate, predictor_dim=shape.predictor_dim,
             predictor_ffn_dim=shape.predictor_ffn_dim, predictor_layers=shape.predictor_layers,
+            predictor_heads=max(1, shape.predictor_dim // PREDICTOR_HEAD),
         ),
     )  # fmt: skip
     # The prompts' images are encoded already: the vision tower is as small as one can be.
