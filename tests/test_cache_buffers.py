@@ -59,7 +59,7 @@ def resident():
     not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
 )
 def test_pages_are_given_when_slots_are_written():
-    """A short sample beside a long one takes what it holds, page by page."""
+    """A short sample beside a long one takes what it holds, page by page, whatever is read."""
     buffer = zeros(torch.empty(2, 1, 1, 1024), 512)  # a page a slot
     page = 4096
     before = resident_bytes([buffer])
@@ -67,8 +67,8 @@ def test_pages_are_given_when_slots_are_written():
         pytest.skip("the system doesn't tell which pages are in memory")
     buffer[0, :, :500] = 1.0
     buffer[1, :, :20] = 1.0
-    assert 520 * page <= resident_bytes([buffer]) - before <= 524 * page
-    assert resident_bytes([buffer[:, :, :1]]) == resident_bytes([buffer])
+    assert float(buffer.sum()) == 520 * 1024  # reads the others
+    assert 520 * page <= resident_bytes([buffer]) - before <= 530 * page
 
 
 def test_memory_follows_what_is_written():

@@ -6,28 +6,35 @@ short sample beside a long one takes what it holds, not what the rectangle aroun
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
+_RANGE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
+_RSS = re.compile(r"^Rss:\s+(\d+) kB")
+
 
 def resident_bytes(tensors: Iterable[torch.Tensor]) -> int | None:
-    """Bytes of the pages behind `tensors` that are in memory (Linux's `mincore`); None where that can't be asked."""
-    try:
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
-    except (OSError, AttributeError):
-        return None
-    page, total = mmap.PAGESIZE, 0
+    """Bytes in memory of the mappings that hold `tensors` (Linux's smaps); None where that isn't told.
+
+    Pages that were only read don't count: they are all the system's one page of zeros.
+    """
+    starts = []
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return None
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr() // page * page
-        size = -(-(storage.data_ptr() + storage.nbytes() - start) // page) * page
-        seen = (ctypes.c_ubyte * (size // page))()
-        if mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), seen) != 0:
-            return None
-        total += page * int((torch.frombuffer(seen, dtype=torch.uint8) & 1).sum())
+        starts.append(tensor.untyped_storage().data_ptr())
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    total, inside = 0, False
+    for line in lines:
+        if found := _RANGE.match(line):
+            first, last = (int(bound, 16) for bound in found.groups())
+            inside = any(first <= start < last for start in starts)
+        elif inside and (found := _RSS.match(line)):
+            total += int(found[1]) * 1024
     return total
