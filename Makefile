@@ -67,7 +67,10 @@ bench-gpu:
 CHECKPOINT ?= results/demo_work/dynamic_tiny
 LIMIT ?= 1000
 policies: setup
-	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa_scenes
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa_scenes \
+		--policies full image image_text fastv fastv,k=2 h2o fastv+h2o random downsample visionzip divprune cdpruner prumerge+ \
+		downsample,positions=original visionzip,positions=original divprune,positions=original cdpruner,positions=original \
+		prumerge+,positions=original
 	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe --keep 0.5 \
 		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
