@@ -23,7 +23,7 @@ def gradients_on() -> None:
 @pytest.fixture(scope="session")
 def easy_vqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The converted test sets, with few scenes."""
-    from train.easy_vqa import write_test
+    from dynllava_plugin.easy_vqa.writing import write_test
 
     folder = tmp_path_factory.mktemp("easy_vqa")
     write_test(folder, scenes=20, questions=4, described=10, seed=0)

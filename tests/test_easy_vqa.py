@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES, Tile, load_tiles, stated_facts
+from dynllava_plugin.easy_vqa.scenes import DESCRIBE, DESCRIPTIONS, PLACES, describe, scene_questions
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
 from train import easy_vqa
-from train.easy_vqa_facts import COLORS, SHAPES, Tile, load_tiles, stated_facts
-from train.easy_vqa_scenes import DESCRIBE, DESCRIPTIONS, PLACES, describe, scene_questions
 
 SIZES = ["--singles", "30", "--scenes", "40", "--test_scenes", "20", "--test_descriptions", "8"]
 
@@ -116,7 +117,7 @@ def test_train_file_is_llavas_format(folder: Path) -> None:
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert turns[0]["value"].startswith("<image>\n")
         assert turns[0]["value"].count("<image>") == 1 == str(turns).count("<image>")
-        assert turns[0]["value"].endswith(easy_vqa.SHORT_ANSWER)
+        assert turns[0]["value"].endswith(SHORT_ANSWER)
         assert all(len(turn["value"].split()) < 15 for turn in turns[1:-1])
         long += len(turns[-1]["value"].split()) >= 50
     assert 5 <= long <= 25  # about a third of 40 scenes

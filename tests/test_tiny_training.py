@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionModel
 
-from train.easy_vqa_facts import load_tiles
+from dynllava_plugin.easy_vqa.facts import load_tiles
 from train.tiny_llava.batches import Encoder, training_batches
 from train.tiny_llava.gaze import FIND, MATCH, found, matching
 from train.tiny_llava.language import align_projector, build_model, train_language

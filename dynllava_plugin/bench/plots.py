@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.bench.modes import MODES
+from dynllava_plugin.files import write_figure
 
 COLORS = ("#33658a", "#f6ae2d", "#c1292e", "#55a630", "#7b2d8b", "#8d5524", "#2a9d8f", "#6c757d")
 PANELS = (
@@ -72,11 +72,4 @@ def _draw(panels: list[Any], title: str, path: Path) -> None:
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    write_figure(path, figure, dpi=120)

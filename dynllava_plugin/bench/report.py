@@ -14,7 +14,7 @@ from dynllava_plugin.bench.plots import draw
 from dynllava_plugin.bench.rows import COLUMNS, machine_file, read_rows
 from dynllava_plugin.bench.train_report import write_training_report
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.files import write_json, write_text
 
 # phase -> (title, columns of its table)
 RATIOS = ("speedup", "ideal_speedup", "of_ideal")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json, write_text
 from dynllava_plugin.evaluation.records import host, versions
+from dynllava_plugin.files import write_json, write_text
 
 # What a row is about; everything else is what was measured.
 KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.files import write_json, write_text
+from dynllava_plugin.files import write_figure, write_json, write_text
 
 NAMES = {"plain": "full matrix", "ours": "ours", "sdpa": "SDPA, causal, no masks"}
 COLORS = {"plain": "#b23a48", "ours": "#33658a", "sdpa": "#8a8a8a"}
@@ -136,11 +135,4 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
     figure.suptitle("Training attention, forward and backward", fontsize=11)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    write_figure(path, figure)

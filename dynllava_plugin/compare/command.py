@@ -140,8 +140,8 @@ def _time(
 def _report(store: Any, args: argparse.Namespace) -> None:
     from dynllava_plugin.compare.report import draw, make_table, to_markdown
     from dynllava_plugin.compare.store import figures_from_json
-    from dynllava_plugin.evaluation.files import write_json, write_text
     from dynllava_plugin.evaluation.records import host, versions
+    from dynllava_plugin.files import write_json, write_text
 
     measured = []
     kinds = sorted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 from dynllava_plugin.compare.answers import Figure
 from dynllava_plugin.compare.bootstrap import interval, resampled_means
 from dynllava_plugin.compare.subjects import Subject
+from dynllava_plugin.files import write_figure
 
 COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",
@@ -165,14 +165,7 @@ def draw(table: pd.DataFrame, benchmark: str, metric: str, path: Path) -> None:
         f"{benchmark}: policies on one checkpoint, bars are 95% intervals over questions", fontsize=11
     )
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    write_figure(path, figure)
 
 
 LEARNED = ("image", "image_text", "learned")

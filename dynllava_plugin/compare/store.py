@@ -12,7 +12,7 @@ from typing import Any
 from dynllava_plugin.compare.answers import Figure
 from dynllava_plugin.compare.subjects import Subject
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json
+from dynllava_plugin.files import write_json
 
 
 class Store:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from dynllava_plugin.evaluation.benchmarks import unit_of
+from dynllava_plugin.files import write_figure
 
 HARNESS_COLORS = {"lmms-eval": "#33658a", "vlmevalkit": "#f6ae2d"}
 TITLES = {
@@ -60,11 +60,4 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         fontsize=11,
     )
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    write_figure(path, figure)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json
+from dynllava_plugin.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "done.json"

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.easy_vqa import writing
 from dynllava_plugin.errors import UserError
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 BENCHMARKS = ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe")
 DATA_VARIABLE = "DYNLLAVA_EASY_VQA"
 
@@ -28,10 +28,8 @@ def data_folder() -> Path:
 
 def _converter_version() -> str:
     """Changes with the converter's source, so that an update never reads what an older one wrote."""
-    from train import easy_vqa
-
     digest = hashlib.sha256()
-    for file in sorted(Path(easy_vqa.__file__).parent.glob("easy_vqa*.py")):
+    for file in sorted(Path(writing.__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:10]
 
@@ -57,17 +55,11 @@ def locate_data() -> Path:
 
 
 def _build(folder: Path) -> Path:
-    from train.easy_vqa import (
-        parse_arguments,
-        write_test,
-    )  # a neighbour: only the first use needs the converter
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="easy_vqa-", dir=folder.parent) as temporary:
         target = Path(temporary) / "easy_vqa"
         target.mkdir()
-        args = parse_arguments(["--output_dir", str(target)])
-        write_test(target, args.test_scenes, 4, args.test_descriptions, args.seed)
+        writing.write_test(target)
         try:
             os.replace(target, folder)
         except OSError:
@@ -113,7 +105,7 @@ def load_rows(benchmark: str) -> list[dict[str, Any]]:
 
 def question_text(benchmark: str, question: str) -> str:
     """The question with LLaVA's short-answer instruction where a short answer is wanted."""
-    return question if benchmark == "easy_vqa_describe" else question + SHORT_ANSWER
+    return question if benchmark == "easy_vqa_describe" else question + writing.SHORT_ANSWER
 
 
 def exact_match(prediction: str, answer: str) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.costs import OutputCost
-from dynllava_plugin.evaluation.files import write_json
+from dynllava_plugin.files import write_json
 
 VARIABLE = "DYNLLAVA_JOURNAL"
 PROGRESS = "progress"

@@ -184,8 +184,9 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 def _write_manifest(results_file: Path, args: Namespace, judge: dict[str, Any] | None) -> None:
     """Beside the results, under the same date: `<date>_dynllava_run.json`."""
-    from dynllava_plugin.evaluation.files import MANIFEST_NAME, write_json
     from dynllava_plugin.evaluation.records import RECORD
+    from dynllava_plugin.evaluation.results import MANIFEST_NAME
+    from dynllava_plugin.files import write_json
 
     if RECORD.settings is None:
         return  # another model than ours was evaluated

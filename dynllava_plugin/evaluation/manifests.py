@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import MANIFEST_NAME
-from dynllava_plugin.evaluation.results import read_json
+from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
 
 
 def footer(folders: Iterable[Path]) -> str:

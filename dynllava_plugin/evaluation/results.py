@@ -18,10 +18,10 @@ from dynllava_plugin.evaluation.benchmarks import (
     Metric,
     find_metrics,
 )
-from dynllava_plugin.evaluation.files import MANIFEST_NAME
 from dynllava_plugin.evaluation.order import in_order
 from dynllava_plugin.evaluation.run_settings import SETTINGS, run_settings
 
+MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
 COUNTS = (
     "image_tokens",
     "kept_image_tokens",

@@ -40,10 +40,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.files import write_text
     from dynllava_plugin.evaluation.manifests import footer
     from dynllava_plugin.evaluation.paper import compare, render_comparison
     from dynllava_plugin.evaluation.tables import read_results, render
+    from dynllava_plugin.files import write_text
 
     table = read_results(args.results)
     if args.json:

@@ -8,11 +8,11 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
-from dynllava_plugin.evaluation.files import MANIFEST_NAME, write_json
 from dynllava_plugin.evaluation.judges import Judge
 from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.results import prediction_rows, read_json
+from dynllava_plugin.evaluation.results import MANIFEST_NAME, prediction_rows, read_json
 from dynllava_plugin.evaluation.vlmevalkit_outcome import judge_failures
+from dynllava_plugin.files import write_json
 
 
 def write_manifest(

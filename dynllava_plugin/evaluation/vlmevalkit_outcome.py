@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from dynllava_plugin.evaluation.files import write_json
+from dynllava_plugin.files import write_json
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
 _NO_SCORE_WANTED = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.easy_vqa import SHORT_ANSWER
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
 
 PROMPTS = ("llava", "kit")
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -11,7 +11,7 @@ from vlmeval.smp import LMUDataRoot
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
-from dynllava_plugin.evaluation.files import write_bytes, write_text
+from dynllava_plugin.files import write_bytes, write_text
 
 NAME = "VQAv2_VAL"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
@@ -42,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output: {output} must end in .png")
 
     from dynllava_plugin import load_model
-    from dynllava_plugin.evaluation.files import write_text
     from dynllava_plugin.evaluation.images import load_image
     from dynllava_plugin.evaluation.settings import ModelSettings
+    from dynllava_plugin.files import write_bytes, write_text
     from dynllava_plugin.policies.registry import policy_changes
     from dynllava_plugin.visualize.explain import explain
     from dynllava_plugin.visualize.page import page
@@ -64,13 +65,9 @@ def run(args: argparse.Namespace) -> int:
             explain(model, processor, image, args.question, args.max_new_tokens, setting.policy)
         )
         print(f"{explanations[-1].policy}: {explanations[-1].answer}", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.png")
-    try:
-        draw(explanations).save(temporary)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    draw(explanations).save(picture, format="PNG")
+    write_bytes(output, picture.getvalue())
     write_text(output.with_suffix(".html"), page(explanations))
     print(f"picture: {output}\npage: {output.with_suffix('.html')}")
     return 0

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
+from dynllava_plugin.easy_vqa.scenes import DESCRIPTIONS, Fact, describe, scene_questions
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
 from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
-from train.easy_vqa import SHORT_ANSWER
-from train.easy_vqa_facts import COLORS, SHAPES
-from train.easy_vqa_scenes import DESCRIPTIONS, Fact, describe, scene_questions
 from train.tiny_llava.gaze import IMAGE_TOKENS, Gaze, find_gaze
 from train.tiny_llava.vision import TileSet, enlarge, join_tiles, normalize, object_patches
 

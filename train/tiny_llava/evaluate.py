@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from train.easy_vqa_facts import COLORS, SHAPES
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
 from train.tiny_llava.batches import Encoder, collate
 from train.tiny_llava.language import answer_logits
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from train.easy_vqa_facts import COLORS, SHAPES
-from train.easy_vqa_scenes import PLACES, Fact
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
+from dynllava_plugin.easy_vqa.scenes import PLACES, Fact
 
 LAYERS = (2, 3)
 FIND, MATCH = slice(0, 2), slice(2, 4)  # heads

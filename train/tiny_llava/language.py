@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from train.easy_vqa_facts import COLORS, SHAPES
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
 from train.tiny_llava.batches import Batch, training_batches
 from train.tiny_llava.gaze import IMAGE_TOKENS, LAYERS, gaze_loss
 from train.tiny_llava.optim import Optimizers

@@ -6,10 +6,10 @@ import random
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES, Tile
+from dynllava_plugin.easy_vqa.scenes import DESCRIPTIONS, describe, scene_questions
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN, vicuna_v1
-from train.easy_vqa import SHORT_ANSWER
-from train.easy_vqa_facts import COLORS, SHAPES, Tile
-from train.easy_vqa_scenes import DESCRIPTIONS, describe, scene_questions
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN]
 # A word with the space before it, a punctuation mark, a newline: words are single pieces wherever they stand.

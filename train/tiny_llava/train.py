@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
 
-from train.easy_vqa import write_test
-from train.easy_vqa_facts import load_tiles
+from dynllava_plugin.easy_vqa.facts import load_tiles
+from dynllava_plugin.easy_vqa.writing import write_test
 from train.tiny_llava.evaluate import accuracy
 from train.tiny_llava.language import align_projector, build_model, train_language
 from train.tiny_llava.tokenizer import build_processor, build_tokenizer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from train.easy_vqa_facts import COLORS, SHAPES, Tile
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES, Tile
 from train.tiny_llava.optim import Optimizers
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's

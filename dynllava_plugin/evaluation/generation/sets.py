@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json, write_text
 from dynllava_plugin.evaluation.generation.conversations import Conversation
 from dynllava_plugin.evaluation.text_metrics import meteor
+from dynllava_plugin.files import write_json, write_text
 
 DATA_VARIABLE, IMAGES_VARIABLE = "DYNLLAVA_GENERATION", "DYNLLAVA_IMAGES"
 NAMES = ("lvis_vqa_single", "lvis_vqa_multi", "sharegpt4v_vqa")

@@ -62,12 +62,12 @@ def make_minis(folder: Path) -> None:
 
 def _write(folder: Path) -> None:
     from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-    from dynllava_plugin.evaluation.files import write_text
     from dynllava_plugin.evaluation.minis import hub_choice, hub_short
     from dynllava_plugin.evaluation.minis.hub import Config, write_repo
     from dynllava_plugin.evaluation.minis.items import RECIPES, items_of
     from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
     from dynllava_plugin.evaluation.minis.long_answers import write_generation_sets
+    from dynllava_plugin.files import write_text
 
     recipes: dict[str, Callable[[], dict[str, Config]]] = {
         "VQAv2": hub_short.vqav2,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.files import write_text
+from dynllava_plugin.files import write_text
 
 # "string", "int64", ...; "image"; [x] for a list of x; {name: x} for a struct.
 Schema = Any

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES, load_tiles
 from dynllava_plugin.errors import UserError
 
 WH, YES_NO, MIXED = "wh", "yes_no", "mixed"
@@ -81,9 +82,6 @@ class Asker:
     """
 
     def __init__(self, name: str) -> None:
-        # A neighbour on this floor: it knows what the package's questions state about its images.
-        from train.easy_vqa_facts import COLORS, SHAPES
-
         self.colors, self.shapes = list(COLORS), list(SHAPES)
         self.rng = random.Random(f"mini {name}")
         self._tiles = list(_known_tiles())
@@ -153,8 +151,6 @@ class Asker:
 
 @cache
 def _known_tiles() -> tuple[Any, ...]:
-    from train.easy_vqa_facts import load_tiles
-
     try:
         return tuple(tile for tile in load_tiles("test") if tile.known)
     except FileNotFoundError as error:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.files import write_text
 from dynllava_plugin.evaluation.minis.hub_choice import cv_bench_prompt, four_choices
 from dynllava_plugin.evaluation.minis.items import Item, items_of
+from dynllava_plugin.files import write_text
 
 Row = dict[str, Any]
 CIRCULAR = 1_000_000

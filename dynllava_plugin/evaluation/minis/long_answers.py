@@ -7,8 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.files import write_text
+from dynllava_plugin.easy_vqa.facts import load_tiles
+from dynllava_plugin.easy_vqa.scenes import DESCRIPTIONS, describe, scene_questions
+from dynllava_plugin.easy_vqa.writing import draw_scene, tile_scene
 from dynllava_plugin.evaluation.generation.command import build
+from dynllava_plugin.files import write_text
 
 SIZE = 4  # samples of each set
 _SCENES = 14
@@ -19,11 +22,6 @@ def write_generation_sets(folder: Path) -> None:
 
     Some entries are broken, some are in the mixture, some are too short: the rules have something to do.
     """
-    # A neighbour on this floor: it tiles scenes and knows what is in them.
-    from train.easy_vqa import draw_scene, tile_scene
-    from train.easy_vqa_facts import load_tiles
-    from train.easy_vqa_scenes import DESCRIPTIONS, describe, scene_questions
-
     rng = random.Random("mini long answers")
     tiles = [tile for tile in load_tiles("test") if tile.known]
     images = folder / "images"

@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_text
 from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.minis.command import make_minis
 from dynllava_plugin.evaluation.results import read_results
@@ -31,6 +30,7 @@ from dynllava_plugin.evaluation.suite.data import LONG
 from dynllava_plugin.evaluation.suite.runner import STATE
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.evaluation.tables import render
+from dynllava_plugin.files import write_text
 
 SUITE = Path(__file__).resolve().parents[3] / "eval_configs" / "smoke.yaml"
 AGAIN = ("POPE", "LVIS-VQA multi")

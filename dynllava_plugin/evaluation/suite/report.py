@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json, write_text
 from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.runner import Outcome, read_state
+from dynllava_plugin.files import write_json, write_text
 
 MANIFEST = "suite.json"
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.files import write_json
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -30,6 +29,7 @@ from dynllava_plugin.evaluation.suite.data import (
 from dynllava_plugin.evaluation.suite.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
+from dynllava_plugin.files import write_json
 
 STATE = "run.json"
 DONE, FAILED, RUNNING = "done", "failed", "running"

@@ -1,14 +1,13 @@
-"""Files that appear whole or not at all, and the name of one that all commands share."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
-
-MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,3 +32,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format="png", dpi=dpi)
+    finally:
+        plt.close(figure)
+    write_bytes(path, content.getvalue())

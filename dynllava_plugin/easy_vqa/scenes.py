@@ -2,7 +2,7 @@
 
 import random
 
-from train.easy_vqa_facts import COLORS, SHAPES
+from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
 
 Fact = tuple[str, str]  # (colour, shape)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
