@@ -3,69 +3,32 @@
 from __future__ import annotations
 
 import copy
-import zlib
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
     LlavaForConditionalGeneration,
 )
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.decoder import DynamicLlamaModel, DynamicLlamaOutput
-from dynllava_plugin.model.gate import TrainingMasks
-from dynllava_plugin.model.outputs import ScoreDetails
+from dynllava_plugin.model.decoder import DynamicLlamaModel
+from dynllava_plugin.model.embedding import mark_output, place_images
+from dynllava_plugin.model.losses import labels_at, scored, training_output
+from dynllava_plugin.model.outputs import DynamicLlavaOutput, ScoreDetails
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.stepwise import score_step_by_step
-from dynllava_plugin.model.vision import EXTRA, DynamicLlavaModel, mean_question, reduce_images
+from dynllava_plugin.model.vision import DynamicLlavaModel
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
-from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
+from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
-IGNORE_INDEX = -100
 FEW_TOKENS = 64
-
-
-@dataclass
-class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
-    """Logits, losses and decisions of one call.
-
-    Parameters
-    ----------
-    loss : scalar
-        lm_loss + lambda * (image_keep_loss + text_keep_loss) in training; lm_loss in evaluation.
-    lm_loss, image_keep_loss, text_keep_loss : scalar
-        Keep losses without lambda, in training only.
-    logits : [B, L', V]
-        L' = L in training; at inference without the dropped image tokens, packed to the right.
-    token_index : int64 [B, L']
-        The input column of each hidden state, -1 on padding; `logits` are those of its last columns where `logits_to_keep`
-        asked for few. None in training.
-    image_keep : bool [B, N_img]
-        Image tokens that stay, right padded over samples; None without images or in mode "full".
-    text_keep : bool [B, T]
-        Output tokens that stay as context; at inference T counts from the first output column of the batch.
-    image_score, text_score : float [B, N_img], [B, T]
-        At inference how much each token spoke for staying, on the policy's own scale; None where it has none.
-    """
-
-    lm_loss: torch.Tensor | None = None
-    image_keep_loss: torch.Tensor | None = None
-    text_keep_loss: torch.Tensor | None = None
-    token_index: torch.Tensor | None = None
-    image_keep: torch.Tensor | None = None
-    text_keep: torch.Tensor | None = None
-    image_score: torch.Tensor | None = None
-    text_score: torch.Tensor | None = None
 
 
 class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -145,7 +108,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             given = None if self.training else output_mask
             layout.output_mask = last_answer(labels) if given is None else given.bool()
         elif not self.training:
-            self._mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
+            mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
         self._check_policy(labels)
         embeds = self._embed(
             layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
@@ -154,7 +117,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             outputs = self._llm.forward_training(
                 embeds, attention_mask, position_ids, layout, self.gumbel_tau, gumbel_noise or (None, None)
             )
-            return self._training_output(outputs, labels, num_items_in_batch)
+            logits = self._logits(outputs.last_hidden_state)
+            return training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = self._llm(
@@ -174,7 +138,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         logits = self._logits(hidden)
         loss = None
         if labels is not None:
-            loss = lm_loss(logits, _labels_at(labels, outputs.token_index), num_items_in_batch)
+            loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
         return DynamicLlavaOutput(
             loss=loss,
             lm_loss=loss,
@@ -288,16 +252,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         finally:
             self.train(was_training)
-        target = _labels_at(labels, outputs.token_index)[:, 1:]
-        wanted = target != IGNORE_INDEX
-        logits = self._logits(outputs.last_hidden_state[:, :-1][wanted])
-        rows = wanted.nonzero()[:, 0]
-        columns = outputs.token_index[:, 1:][wanted]
-        scores = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        scores[rows, columns] = label_log_probs(logits, target[wanted])
-        greedy = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
-        greedy[rows, columns] = logits.argmax(-1) == target[wanted]
-        return ScoreDetails(scores, greedy, outputs.decision.image_keep, outputs.decision.text_keep)
+        return scored(outputs, labels, self._logits)
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
@@ -420,7 +375,6 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: torch.Tensor | None,
         encoded: dict[str, Any] | None,
     ) -> torch.Tensor:
-        """Token embeddings [B, L, d] with image features in their places; notes in `layout` where those are."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         images = (encoded or {}).get("image")
@@ -428,109 +382,10 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             images = self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
         if images is None:
             return inputs_embeds
-        if input_ids is None:
-            raise UserError("inputs_embeds: images need input_ids, which say where they go")
-        features = torch.stack(tuple(images.pooler_output)).to(inputs_embeds)  # [M, N, d]
-        layout.image_mask = image_mask = input_ids == self.config.image_token_id
-        layout.tokens_per_image = features.shape[1]
-        places = int(image_mask.sum())
-        # In training one image without a place stands in for none: every process of a sharded run has to go
-        # through the same modules, whatever its samples.
-        stands_in = self.training and places == 0 and len(features) == 1
-        if places != features.shape[0] * features.shape[1] and not stands_in:
-            raise UserError(
-                f"input_ids: {places} image tokens for {features.shape[0]} images of {features.shape[1]} tokens; "
-                "give as many <image> places as images"
-            )
-        policy = self._llm.policy
-        width = inputs_embeds.shape[-1] + (EXTRA if policy.reduces_patches and not self.training else 0)
-        if features.shape[-1] != width:
-            raise UserError(
-                f"mm_encoder_outputs: image features {features.shape[-1]} wide, {policy.name} needs {width}; "
-                "encode the images under the policy that is in force"
-            )
-        if policy.at_input and not self.training:
-            question = partial(mean_question, inputs_embeds, layout, attention_mask)
-            features = reduce_images(policy, features, layout, question)
-        if policy.image_seed is not None:
-            layout.image_seeds = [_image_seed(image, policy.image_seed) for image in features]
-        if stands_in:
-            return inputs_embeds.masked_scatter(image_mask[..., None], features)
-        embeds = inputs_embeds.clone()
-        embeds[image_mask] = features.reshape(places, -1)  # on a CPU much faster than masked_scatter
-        return embeds
-
-    @staticmethod
-    def _mark_output(
-        layout: TokenLayout,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        cache: SparseContextCache | None,
-        prompt_length: int | None,
-        output_mask: torch.Tensor | None,
-    ) -> None:
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        seen = cache.get_seq_length() if cache is not None else 0
-        batch, length = given.shape[:2]
-        if prompt_length is None:
-            prompt_length = seen if seen and length == 1 else seen + length
-        start = max(prompt_length - seen, 0)
-        if start < length:
-            columns = torch.arange(length, device=given.device) >= start
-            layout.output_mask = columns.expand(batch, -1)
-            layout.output_start = start
-        if output_mask is not None and not seen:
-            # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
-            mask = torch.zeros(batch, length, dtype=torch.bool, device=given.device)
-            mask[:, : output_mask.shape[1]] = output_mask.bool()
-            layout.output_mask = mask if layout.output_mask is None else mask | layout.output_mask
-            layout.output_start = 0
-
-    def _training_output(
-        self,
-        outputs: DynamicLlamaOutput,
-        labels: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> DynamicLlavaOutput:
-        logits = self._logits(outputs.last_hidden_state)
-        result = DynamicLlavaOutput(logits=logits)
-        if outputs.masks is not None:
-            self._add_keep_losses(result, outputs.masks)
-        if labels is not None:
-            result.lm_loss = lm_loss(logits, labels, num_items_in_batch)
-            result.loss = result.lm_loss
-            for term in (result.image_keep_loss, result.text_keep_loss):
-                if term is not None:
-                    result.loss = result.loss + self.config.sparsity.keep_loss_weight * term
-        return result
-
-    def _add_keep_losses(self, result: DynamicLlavaOutput, masks: TrainingMasks) -> None:
-        sparsity = self.config.sparsity
-        if masks.image is not None:
-            values, valid = masks.image
-            result.image_keep = values.detach() > 0.5
-            result.image_keep_loss = keep_loss(values, valid, valid.any(1), sparsity.vision_keep_rate)
-        if masks.text is not None:
-            values, valid = masks.text
-            result.text_keep = values.detach() > 0.5
-            result.text_keep_loss = keep_loss(values, valid, masks.text_counted, sparsity.text_keep_rate)
-
-
-def _labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
-    """[B, L] labels -> [B, L'] labels of the tokens that are still there."""
-    nothing_before = torch.nn.functional.pad(
-        token_index[:, :-1] < 0, (1, 0)
-    )  # what padding "predicts" is no loss
-    return labels.gather(1, token_index.clamp(min=0)).masked_fill(
-        (token_index < 0) | nothing_before, IGNORE_INDEX
-    )
-
-
-def _image_seed(features: torch.Tensor, seed: int) -> int:
-    """A seed from an image's features [N, d], rounded so that an image has the same one in every batch."""
-    summary = (features.detach().float().mean(0)[:4] * 512).round().to(torch.int32).cpu()
-    return zlib.crc32(summary.numpy().tobytes(), seed & 0xFFFFFFFF)
+        return place_images(
+            inputs_embeds, images.pooler_output, input_ids, self.config.image_token_id, layout, self._llm.policy,
+            attention_mask, self.training,
+        )  # fmt: skip
 
 
 AutoModelForImageTextToText.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
