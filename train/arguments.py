@@ -231,6 +231,8 @@ class RecipeArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs but one process: start with `accelerate launch`, or set "
                 "CUDA_VISIBLE_DEVICES to one of them"
             )
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and PyTorch would say so
 
     def _accumulation(self) -> int:
         # From the launcher's environment: DeepSpeed's plugin reads the result before `world_size` is known.
