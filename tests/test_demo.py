@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dynllava_plugin.demo.__main__ import main
+from dynllava_plugin.demo.__main__ import main, parse_arguments
 from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
 from dynllava_plugin.demo.runs import SETTINGS, Run, evaluate, plan
 from dynllava_plugin.demo.summary import summary
@@ -94,3 +94,9 @@ def test_the_printed_table_shows_two_figures_only_where_the_harnesses_differ() -
     assert cells[0] == ["full", "64 of 64", "99.0", "-", "-"]
     assert cells[1] == ["image", "12 of 64", "98.0 / 97.0", "1.2500", "50.4"]
     assert "METEOR" not in lines[0] and "easy_vqa_describe 10" in lines[-1]
+
+
+def test_only_the_full_table_is_written_over_the_committed_one():
+    assert parse_arguments([]).output == Path("results/demo_1000")
+    assert parse_arguments(["--full"]).output == Path("results/demo")
+    assert parse_arguments([]).work == parse_arguments(["--full"]).work == Path("results/demo_work")

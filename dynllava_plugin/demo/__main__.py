@@ -58,10 +58,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--output",
         type=Path,
-        default=Path("results/demo"),
-        help="folder of table and chart (default: %(default)s)",
+        help="folder of table and chart (default: results/demo_LIMIT; with --full results/demo, which is committed)",
     )
-    add("--work", type=Path, help="folder of data, checkpoint and runs (default: OUTPUT_work)")
+    add(
+        "--work",
+        type=Path,
+        default=Path("results/demo_work"),
+        help="folder of data, checkpoint and runs (default: %(default)s)",
+    )
     add("--checkpoint", help="evaluate this Dynamic-LLaVA instead of finetuning the bundled one")
     add("--steps", type=int, default=140, help="optimiser steps of the finetuning (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="questions answered at once (default: %(default)s)")
@@ -71,13 +75,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("limit", "steps", "batch_size", "jobs"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be positive")
+    args.output = args.output or Path("results/demo" if args.full else f"results/demo_{args.limit}")
     return args
 
 
 def demo(args: argparse.Namespace) -> None:
     """All parts in order."""
     started = time.time()
-    work = (args.work or args.output.with_name(f"{args.output.name}_work")).resolve()
+    work = args.work.resolve()
     if args.fresh:
         for part in (work / "easy_vqa", work / CHECKPOINT, *work.glob("runs_*")):
             shutil.rmtree(part, ignore_errors=True)
