@@ -157,24 +157,29 @@ def uncached_step_flops(shape: DecoderShape, context: Context, generated: int, b
     return batch * _pass_flops(shape, context, generated, context.text_keep * (generated - 1) + 1)
 
 
+def token_flops(shape: DecoderShape, layers: int, seen: float) -> float:
+    """One token through `layers` layers in which it attends to `seen` tokens, itself included."""
+    return layers * (2.0 * shape.layer_parameters + 4.0 * shape.hidden * seen)
+
+
+def logits_flops(shape: DecoderShape) -> float:
+    """One token's logits."""
+    return 2.0 * shape.hidden * shape.vocab
+
+
 def decode_step_flops(shape: DecoderShape, context: Context, generated: int, batch: int = 1) -> float:
     """Exact count of the step that feeds output token number `generated` + 1 behind a cache."""
-    held = context.held(shape.layers, generated) + shape.layers
-    attention = 4.0 * shape.hidden * held
-    matrices = 2.0 * (shape.layers * shape.layer_parameters + shape.hidden * shape.vocab)
+    below = token_flops(shape, context.split, context.prompt + generated + 1)
+    held = context.held_share * context.kept(generated)
+    above = token_flops(shape, shape.layers - context.split, held + 1)
     predictor = 2.0 * shape.text_predictor_parameters if context.text_predictor else 0.0
-    return batch * (matrices + attention + predictor)
+    return batch * (below + above + logits_flops(shape) + predictor)
 
 
-def decode_step_bytes(
-    shape: DecoderShape, context: Context, generated: int, itemsize: int, batch: int = 1
-) -> float:
-    """Bytes a decode step must read: every weight once, and each sample's keys and values behind its token."""
+def decode_step_weights(shape: DecoderShape, text_predictor: bool) -> int:
+    """Weights that a decode step reads, whatever its batch and context."""
     weights = shape.layers * shape.layer_parameters + shape.vocab * shape.hidden
-    if context.text_predictor:
-        weights += shape.text_predictor_parameters
-    held = context.held(shape.layers, generated) + shape.layers
-    return weights * itemsize + batch * held * shape.kv_bytes(itemsize)
+    return weights + (shape.text_predictor_parameters if text_predictor else 0)
 
 
 def cache_bytes(

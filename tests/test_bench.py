@@ -113,6 +113,19 @@ def test_cache_bytes_are_what_the_kept_tokens_need_and_a_growth_step(everything)
     assert decode["image", 1, 30, "eager"]["needed_bytes"] < decode["full", 1, 30, "eager"]["needed_bytes"]
 
 
+def test_flops_of_decoding_fall_with_the_context(everything):
+    rows = {
+        (r["mode"], r["length"]): r["tflops_exact"]
+        for r in everything[0]
+        if r["phase"] == "decode" and r["batch"] == 1
+    }
+    for length in {length for _, length in rows}:
+        assert (
+            rows["image_text", length] < rows["full", length]
+            and rows["full", length] > rows["full", 0] * 0.99
+        )
+
+
 def test_one_pass_and_token_by_token_scores_agree(everything):
     scores = [row for row in everything[0] if row["phase"] == "score"]
     assert scores and all(row["max_difference"] < 1e-4 for row in scores)

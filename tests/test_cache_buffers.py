@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from dynllava_plugin.bench.resident import resident_bytes
 from dynllava_plugin.sparsity import buffers
 from dynllava_plugin.sparsity.buffers import RESERVE, grown, zeros
+from dynllava_plugin.sparsity.cache import RaggedLayer
+from dynllava_plugin.sparsity.tracks import ContextTrack
 from tests.tiny_random import batch_of, random_model, random_sample
 
 
@@ -53,6 +55,20 @@ def test_without_reservations_it_grows_by_copying(monkeypatch):
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_copy_of_one_row_grows_into_memory_of_its_own():
+    """Its strides must not tell of the reserved space that only the original has."""
+    layer = RaggedLayer(ContextTrack(4))
+    layer.track.capacity = 8
+    layer.lazy_initialization(torch.empty(1, 1, 1, 4), torch.empty(1, 1, 1, 4))
+    layer.keys.fill_(1.0)
+    twin = copy.deepcopy(layer)
+    twin.track.capacity = 12
+    twin.grow()
+    twin.keys[:, :, 8:] = 2.0
+    assert twin.keys.flatten().tolist() == [1.0] * 32 + [2.0] * 16
+    assert layer.keys.shape[2] == 8 and float(layer.keys.sum()) == 32
 
 
 @pytest.mark.skipif(

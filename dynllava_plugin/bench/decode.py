@@ -10,6 +10,7 @@ from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, against_full, held_bytes, kept_share, kind, spaced
 from dynllava_plugin.bench.subject import Prompts
 from dynllava_plugin.bench.timing import interleaved, release, summary
+from dynllava_plugin.flops import decode_step_flops, decode_step_weights
 from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
@@ -126,20 +127,18 @@ def _add(
     times: dict[tuple[str, str], list[float]],
 ) -> None:
     subject = run.subject
-    weights = (
-        subject.shape.layers * subject.shape.layer_parameters + subject.shape.vocab * subject.shape.hidden
-    )
+    shape, full_weights = subject.shape, decode_step_weights(subject.shape, text_predictor=False)
     for (name, path), stream in streams.items():
         held = held_bytes(stream.cache, subject)
         asks = OUTPUT in subject.policy(stream.mode).predictors
-        predictor = subject.shape.text_predictor_parameters if asks else 0
-        read = (weights + predictor) * subject.itemsize + held["needed_bytes"]
+        read = decode_step_weights(shape, asks) * subject.itemsize + held["needed_bytes"]
         full_held = held_bytes(streams["full", path].cache, subject)["needed_bytes"]
         measured = _per_step(times[name, path])
         full = _per_step(times["full", path])["median_s"]
         run.add(
             phase="decode", mode=name, path=path, prompts=kind(stream.prompts), batch=batch, length=length,
             **measured, tokens_per_s=batch / measured["median_s"],
-            **against_full(full, measured["median_s"], weights * subject.itemsize + full_held, read),
+            **against_full(full, measured["median_s"], full_weights * subject.itemsize + full_held, read),
+            tflops_exact=decode_step_flops(shape, subject.context(stream.mode), length, batch) / 1e12,
             read_bytes=read, kept_share=kept_share(stream.cache), **held,
         )  # fmt: skip

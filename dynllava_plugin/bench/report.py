@@ -23,7 +23,16 @@ SECTIONS = {
     "nocache": ("Decoding without cache, one step", ("median_s", *RATIOS, "tflops_exact")),
     "decode": (
         "Decoding with cache, one step",
-        ("path", "median_s", "tokens_per_s", *RATIOS, "kept_share", "cache_bytes", "needed_bytes"),
+        (
+            "path",
+            "median_s",
+            "tokens_per_s",
+            *RATIOS,
+            "tflops_exact",
+            "kept_share",
+            "cache_bytes",
+            "needed_bytes",
+        ),
     ),
     "batching": (
         "Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.flops import DecoderShape, logits_flops, token_flops
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,12 @@ def output_cost(decoder: CachedDecoder, dense: int, sparse: int, keep: Sequence[
     """
     shape = decoder.shape
     below, above = decoder.sparse_layer, shape.layers - decoder.sparse_layer
-    matrices, attention = 2 * shape.layer_parameters, 4 * shape.hidden  # of one token; per token it sees
-    logits = 2 * shape.hidden * shape.vocab
     flops = flops_kept = 0.0
     for stays in keep:
         dense += 1
         seen = sparse + 1  # a token always attends to itself
-        first = below * (matrices + attention * dense)
-        rest = above * (matrices + attention * seen) + logits
+        first = token_flops(shape, below, dense)
+        rest = token_flops(shape, above, seen) + logits_flops(shape)
         flops += first + rest
         flops_kept += first + rest * stays
         sparse += stays
