@@ -19,6 +19,7 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.answering import answer_batch
 from dynllava_plugin.evaluation.answers import Answer
 from dynllava_plugin.evaluation.journal import Journal
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava, LossAndGreedy
@@ -173,9 +174,8 @@ def test_images_are_decoded_when_their_turn_comes(lm: DynamicLlava, monkeypatch:
     lm.task_dict = {"many": {"test": Documents()}}
     monkeypatch.setattr("dynllava_plugin.evaluation.engine._WINDOW", 4)
     monkeypatch.setattr(
-        lm.engine,
-        "_generate_batch",
-        lambda batch, generation: done.append(len(decoded)) or [ANSWER] * len(batch),
+        "dynllava_plugin.evaluation.engine.answer_batch",
+        lambda calls, batch, generation: done.append(len(decoded)) or [ANSWER] * len(batch),
     )
     calls = [("is it red?", {}, visual, index, "many", "test") for index in range(20)]
     lm.generate_until([request(lm, "generate_until", 0, call) for call in calls])
@@ -193,12 +193,10 @@ def test_a_run_that_was_cut_short_asks_only_what_is_missing(
     before = [answer.text for answer in lm.generate_until(requests[:1])]
     monkeypatch.setattr(lm, "_journal", Journal(tmp_path))
     asked: list[str] = []
-    generate = lm.engine._generate_batch
     monkeypatch.setattr(
-        lm.engine,
-        "_generate_batch",
-        lambda batch, generation: (
-            asked.extend(item.request.name for item in batch) or generate(batch, generation)
+        "dynllava_plugin.evaluation.engine.answer_batch",
+        lambda calls, batch, generation: (
+            asked.extend(item.request.name for item in batch) or answer_batch(calls, batch, generation)
         ),
     )
     RECORD.clear()
@@ -315,6 +313,7 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
     class Echo:
         batch_size = size
         seconds = model_seconds = 0.0
+        started, shared_prompts = None, 0
 
         def generate(self, requests: list, generation: Any) -> list[Answer]:
             calls.append(len(requests))

@@ -161,7 +161,7 @@ def test_counts_of_an_answer_behind_earlier_ones(engine: Engine) -> None:
     assert answer.image_tokens == other.image_tokens > 0
     assert answer.kept_image_tokens == other.kept_image_tokens == int(0.2 * answer.image_tokens)
     assert answer.cached_tokens == answer.generated_tokens - 1 >= answer.kept_tokens >= 0
-    assert engine.features.computed == 1  # one image, two questions
+    assert engine.calls.features.computed == 1  # one image, two questions
 
 
 DECODER = CachedDecoder(DecoderShape(5, 32, 64, 4, 2, 100), sparse_layer=2, itemsize=4)

@@ -50,6 +50,29 @@ def test_batched_answers_equal_single_answers(engine: Engine, requests: list[Req
     assert batched == single
 
 
+@pytest.mark.parametrize("mode", ["full", "image", "image_text"])
+def test_questions_about_one_image_share_its_prefill(
+    engine: Engine, easy_vqa_data: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same answers, tokens and costs as one at a time; two images are told apart however few pixels differ."""
+    engine.model.set_sparsity(mode=mode)
+    rows = easy_vqa.load_rows("easy_vqa")[:9]
+    picture = Image.open(rows[0]["image"]).convert("RGB")
+    touched = picture.copy()
+    touched.paste((0, 0, 0), (0, 0, 8, 8))
+    asked = [(row["question"], row["image"]) for row in rows]
+    asked += [(question, image) for question, _ in asked[:3] for image in (picture, touched)]
+    requests = [ask(easy_vqa.question_text("easy_vqa", question), (image,)) for question, image in asked]
+    before = engine.calls.shared_prompts
+    monkeypatch.setattr(engine, "batch_size", 1)
+    single = engine.generate(requests, SHORT)
+    assert engine.calls.shared_prompts == before
+    monkeypatch.setattr(engine, "batch_size", 8)
+    assert engine.generate(requests, SHORT) == single
+    distinct = len({row["image"] for row in rows}) + 1
+    assert engine.calls.shared_prompts >= before + len(requests) - 2 * distinct
+
+
 def test_counts(engine: Engine, requests: list[Request]) -> None:
     engine.model.set_sparsity(mode="full", vision_keep_rate=0.2)
     full = engine.generate(requests, SHORT)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.bench.decode import batching, decode, steps_measured
+from dynllava_plugin.bench.harness import add_harness, run_harness
 from dynllava_plugin.bench.loading import load
 from dynllava_plugin.bench.memory import STEPS, memory
 from dynllava_plugin.bench.modes import MODES, modes_named
@@ -36,6 +37,8 @@ PHASES: dict[str, Callable[[Run], None]] = {
     "memory": memory,
     "load": load,
 }
+# Phases with rows and flags of their own.
+OWN_ROWS: dict[str, Callable[[argparse.Namespace], int]] = {"train": run_train, "harness": run_harness}
 REPORT = "report"
 SEVERAL_CACHES = ("decode", "batching")  # phases whose modes hold their caches side by side
 
@@ -56,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("files", nargs="+", type=Path, metavar="ROWS.json", help="as written by --json")
     merge.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
     add_train(phases)
+    add_harness(phases)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if args.phase == REPORT:
         report(args.files, args.output)
         return 0
-    if args.phase == "train":
-        return run_train(args)
+    if args.phase in OWN_ROWS:
+        return OWN_ROWS[args.phase](args)
     names = _names("--only", args.only, PHASES)
     shape, device = shape_named(args.shape), find_device(args.device)
     modes, paths, dtype = (

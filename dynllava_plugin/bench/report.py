@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from dynllava_plugin.bench.harness_report import write_harness_report
 from dynllava_plugin.bench.paper import views
 from dynllava_plugin.bench.plots import draw
 from dynllava_plugin.bench.rows import COLUMNS, machine_file, read_rows
@@ -76,14 +77,17 @@ def report(paths: list[Path], folder: Path) -> None:
     UserError
         A file that isn't there or holds something else.
     """
-    rows = [row for path in paths for row in read_rows(path, ("phase", "batch", "length"))]
+    rows = [row for path in paths for row in read_rows(path, ("phase", "batch"))]
     machines = _machines(paths)
+    if all("harness" in row for row in rows):
+        write_harness_report(rows, machines, folder)
+        return
     if all("implementation" in row for row in rows):
         write_training_report(rows, machines, folder)
         return
-    if any("mode" not in row for row in rows):
+    if any(name not in row for row in rows for name in ("mode", "length")):
         raise UserError(
-            "report: rows of `bench train` and of other phases don't go into one table; name them apart"
+            "report: rows of `bench train`, `bench harness` and other phases don't go into one table; name them apart"
         )
     table = pd.DataFrame(rows, columns=[name for name in COLUMNS if any(name in row for row in rows)])
     write_text(folder / "table.csv", table.to_csv(index=False))

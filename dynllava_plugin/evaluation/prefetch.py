@@ -36,11 +36,22 @@ class PreparedImage:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A request with its place in the caller's sequence and its decoded images."""
+    """A request as the model takes it.
+
+    Attributes
+    ----------
+    index : int
+        Its place in the caller's sequence.
+    request : Request
+    images : tuple of PreparedImage
+    ids : list of int
+        Tokens of its prompt and continuation, one for each image.
+    """
 
     index: int
     request: Request
     images: tuple[PreparedImage, ...]
+    ids: list[int]
 
 
 class Preparation:
@@ -88,7 +99,9 @@ class Preparation:
         if markers != len(request.images):
             found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
             raise UserError(f"{request.name}: the prompt has {found}")
-        return Prepared(index, request, tuple(self._image(image, request.name) for image in request.images))
+        images = tuple(self._image(image, request.name) for image in request.images)
+        text = self._processor.prepare_text(request.prompt + request.continuation)
+        return Prepared(index, request, images, self._processor.tokenizer(text)["input_ids"])
 
     def _image(self, image: Any, name: str) -> PreparedImage:
         picture = self._processor.prepare_image(load_image(image, name), name)

@@ -43,6 +43,7 @@ class RunRecord:
         self._answers: dict[str, list[Answer]] = defaultdict(list)
         self._scores: dict[str, list[Score]] = defaultdict(list)
         self._times: dict[str, float] = {}
+        self._shared_prompts = 0
 
     def note_model(self, settings: ModelSettings, model: Any) -> None:
         """The model that was loaded; its sparsity settings are those in force, not only the overrides."""
@@ -64,8 +65,11 @@ class RunRecord:
         self._scores[benchmark].extend(scores)
 
     def note_time(self, engine: Any) -> None:
-        """How long the engine took so far, and of that the model."""
-        self._times = {"engine": round(engine.seconds, 3), "model": round(engine.model_seconds, 3)}
+        """Seconds since the first question, of these in the engine, of these in the model; prompts that shared a prefill."""
+        since = 0.0 if engine.started is None else time.perf_counter() - engine.started
+        seconds = {"answering": since, "engine": engine.seconds, "model": engine.model_seconds}
+        self._times = {name: round(value, 3) for name, value in seconds.items()}
+        self._shared_prompts = engine.shared_prompts
 
     def gather(self) -> None:
         """Bring the notes of all processes of a distributed run to rank 0; every process has to call it."""
@@ -94,6 +98,7 @@ class RunRecord:
             "scored": {name: mean_score_counts(scores) for name, scores in self._scores.items()},
             "seconds": round(time.time() - self.started, 1),
             "engine_seconds": self._times,
+            "shared_prompts": self._shared_prompts,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "versions": versions(),
             "commit": commit(),

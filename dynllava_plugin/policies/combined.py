@@ -38,7 +38,7 @@ class Combined(Policy):
                 owners[what] = part
         object.__setattr__(self, "decides", frozenset(owners))
         object.__setattr__(self, "predictors", frozenset().union(*(part.predictors for part in self.parts)))
-        for name in ("uses_chance", "sequential", "reduces_patches", "reduces_tokens"):
+        for name in ("uses_chance", "sequential", "reads_question", "reduces_patches", "reduces_tokens"):
             object.__setattr__(self, name, any(getattr(part, name) for part in self.parts))
         object.__setattr__(self, "vision_layer", self._image.vision_layer)
         layers = {part.name: part.gate_layer for part in self.parts if not part.at_input}

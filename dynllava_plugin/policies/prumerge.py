@@ -37,6 +37,10 @@ class PruMergePlus(InputPolicy):
     keep: float | None = None  # type: ignore[assignment]
     neighbours: int = 32
 
+    def kept_tokens(self, total: int) -> int:
+        """As many as there are at most, where the image decides."""
+        return total if self.keep is None else num_kept_image_tokens(total, self.keep)
+
     def chosen(self, attention: torch.Tensor) -> torch.Tensor:
         """float32 [N] -> int64 [n] places that stay, the most attended first, then the evenly spaced ones."""
         total = len(attention)

@@ -1,0 +1,154 @@
+"""`dynllava bench harness`: questions a second of a benchmark in each harness, one at a time and in batches.
+
+Every run is the harness's own command line in a process of its own; the runs take turns, so that a slow minute slows all
+of them. What is measured begins with the first question: start-up is loading, which other tables have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dynllava_plugin.bench.harness_report import write_harness_report
+from dynllava_plugin.bench.rows import Rows, machine_file
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_benchmark
+from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.smoke.predictions import lmms_eval_predictions, vlmevalkit_predictions
+
+HARNESSES = (LMMS_EVAL, VLMEVALKIT)
+
+
+class HarnessRows(Rows):
+    """One row a run of a harness; seconds since its first question, of these in the engine, of these in the model."""
+
+    keys = ("phase", "device", "checkpoint", "benchmark", "harness", "batch", "repeat")
+    needed = ("phase", "harness", "batch", "answering_s")
+    columns = (
+        *keys, "questions", "answering_s", "engine_s", "model_s", "process_s", "questions_per_s", "shared_prompts",
+        "predictions", "policy", "threads",
+    )  # fmt: skip
+
+
+def add_harness(phases: Any) -> None:
+    """The phase `harness` and its flags."""
+    text = "questions a second in each harness: one at a time and in batches"
+    parser = phases.add_parser("harness", help=text, description=text)
+    default = "(default: %(default)s)"
+    flag = parser.add_argument
+    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {default}")
+    flag("--benchmark", default="easy_vqa", help=f"one that both harnesses have {default}")
+    flag("--limit", type=int, default=1000, help=f"questions {default}")
+    flag("--batch", default="1,8,32", help=f"comma-separated batch sizes, 1 among them {default}")
+    flag(
+        "--harness", default=",".join(HARNESSES), help=f"comma-separated, of {', '.join(HARNESSES)} {default}"
+    )
+    flag("--policy", help="instead of the checkpoint's own, e.g. full or fastv,k=3,r=0.75")
+    flag("--repeats", type=int, default=3, help=f"runs of each {default}")
+    flag("--json", type=Path, metavar="FILE", help="rows, whole after every run")
+    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md, chart.png, machine.json")
+    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+
+
+def run_harness(args: argparse.Namespace) -> int:
+    """Measure; 130 where the user interrupts, with the rows so far kept."""
+    harnesses = [name.strip() for name in args.harness.split(",") if name.strip()]
+    unknown = [name for name in harnesses if name not in HARNESSES]
+    if unknown or not harnesses:
+        raise UserError(f"--harness: {', '.join(unknown) or 'empty'}; choose from {', '.join(HARNESSES)}")
+    batches = [int(size) if size.strip().isdigit() else 0 for size in args.batch.split(",")]
+    if 1 not in batches or min(batches) < 1:
+        raise UserError(f"--batch: {args.batch!r} must be positive numbers, 1 among them to compare with")
+    for name, value in (("--limit", args.limit), ("--repeats", args.repeats)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is less than 1")
+    benchmark = find_benchmark(args.benchmark)
+    for harness in harnesses:
+        if len(benchmark.tasks(harness)) != 1:
+            raise UserError(f"--benchmark: {args.benchmark} isn't one task in {harness}; take another")
+    path = args.json or (args.output / "rows.json" if args.output else None)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    rows = HarnessRows(
+        path,
+        args.resume,
+        {
+            "phase": "harness", "device": device, "benchmark": args.benchmark, "policy": args.policy,
+            "checkpoint": Path(args.pretrained).name, "threads": torch.get_num_threads(),
+        },
+    )  # fmt: skip
+    plan = [(r, h, b) for r in range(args.repeats) for h in harnesses for b in batches]
+    status = 0
+    try:
+        with tempfile.TemporaryDirectory(prefix="dynllava-bench-") as folder:
+            for repeat, harness, batch in tqdm(plan, desc="harness runs", unit="run"):
+                about = {"harness": harness, "batch": batch, "repeat": repeat}
+                if not rows.has([about]):
+                    target = Path(folder) / f"{harness}_{batch}_{repeat}"
+                    rows.add(**about, **_measure(args, harness, batch, benchmark.tasks(harness)[0], target))
+    except KeyboardInterrupt:
+        print("interrupted: the rows so far are kept", file=sys.stderr)
+        status = 130
+    if args.output and path:
+        machine = json.loads(machine_file(path).read_text(encoding="utf-8"))
+        write_harness_report(rows.rows, {device: machine}, args.output)
+    elif path is None:
+        print(json.dumps(rows.rows, indent=1))
+    return status
+
+
+def _measure(
+    args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path
+) -> dict[str, float | int | str]:
+    folder.mkdir(parents=True)
+    command = _command(args, harness, batch, task, folder)
+    log, started = folder / "log.txt", time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ, check=False
+        ).returncode
+    seconds = time.perf_counter() - started
+    manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
+    if code or not manifests:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        raise UserError(f"{harness}, batch {batch}: ended with {code} ({reason.removeprefix('error: ')})")
+    manifest = read_json(manifests[-1])
+    read = lmms_eval_predictions if harness == LMMS_EVAL else vlmevalkit_predictions
+    predictions = read(folder, task)
+    times = manifest["engine_seconds"]
+    return {
+        "questions": len(predictions),
+        "answering_s": times["answering"],
+        "engine_s": times["engine"],
+        "model_s": times["model"],
+        "process_s": round(seconds, 3),
+        "questions_per_s": len(predictions) / times["answering"],
+        "shared_prompts": manifest["shared_prompts"],
+        "predictions": hashlib.sha256(
+            json.dumps([predictions[row] for row in sorted(predictions)]).encode()
+        ).hexdigest()[:16],
+    }
+
+
+def _command(args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path) -> list[str]:
+    module = "dynllava_plugin.evaluation." + (
+        "lmms_eval_command" if harness == LMMS_EVAL else "vlmevalkit_command"
+    )
+    command = [sys.executable, "-m", module, "--model", "dynllava", "--limit", str(args.limit)]
+    if harness == LMMS_EVAL:
+        policy = f",policy={args.policy}" if args.policy else ""
+        command += ["--model_args", f"pretrained={args.pretrained}{policy}", "--tasks", task, "--log_samples"]
+        return [*command, "--batch_size", str(batch), "--output_path", str(folder)]
+    command += ["--pretrained", args.pretrained, *(["--policy", args.policy] if args.policy else [])]
+    return [*command, "--data", task, "--batch-size", str(batch), "--work-dir", str(folder)]

@@ -1,0 +1,117 @@
+"""Generated answers of a batch, each with its token counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.calls import Calls
+from dynllava_plugin.evaluation.histories import History, read_histories
+from dynllava_plugin.evaluation.prefetch import Prepared
+from dynllava_plugin.evaluation.requests import Generation
+from dynllava_plugin.model.shared_prefill import share_prefill
+
+
+def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) -> list[Answer]:
+    """Answers in the batch's order; what its prompts begin with alike is prefilled once."""
+    features = calls.images(batch)
+    inputs = calls.inputs(batch, features)
+    earlier = _earlier_answers(calls, inputs["input_ids"], batch)
+    one_history = generation.kwargs.get("num_beams", 1) == 1
+    prompt_tokens = inputs["attention_mask"].sum(1).tolist()
+    image_tokens = (inputs["input_ids"] == calls.model.config.image_token_id).sum(1).tolist()
+    with calls.clock():
+        shared = _shared(calls, batch, inputs) if earlier is None and one_history else None
+        inputs = shared or {**inputs, "mm_encoder_outputs": features, "output_mask": earlier}
+        output = calls.model.generate(
+            **{name: value for name, value in inputs.items() if value is not None},
+            **generation.kwargs,
+            pad_token_id=calls.processor.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        )
+    tokens = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()  # [B, T]
+    ended = torch.isin(tokens, calls.eos_ids)
+    # Tokens up to and with the first end token; all of them where none came.
+    counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).tolist()
+    texts = calls.processor.tokenizer.batch_decode(
+        [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)], skip_special_tokens=True
+    )
+    steps = tokens.shape[1] - 1  # the last token is never fed back
+    histories = read_histories(output.past_key_values, steps, earlier) if one_history else None
+    return [
+        Answer(
+            text=_truncate(text, generation.until),
+            prompt_tokens=prompt_tokens[row],
+            image_tokens=image_tokens[row],
+            generated_tokens=counts[row],
+            **_kept(
+                calls,
+                row,
+                prompt_tokens[row],
+                image_tokens[row],
+                counts[row],
+                histories,
+                output.past_key_values,
+            ),
+        )
+        for row, text in enumerate(texts)
+    ]
+
+
+def _kept(
+    calls: Calls,
+    row: int,
+    prompt_tokens: int,
+    image_tokens: int,
+    generated: int,
+    histories: list[History] | None,
+    cache: Any,
+) -> dict[str, Any]:
+    """What an answer's own history tells of the tokens that stay; all None with several histories (beams)."""
+    none = {"kept_image_tokens": None, "cached_tokens": None, "kept_tokens": None, "cost": None}
+    if calls.policy.sequential:
+        # Its cache lets tokens go, prompt and output alike: lengths don't tell what came in.
+        noted = cache.images_kept if histories is not None else None
+        return none | {"kept_image_tokens": image_tokens if noted is None else int(noted[row])}
+    if histories is None:
+        return none
+    history, cached = histories[row], generated - 1
+    keep = history.keep[:cached]  # the rest is padding of the batch behind the sample's end
+    dropped_image = prompt_tokens - history.context - history.dropped_answers
+    return {
+        "kept_image_tokens": image_tokens - dropped_image,
+        "cached_tokens": cached,
+        "kept_tokens": sum(keep),
+        "cost": calls.cost(prompt_tokens, history.context, keep),
+    }
+
+
+def _shared(calls: Calls, batch: list[Prepared], inputs: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    images = [tuple(image.key for image in item.images) for item in batch]
+    shared = share_prefill(
+        calls.model,
+        **inputs,
+        images=images,
+        encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]) or {},
+    )
+    calls.shared_prompts += len(batch) if shared is not None else 0
+    return shared
+
+
+def _earlier_answers(calls: Calls, ids: torch.Tensor, batch: list[Prepared]) -> torch.Tensor | None:
+    """bool [B, L] of the prompts' own output text; None where no prompt has any."""
+    if not any(item.request.output_spans for item in batch):
+        return None
+    mask, width = torch.zeros_like(ids, dtype=torch.bool), ids.shape[1]
+    for row, item in enumerate(batch):
+        for start, end in calls.columns(item.request.prompt, item.request.output_spans):
+            mask[row, width + start : width + end] = True
+    return mask
+
+
+def _truncate(text: str, until: tuple[str, ...]) -> str:
+    text = text.strip()
+    ends = [position for position in (text.find(stop) for stop in until) if position >= 0]
+    return text[: min(ends)].strip() if ends else text
