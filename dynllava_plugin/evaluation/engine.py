@@ -47,7 +47,7 @@ class Engine:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a positive integer")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.calls = Calls(model, processor)
+        self.calls, self._preparation = Calls(model, processor), Preparation(processor)
         self.seconds = 0.0
         self.started: float | None = None
 
@@ -132,7 +132,7 @@ class Engine:
         self.started = self.started or started
         results: list[Result | None] = [None] * len(requests)
         size = max(self.batch_size, min(_WINDOW_BATCHES * self.batch_size, _WINDOW))
-        for window in Preparation(self.processor).windows(requests, size):
+        for window in self._preparation.windows(requests, size, self.batch_size):
             for batch in self._batches(window):
                 found = work(batch)
                 for item, result in zip(batch, found, strict=True):

@@ -54,6 +54,13 @@ class Prepared:
     ids: list[int]
 
 
+def _growing_ranges(total: int, first: int, most: int) -> Iterator[range]:
+    start, length = 0, min(first, most)
+    while start < total:
+        yield range(start, min(start + length, total))
+        start, length = start + length, min(2 * length, most)
+
+
 class Preparation:
     """Turns requests into `Prepared` ones.
 
@@ -66,17 +73,19 @@ class Preparation:
         self._processor = processor
         self._recent: OrderedDict[bytes, PreparedImage] = OrderedDict()
 
-    def windows(self, requests: Sequence[Request], size: int) -> Iterator[list[Prepared]]:
+    def windows(self, requests: Sequence[Request], size: int, first: int) -> Iterator[list[Prepared]]:
         """All of `requests`, `size` at a time, the next window in the making while one is worked on.
 
-        `requests` may build an item when it is indexed; that happens in the background thread too, in order.
+        Nothing is worked on while the first window is made, so that it has `first` requests only; each has twice as many
+        as the one before, up to `size`. `requests` may build an item when it is indexed; that happens in the background
+        thread too, in order.
 
         Raises
         ------
         UserError
             For a request with a bad image, or with other than one image for each ``<image>``.
         """
-        ranges = [range(at, min(at + size, len(requests))) for at in range(0, len(requests), size)]
+        ranges = list(_growing_ranges(len(requests), first, size))
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
             ahead = pool.submit(self._window, requests, ranges[0]) if ranges else None
             for place in range(len(ranges)):
