@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smoke table-full policies bench-cpu bench-gpu test lint format clean
+.PHONY: help setup demo smoke table-full policies bench-cpu bench-harness bench-gpu test lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
@@ -50,6 +50,10 @@ bench-cpu: setup
 		results/efficiency/h100_7b.json results/efficiency/h100_13b.json --output results/efficiency
 	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json results/training/cpu.json
 	$(PY) -m dynllava_plugin.bench report results/training/cpu.json results/training/h100_bench.json --output results/training
+
+# Questions a second in both harnesses, one at a time and in batches (15 minutes on 2 idle cores).
+bench-harness: setup
+	$(PY) -m dynllava_plugin.bench harness --resume --json results/harness/cpu.json --output results/harness
 
 # LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT), whole after each.
 OUT ?= results/efficiency-gpu

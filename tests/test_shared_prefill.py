@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynllava_plugin.model.shared_prefill import share_prefill
+from dynllava_plugin.policies import POLICIES
 from tests.policy_cases import cases
 from tests.test_equivalence import CLOSE
 from tests.tiny_random import IMAGE_TOKEN, Sample, batch_of, random_model, random_sample
 
 MODEL = random_model()
 STEPS = 5
-READERS = {"fastv", "h2o", "cdpruner"}
 # Of each scene: its images and how many questions are about them; then the questions' lengths.
 scenes_strategy = st.lists(
     st.tuples(st.integers(1, 2), st.lists(st.integers(1, 9), min_size=2, max_size=4)), min_size=1, max_size=3
@@ -25,7 +25,7 @@ scenes_strategy = st.lists(
 
 
 def reads_question(text):
-    return not READERS.isdisjoint(re.split(r"\+(?=[^+])", text.split(",")[0]))
+    return any(POLICIES[name].reads_question for name in re.split(r"\+(?=[^+])", text.split(",")[0]))
 
 
 def questions(rng, scenes):
@@ -79,6 +79,14 @@ def test_shared_prompts_answer_as_whole_ones(case, seed, scenes):
     assert torch.equal(shared_cache.kept_lengths(), cache.kept_lengths())
     if cache.output_keep() is not None:
         assert torch.equal(shared_cache.output_keep(), cache.output_keep())
+
+
+def test_who_reads_the_question():
+    assert {name for name, policy in POLICIES.items() if policy.reads_question} == {
+        "fastv",
+        "h2o",
+        "cdpruner",
+    }
 
 
 @pytest.mark.parametrize(**cases(lambda case: reads_question(case.text)))

@@ -58,8 +58,8 @@ class Policy:
     uses_chance: ClassVar[bool] = False
     # A step depends on what earlier steps did: no run without a cache, no scoring in one pass.
     sequential: ClassVar[bool] = False
-    # What stays of an image depends on the text behind it, so that an image's prefill serves one question only.
-    reads_question: ClassVar[bool] = False
+    # Whether what stays of an image may depend on the text behind it; False lets questions about it share its prefill.
+    reads_question: ClassVar[bool] = True
     reduces_patches: ClassVar[bool] = False
     reduces_tokens: ClassVar[bool] = False
     # Whose queries and keys `Patches` has: of the layer that the projector reads ("selected") or of the "last" one.

@@ -26,7 +26,6 @@ class CDPruner(InputPolicy):
     name = "cdpruner"
     rule = "conditional diversity (relevance-weighted DPP) before the LLM"
     source = "arXiv 2506.10967"
-    reads_question = True
     reduces_tokens = True
 
     n: int | None = None

@@ -21,6 +21,7 @@ class DivPrune(InputPolicy):
     name = "divprune"
     rule = "max-min diversity before the LLM"
     source = "arXiv 2503.02175"
+    reads_question = False
     reduces_tokens = True
 
     r: float | None = None

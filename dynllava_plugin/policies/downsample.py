@@ -23,6 +23,7 @@ class Downsample(InputPolicy):
     name = "downsample"
     rule = "average-pooled image grid"
     source = "arXiv 2510.07143"
+    reads_question = False
     reduces_tokens = True
 
     r: float | None = None

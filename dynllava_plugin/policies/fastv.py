@@ -20,7 +20,6 @@ class FastV(ImagePolicy):
     name = "fastv"
     rule = "image tokens that the last prompt token attends to most, in layer k-1"
     source = "arXiv 2403.06764"
-    reads_question = True
     layer_argument = "k"
     follows = False
 

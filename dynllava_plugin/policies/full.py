@@ -14,5 +14,6 @@ class Full(Policy):
     name = "full"
     rule = "everything stays"
     source = "LLaVA-1.5"
+    reads_question = False
 
     layer: int = 2

@@ -28,7 +28,6 @@ class H2O(Policy):
     source = "arXiv 2306.14048"
     decides = frozenset({CACHE})
     sequential = True
-    reads_question = True
     layer_argument = "start_layer"
 
     r: float = 0.5

@@ -17,6 +17,7 @@ class LearnedImage(ImagePolicy):
     name = "image"
     rule = "image tokens by the image predictor (Dynamic-LLaVA, I)"
     source = _PAPER
+    reads_question = False
     predictors = frozenset({IMAGE})
     follows = False  # the predictors were trained at their layer
 
@@ -35,6 +36,7 @@ class LearnedText(Policy):
     name = "text"
     rule = "output tokens by the text predictor"
     source = _PAPER
+    reads_question = False
     decides = frozenset({OUTPUT})
     predictors = frozenset({OUTPUT})
     follows = False

@@ -30,6 +30,7 @@ class PruMergePlus(InputPolicy):
     name = "prumerge+"
     rule = "outliers of CLS attention and evenly spaced tokens, merged, before the LLM"
     source = "arXiv 2403.15388"
+    reads_question = False
     reduces_patches = True
     vision_layer = "last"
     own_budget: ClassVar[bool] = True

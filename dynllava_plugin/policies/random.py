@@ -28,6 +28,7 @@ class RandomImage(ImagePolicy):
     name = "random"
     rule = "image tokens by chance"
     source = _PAPER
+    reads_question = False
     decides = frozenset({IMAGE})
     uses_chance = True
 
@@ -59,6 +60,7 @@ class RandomText(Policy):
     name = "random_text"
     rule = "output tokens by chance"
     source = _PAPER
+    reads_question = False
     decides = frozenset({OUTPUT})
 
     layer: int = 2

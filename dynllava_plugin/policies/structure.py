@@ -14,6 +14,7 @@ class Structure(Policy):
     name = "structure"
     rule = "every other output token"
     source = "arXiv 2412.00876, baselines"
+    reads_question = False
     decides = frozenset({OUTPUT})
 
     layer: int = 2

@@ -24,6 +24,7 @@ class VisionZip(InputPolicy):
     name = "visionzip"
     rule = "dominant tokens by CLS attention and merged context tokens, before the LLM"
     source = "arXiv 2412.04467"
+    reads_question = False
     reduces_patches = True
 
     n: int | None = None
