@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -99,6 +100,7 @@ def test_the_global_batch_is_kept_whatever_the_world_size(name, world, monkeypat
 def test_the_command_line_overrides_a_preset():
     model, _, recipe, _ = preset("tiny.yaml", "--vision_keep_rate", "0.1", "--seed", "7")
     assert model.vision_keep_rate == 0.1 and recipe.seed == 7
+    assert recipe.dataloader_pin_memory == torch.accelerator.is_available()
 
 
 def launched(name: str, monkeypatch) -> dict[str, str]:

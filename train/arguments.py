@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from dynllava_plugin.errors import UserError
@@ -231,7 +232,7 @@ class RecipeArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs but one process: start with `accelerate launch`, or set "
                 "CUDA_VISIBLE_DEVICES to one of them"
             )
-        if self.device.type == "cpu":
+        if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and PyTorch would say so
 
     def _accumulation(self) -> int:
