@@ -26,6 +26,8 @@ Result = TypeVar("Result", Answer, Score)
 class Engine:
     """A loaded model with its processor.
 
+    It runs without gradients, but not in PyTorch's inference mode: what ZeRO-3 gathers there couldn't be trained afterwards.
+
     Parameters
     ----------
     model : DynamicLlavaForConditionalGeneration
@@ -79,7 +81,7 @@ class Engine:
         """Of `seconds`, those inside the model."""
         return self.calls.seconds
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[Request],
@@ -105,7 +107,7 @@ class Engine:
         generation = generation or Generation.from_task(None)
         return self._all(requests, lambda batch: answer_batch(self.calls, batch, generation), on_batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(
         self,
         requests: Sequence[Request],
