@@ -17,7 +17,7 @@ from tests.test_equivalence import CLOSE
 from tests.tiny_random import IMAGE_TOKEN, Sample, batch_of, random_model, random_sample
 
 MODEL = random_model()
-STEPS = 5
+STEPS, PAD = 5, 81  # a token that no sample has
 # Of each scene: its images and how many questions are about them; then the questions' lengths.
 scenes_strategy = st.lists(
     st.tuples(st.integers(1, 2), st.lists(st.integers(1, 9), min_size=2, max_size=4)), min_size=1, max_size=3
@@ -46,7 +46,7 @@ def shared_of(samples, scenes, batch):
         pixels = torch.cat([samples[row].images for row in rows])
         return {"image": MODEL.get_image_features(pixel_values=pixels, return_dict=True)}
 
-    return share_prefill(MODEL, batch["input_ids"], batch["attention_mask"], scenes, encode)
+    return share_prefill(MODEL, batch["input_ids"], batch["attention_mask"], scenes, encode, pad_token_id=PAD)
 
 
 def generated(**inputs):
@@ -73,6 +73,7 @@ def test_shared_prompts_answer_as_whole_ones(case, seed, scenes):
         inputs = shared_of(samples, about, batch)
         assert inputs["past_key_values"].get_seq_length() < inputs["input_ids"].shape[1]
         assert torch.equal(inputs["attention_mask"].sum(1), batch["attention_mask"].sum(1))
+        assert torch.equal(inputs["input_ids"] != PAD, inputs["attention_mask"].bool())
         shared_logits, shared_tokens, shared_cache = generated(**inputs)
     torch.testing.assert_close(shared_logits, logits, **CLOSE)
     assert torch.equal(shared_tokens, tokens)

@@ -95,6 +95,7 @@ def _shared(calls: Calls, batch: list[Prepared], inputs: dict[str, torch.Tensor]
         **inputs,
         images=images,
         encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]) or {},
+        pad_token_id=calls.processor.tokenizer.pad_token_id,
     )
     calls.shared_prompts += len(batch) if shared is not None else 0
     return shared

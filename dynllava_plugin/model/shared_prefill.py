@@ -26,6 +26,7 @@ def share_prefill(
     attention_mask: torch.Tensor,
     images: Sequence[Hashable],
     encode: Callable[[Sequence[int]], dict[str, Any]],
+    pad_token_id: int = 0,
 ) -> dict[str, Any] | None:
     """Arguments for `model.generate` that stand for a batch of prompts; None where sharing isn't possible or saves little.
 
@@ -38,6 +39,8 @@ def share_prefill(
         Equal for prompts with the same images.
     encode : callable
         Places of prompts in the batch -> ``mm_encoder_outputs`` of their images, in order.
+    pad_token_id : int
+        Stands on padding.
 
     Returns
     -------
@@ -69,7 +72,7 @@ def share_prefill(
     if split.saved < _LEAST_SAVED * float(costs[attention_mask.bool()].sum()):
         return None
     images_first = split is not in_words
-    new_ids, mask, width = split.apart(input_ids)
+    new_ids, mask, width = split.apart(input_ids, pad_token_id)
     cache = model.new_cache()
     model(
         input_ids=new_ids[split.chosen, :width],
@@ -117,12 +120,12 @@ class _Split:
         saved = sum(float(costs[row, starts[row] : ends[row]].sum()) for row in alike)
         return cls(starts, ends, owners, list(first.values()), saved)
 
-    def apart(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def apart(self, input_ids: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Ids and mask [B, width + rest], beginnings packed to the right of the first `width` columns, the rest behind."""
         total = input_ids.shape[1]
         lengths = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
         width = max(lengths)
-        ids = input_ids.new_zeros(len(input_ids), width + total - min(self.ends))
+        ids = input_ids.new_full((len(input_ids), width + total - min(self.ends)), pad_token_id)
         mask = torch.zeros_like(ids)
         for row, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
             ids[row, width - lengths[row] : width] = input_ids[row, start:end]
