@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import judges
+from dynllava_plugin.evaluation import easy_vqa, judges
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.costs import OutputCost
@@ -50,9 +50,9 @@ def test_shipped_suites_are_valid(path: Path, tmp_path: Path) -> None:
     assert len(runs) >= 3 and len({run.folder for run in runs}) == len(runs)
 
 
-def test_smoke_suite_has_every_benchmark() -> None:
+def test_smoke_suite_has_every_benchmark_whose_data_is_not_at_hand() -> None:
     wanted = SuiteConfig.read(ROOT / "eval_configs" / "smoke.yaml", {"pretrained": "tiny"}).wanted()
-    assert {item.name for item in wanted} == {item.name for item in BENCHMARKS}
+    assert {item.name for item in wanted} == {item.name for item in BENCHMARKS} - set(easy_vqa.BENCHMARKS)
 
 
 @pytest.mark.parametrize(
