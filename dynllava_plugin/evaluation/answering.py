@@ -40,44 +40,38 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
     )
     steps = tokens.shape[1] - 1  # the last token is never fed back
     histories = read_histories(output.past_key_values, steps, earlier) if one_history else None
-    return [
-        Answer(
-            text=_truncate(text, generation.until),
-            prompt_tokens=prompt_tokens[row],
-            image_tokens=image_tokens[row],
-            generated_tokens=counts[row],
-            **_kept(
-                calls,
-                row,
-                prompt_tokens[row],
-                image_tokens[row],
-                counts[row],
-                histories,
-                output.past_key_values,
-            ),
-        )
-        for row, text in enumerate(texts)
-    ]
+    answers = []
+    for row, text in enumerate(texts):
+        counts_of = {
+            "prompt_tokens": prompt_tokens[row],
+            "image_tokens": image_tokens[row],
+            "generated_tokens": counts[row],
+        }
+        if histories is None:  # beams share no one history
+            kept = _UNKNOWN
+        elif calls.policy.sequential:
+            # Its cache lets tokens go, prompt and output alike: lengths don't tell what came in.
+            noted = output.past_key_values.images_kept
+            kept = {**_UNKNOWN, "kept_image_tokens": image_tokens[row] if noted is None else int(noted[row])}
+        else:
+            kept = _kept(calls, histories[row], **counts_of)
+        answers.append(Answer(text=_truncate(text, generation.until), **counts_of, **kept))
+    return answers
+
+
+_UNKNOWN: dict[str, Any] = {
+    "kept_image_tokens": None,
+    "cached_tokens": None,
+    "kept_tokens": None,
+    "cost": None,
+}
 
 
 def _kept(
-    calls: Calls,
-    row: int,
-    prompt_tokens: int,
-    image_tokens: int,
-    generated: int,
-    histories: list[History] | None,
-    cache: Any,
+    calls: Calls, history: History, prompt_tokens: int, image_tokens: int, generated_tokens: int
 ) -> dict[str, Any]:
-    """What an answer's own history tells of the tokens that stay; all None with several histories (beams)."""
-    none = {"kept_image_tokens": None, "cached_tokens": None, "kept_tokens": None, "cost": None}
-    if calls.policy.sequential:
-        # Its cache lets tokens go, prompt and output alike: lengths don't tell what came in.
-        noted = cache.images_kept if histories is not None else None
-        return none | {"kept_image_tokens": image_tokens if noted is None else int(noted[row])}
-    if histories is None:
-        return none
-    history, cached = histories[row], generated - 1
+    """What an answer's history tells of the tokens that stay."""
+    cached = generated_tokens - 1
     keep = history.keep[:cached]  # the rest is padding of the batch behind the sample's end
     dropped_image = prompt_tokens - history.context - history.dropped_answers
     return {
