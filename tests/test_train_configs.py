@@ -100,6 +100,10 @@ def test_the_global_batch_is_kept_whatever_the_world_size(name, world, monkeypat
 def test_the_command_line_overrides_a_preset():
     model, _, recipe, _ = preset("tiny.yaml", "--vision_keep_rate", "0.1", "--seed", "7")
     assert model.vision_keep_rate == 0.1 and recipe.seed == 7
+
+
+def test_memory_is_pinned_for_a_device_only():
+    recipe = preset("tiny.yaml", "--use_cpu", "false")[2]
     assert recipe.dataloader_pin_memory == torch.accelerator.is_available()
 
 
