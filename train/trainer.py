@@ -146,7 +146,7 @@ class DynamicLlavaTrainer(Trainer):
         name = getattr(self.train_dataset, "name", str)
         named = "; ".join(name(index) for index in samples.tolist())
         return (
-            f"step {self.state.global_step + 1}: the loss is {float(loss)}, so the run stops before it spoils the "
+            f"step {self.state.global_step + 1}: the loss is {loss.item()}, so the run stops before it spoils the "
             f"weights; the batch was {named}"
         )
 

@@ -160,7 +160,8 @@ def draw(table: pd.DataFrame, benchmark: str, metric: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel(metric)
-    axes[0][-1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+    if axes_of:
+        axes[0][-1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.suptitle(
         f"{benchmark}: policies on one checkpoint, bars are 95% intervals over questions", fontsize=11
     )
