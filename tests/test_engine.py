@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,38 @@ def test_questions_about_one_image_share_its_prefill(
     assert engine.generate(requests, SHORT) == single
     distinct = len({row["image"] for row in rows}) + 1
     assert engine.calls.shared_prompts >= before + len(requests) - 2 * distinct
+
+
+def test_what_is_to_be_scored_is_no_part_of_what_is_asked(engine: Engine, requests: list[Request]) -> None:
+    engine.model.set_sparsity(mode="image_text")
+    with_answer = [replace(request, continuation=" zebra in the rain") for request in requests]
+    assert engine.generate(with_answer, SHORT) == engine.generate(requests, SHORT)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"num_return_sequences": 1},
+    ],
+    ids=str,
+)
+def test_a_checkpoints_own_generation_settings(
+    engine: Engine, requests: list[Request], own: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they make impossible isn't shared; batch and single agree."""
+    engine.model.set_sparsity(mode="image_text")
+    for name, value in own.items():
+        monkeypatch.setattr(engine.model.generation_config, name, value)
+    alike = [request for request in requests[:5] for _ in range(2)]
+    before = engine.calls.shared_prompts
+    batched = engine.generate(alike, SHORT)
+    assert (engine.calls.shared_prompts > before) == (own == {"num_return_sequences": 1})
+    single = [engine.generate([request], SHORT)[0] for request in alike]
+    assert [answer.text for answer in batched] == [answer.text for answer in single]
 
 
 def test_counts(engine: Engine, requests: list[Request]) -> None:

@@ -14,7 +14,7 @@ from dynllava_plugin.model.shared_prefill import share_prefill
 from dynllava_plugin.policies import POLICIES
 from tests.policy_cases import cases
 from tests.test_equivalence import CLOSE
-from tests.tiny_random import IMAGE_TOKEN, Sample, batch_of, random_model, random_sample
+from tests.tiny_random import IMAGE_TOKEN, TOKENS_PER_IMAGE, Sample, batch_of, random_model, random_sample
 
 MODEL = random_model()
 STEPS, PAD = 5, 81  # a token that no sample has
@@ -46,7 +46,9 @@ def shared_of(samples, scenes, batch):
         pixels = torch.cat([samples[row].images for row in rows])
         return {"image": MODEL.get_image_features(pixel_values=pixels, return_dict=True)}
 
-    return share_prefill(MODEL, batch["input_ids"], batch["attention_mask"], scenes, encode, pad_token_id=PAD)
+    return share_prefill(
+        MODEL, batch["input_ids"], batch["attention_mask"], scenes, encode, TOKENS_PER_IMAGE, PAD
+    )
 
 
 def generated(**inputs):

@@ -57,9 +57,10 @@ def test_metrics_are_those_of_the_engine_on_the_saved_model(flags, evaluated):
     for sample in held_out:
         question, answer = sample.turns[-1]
         prompt = vicuna_v1([*sample.turns[:-1], (question, None)])
-        request = Request(prompt, (str(Path(flags[5]) / sample.images[0]),), continuation=f" {answer}")
-        perplexities.append(engine.score([request])[0].perplexity)
-        (given,) = engine.generate([request], Generation.from_task({"max_new_tokens": 64}))
+        images_of = (str(Path(flags[5]) / sample.images[0]),)
+        scored = Request(prompt, images_of, continuation=f" {answer}")
+        perplexities.append(engine.score([scored])[0].perplexity)
+        (given,) = engine.generate([Request(prompt, images_of)], Generation.from_task({"max_new_tokens": 64}))
         kept, images = kept + given.kept_image_tokens, images + given.image_tokens
         if len(answer.split()) <= 3:
             short += 1

@@ -19,11 +19,13 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
     features = calls.images(batch)
     inputs = calls.inputs(batch, features)
     earlier = _earlier_answers(calls, inputs["input_ids"], batch)
-    one_history = generation.kwargs.get("num_beams", 1) == 1
+    one_history = _setting(calls, generation, "num_beams") in (None, 1)
     prompt_tokens = inputs["attention_mask"].sum(1).tolist()
     image_tokens = (inputs["input_ids"] == calls.model.config.image_token_id).sum(1).tolist()
     with calls.clock():
-        shared = _shared(calls, batch, inputs) if earlier is None and one_history else None
+        shared = None
+        if earlier is None and _can_share(calls, generation):
+            shared = _shared(calls, batch, inputs, features)
         inputs = shared or {**inputs, "mm_encoder_outputs": features, "output_mask": earlier}
         output = calls.model.generate(
             **{name: value for name, value in inputs.items() if value is not None},
@@ -82,13 +84,36 @@ def _kept(
     }
 
 
-def _shared(calls: Calls, batch: list[Prepared], inputs: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+def _setting(calls: Calls, generation: Generation, name: str) -> Any:
+    """Of this call, or else the checkpoint's own."""
+    return generation.kwargs.get(name, getattr(calls.model.generation_config, name, None))
+
+
+def _can_share(calls: Calls, generation: Generation) -> bool:
+    """One plain cache a sample, and nothing that reads the prompt's columns, where padding may stand inside."""
+    neutral: dict[str, tuple[Any, ...]] = {
+        "num_beams": (None, 1),
+        "num_return_sequences": (None, 1),
+        "use_cache": (None, True),
+        "cache_implementation": (None,),
+        "repetition_penalty": (None, 1),
+        "no_repeat_ngram_size": (None, 0),
+    }
+    return all(_setting(calls, generation, name) in values for name, values in neutral.items())
+
+
+def _shared(
+    calls: Calls, batch: list[Prepared], inputs: dict[str, torch.Tensor], features: dict[str, Any]
+) -> dict[str, Any] | None:
+    if len(batch) < 2 or not features:
+        return None
     images = [tuple(image.key for image in item.images) for item in batch]
     shared = share_prefill(
         calls.model,
         **inputs,
         images=images,
         encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]) or {},
+        tokens_per_image=features["image"].pooler_output.shape[1],
         pad_token_id=calls.processor.tokenizer.pad_token_id,
     )
     calls.shared_prompts += len(batch) if shared is not None else 0

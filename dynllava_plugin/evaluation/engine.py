@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -105,7 +106,12 @@ class Engine:
             For a request with a bad image, or with other than one image for each ``<image>``.
         """
         generation = generation or Generation.from_task(None)
-        return self._all(requests, lambda batch: answer_batch(self.calls, batch, generation), on_batch)
+        return self._all(
+            requests,
+            attrgetter("prompt"),
+            lambda batch: answer_batch(self.calls, batch, generation),
+            on_batch,
+        )
 
     @torch.no_grad()
     def score(
@@ -122,11 +128,14 @@ class Engine:
         UserError
             As `generate`, and for an empty continuation.
         """
-        return self._all(requests, lambda batch: score_batch(self.calls, batch), on_batch)
+        return self._all(
+            requests, attrgetter("scored_text"), lambda batch: score_batch(self.calls, batch), on_batch
+        )
 
     def _all(
         self,
         requests: Sequence[Request],
+        text_of: Callable[[Request], str],
         work: Callable[[list[Prepared]], list[Result]],
         on_batch: Callable[[list[int], list[Result]], None] | None,
     ) -> list[Result]:
@@ -134,7 +143,7 @@ class Engine:
         self.started = self.started or started
         results: list[Result | None] = [None] * len(requests)
         size = max(self.batch_size, min(_WINDOW_BATCHES * self.batch_size, _WINDOW))
-        for window in self._preparation.windows(requests, size, self.batch_size):
+        for window in self._preparation.windows(requests, text_of, size, self.batch_size):
             for batch in self._batches(window):
                 found = work(batch)
                 for item, result in zip(batch, found, strict=True):

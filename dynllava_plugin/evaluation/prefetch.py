@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class Prepared:
     request : Request
     images : tuple of PreparedImage
     ids : list of int
-        Tokens of its prompt and continuation, one for each image.
+        Tokens of the text that the model is given, one for each image.
     """
 
     index: int
@@ -73,12 +73,14 @@ class Preparation:
         self._processor = processor
         self._recent: OrderedDict[bytes, PreparedImage] = OrderedDict()
 
-    def windows(self, requests: Sequence[Request], size: int, first: int) -> Iterator[list[Prepared]]:
+    def windows(
+        self, requests: Sequence[Request], text_of: Callable[[Request], str], size: int, first: int
+    ) -> Iterator[list[Prepared]]:
         """All of `requests`, `size` at a time, the next window in the making while one is worked on.
 
         Nothing is worked on while the first window is made, so that it has `first` requests only; each has twice as many
-        as the one before, up to `size`. `requests` may build an item when it is indexed; that happens in the background
-        thread too, in order.
+        as the one before, up to `size`. `text_of` is what the model is given of a request. `requests` may build an item
+        when it is indexed; that happens in the background thread too, in order.
 
         Raises
         ------
@@ -87,12 +89,14 @@ class Preparation:
         """
         ranges = list(_growing_ranges(len(requests), first, size))
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-            ahead = pool.submit(self._window, requests, ranges[0]) if ranges else None
+            ahead = pool.submit(self._window, requests, text_of, ranges[0]) if ranges else None
             for place in range(len(ranges)):
                 assert ahead is not None
                 window = ahead.result()
                 following = ranges[place + 1] if place + 1 < len(ranges) else None
-                ahead = pool.submit(self._window, requests, following) if following is not None else None
+                ahead = (
+                    pool.submit(self._window, requests, text_of, following) if following is not None else None
+                )
                 try:
                     yield window
                 except GeneratorExit:
@@ -100,16 +104,19 @@ class Preparation:
                         ahead.cancel()
                     raise
 
-    def _window(self, requests: Sequence[Request], indices: range) -> list[Prepared]:
-        return [self._prepare(index, requests[index]) for index in indices]
+    def _window(
+        self, requests: Sequence[Request], text_of: Callable[[Request], str], indices: range
+    ) -> list[Prepared]:
+        found = ((index, requests[index]) for index in indices)
+        return [self._prepare(index, request, text_of(request)) for index, request in found]
 
-    def _prepare(self, index: int, request: Request) -> Prepared:
-        markers = request.prompt.count(IMAGE_TOKEN)
+    def _prepare(self, index: int, request: Request, text: str) -> Prepared:
+        markers = text.count(IMAGE_TOKEN)
         if markers != len(request.images):
             found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
             raise UserError(f"{request.name}: the prompt has {found}")
         images = tuple(self._image(image, request.name) for image in request.images)
-        text = self._processor.prepare_text(request.prompt + request.continuation)
+        text = self._processor.prepare_text(text)
         return Prepared(index, request, images, self._processor.tokenizer(text)["input_ids"])
 
     def _image(self, image: Any, name: str) -> PreparedImage:

@@ -78,9 +78,10 @@ class RunRecord:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (dict(self._answers), dict(self._scores)))
+        dist.all_gather_object(everyone, (dict(self._answers), dict(self._scores), self._shared_prompts))
         self._answers, self._scores = defaultdict(list), defaultdict(list)
-        for answers, scores in everyone:
+        self._shared_prompts = sum(shared for _, _, shared in everyone)
+        for answers, scores, _ in everyone:
             for name, found in answers.items():
                 self._answers[name].extend(found)
             for name, found in scores.items():

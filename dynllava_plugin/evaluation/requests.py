@@ -47,6 +47,11 @@ class Request:
     continuation: str = ""
     output_spans: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def scored_text(self) -> str:
+        """The prompt and the text to score behind it."""
+        return self.prompt + self.continuation
+
 
 @dataclass
 class Generation:

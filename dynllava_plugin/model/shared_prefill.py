@@ -26,6 +26,7 @@ def share_prefill(
     attention_mask: torch.Tensor,
     images: Sequence[Hashable],
     encode: Callable[[Sequence[int]], dict[str, Any]],
+    tokens_per_image: int,
     pad_token_id: int = 0,
 ) -> dict[str, Any] | None:
     """Arguments for `model.generate` that stand for a batch of prompts; None where sharing isn't possible or saves little.
@@ -39,6 +40,7 @@ def share_prefill(
         Equal for prompts with the same images.
     encode : callable
         Places of prompts in the batch -> ``mm_encoder_outputs`` of their images, in order.
+    tokens_per_image : int
     pad_token_id : int
         Stands on padding.
 
@@ -54,7 +56,8 @@ def share_prefill(
     Impossible where a prompt has no image or ends with one, or with a policy that `reads_question`.
     """
     is_image = input_ids == model.config.image_token_id
-    if model.model.language_model.policy.reads_question:
+    policy = model.model.language_model.policy
+    if policy.reads_question or policy.sequential or policy.attention_layer is not None:
         return None
     if not bool(is_image.any(1).all()) or bool(is_image[:, -1].any()):
         return None
@@ -66,7 +69,7 @@ def share_prefill(
     columns_of = zip(*(ids[row][starts[row] : end] for row, end in enumerate(before)), strict=False)
     words = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns_of))
     parts = [(images[row], *ids[row][starts[row] : end]) for row, end in enumerate(behind)]
-    costs = _costs(model, is_image)
+    costs = _costs(model, is_image, tokens_per_image)
     in_words = _Split.of([0] * len(ids), starts, [start + words for start in starts], costs)
     split = max(in_words, _Split.of(parts, starts, behind, costs), key=lambda one: one.saved)
     if split.saved < _LEAST_SAVED * float(costs[attention_mask.bool()].sum()):
@@ -136,10 +139,8 @@ class _Split:
         return ids, mask, width
 
 
-def _costs(model: Any, is_image: torch.Tensor) -> torch.Tensor:
+def _costs(model: Any, is_image: torch.Tensor, total: int) -> torch.Tensor:
     """float [B, L]: the share of the layers that a token goes through."""
     policy, layers = model.model.language_model.policy, model.config.text_config.num_hidden_layers
-    vision = model.config.vision_config
-    total = (vision.image_size // vision.patch_size) ** 2
     share = policy.image_tokens(total, policy.kept_tokens(total), layers) / total
     return torch.where(is_image, share, 1.0)

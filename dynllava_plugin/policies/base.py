@@ -58,7 +58,8 @@ class Policy:
     uses_chance: ClassVar[bool] = False
     # A step depends on what earlier steps did: no run without a cache, no scoring in one pass.
     sequential: ClassVar[bool] = False
-    # Whether what stays of an image may depend on the text behind it; False lets questions about it share its prefill.
+    # Whether what it decides may depend on the prompt's words, before or behind an image, or on the prompt coming in one
+    # call; False lets prompts that begin alike share their prefill.
     reads_question: ClassVar[bool] = True
     reduces_patches: ClassVar[bool] = False
     reduces_tokens: ClassVar[bool] = False
