@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dynllava_plugin.bench import harness
-from dynllava_plugin.bench.harness_report import medians
+from dynllava_plugin.bench.harness_report import markdown, medians
 from dynllava_plugin.cli import main
 
 
@@ -61,13 +61,13 @@ def test_runs_take_turns_and_the_report_has_ratios_to_one_at_a_time(
         "--policy",
         "full",
         "--pretrained",
-        "some/model",
+        "tiny",
     ]
     assert main(["bench", "harness", *flags, "--output", str(tmp_path)]) == 0
     order = [(command[2].split(".")[-1], "--batch_size" in command, command) for command in ran]
     assert [ours for _, ours, _ in order] == [True, True, False, False] * 2
-    assert value(ran[0], "--model_args") == "pretrained=some/model,policy=full"
-    assert value(ran[3], "--pretrained") == "some/model" and value(ran[3], "--policy") == "full"
+    assert value(ran[0], "--model_args") == "pretrained=tiny,policy=full"
+    assert value(ran[3], "--pretrained") == "tiny" and value(ran[3], "--policy") == "full"
     assert [value(command, "--limit") for command in ran] == ["4"] * 8
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [(row["harness"], row["batch"]) for row in rows] == [
@@ -77,7 +77,7 @@ def test_runs_take_turns_and_the_report_has_ratios_to_one_at_a_time(
     assert float(rows[1]["questions_per_s"]) == pytest.approx((4 / 1 + 4 / 3) / 2)
     assert float(rows[1]["speedup"]) == pytest.approx((2 / 1 + 10 / 3) / 2)
     assert float(rows[1]["outside_model"]) == pytest.approx(0.1) and float(rows[1]["shared"]) == 0.5
-    assert [row["same_answers"] for row in rows] == ["True"] * 4
+    assert [row["same_answers"] for row in rows] == ["yes"] * 4
     text = (tmp_path / "table.md").read_text()
     assert "| lmms-eval | 8 | 2.7 | 2.67x | 10.0% | 50% | yes |" in text
     assert (tmp_path / "chart.png").stat().st_size > 1000 and (tmp_path / "machine.json").is_file()
@@ -94,7 +94,39 @@ def test_other_answers_in_a_batch_are_shown(ran: list[list[str]], tmp_path: Path
         == 0
     )
     table = medians(json.loads(path.read_text()))
-    assert table["same_answers"].tolist() == [True, False, True, False]
+    assert table["same_answers"].tolist() == ["yes", "NO", "yes", "NO"]
+    alone = medians([row for row in json.loads(path.read_text()) if row["batch"] == 3])
+    assert alone["same_answers"].isna().all() and alone["speedup"].isna().all()
+    assert "| - |" in markdown(alone)
+
+
+def test_rows_of_other_settings_are_measured_beside(ran: list[list[str]], tmp_path: Path) -> None:
+    flags = [
+        "--batch",
+        "1",
+        "--repeats",
+        "1",
+        "--harness",
+        "lmms-eval",
+        "--output",
+        str(tmp_path),
+        "--resume",
+    ]
+    for more in (["--limit", "4"], ["--limit", "3"], ["--limit", "4", "--policy", "fastv"]):
+        assert main(["bench", "harness", *flags, *more]) == 0
+    assert len(ran) == 3 and (tmp_path / "table.md").read_text().count("| lmms-eval | 1 |") == 3
+
+
+def test_an_interruption_before_the_first_row_is_no_error(
+    ran: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness.subprocess, "run", interrupt)
+    assert main(["bench", "harness", "--output", str(tmp_path)]) == 130
+    assert main(["bench", "report", str(tmp_path / "rows.json"), "--output", str(tmp_path)]) == 2
+    assert "no rows in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

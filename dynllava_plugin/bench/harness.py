@@ -24,20 +24,25 @@ from dynllava_plugin.bench.harness_report import write_harness_report
 from dynllava_plugin.bench.rows import Rows, machine_file
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_benchmark
+from dynllava_plugin.evaluation.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
 from dynllava_plugin.evaluation.smoke.predictions import lmms_eval_predictions, vlmevalkit_predictions
 
 HARNESSES = (LMMS_EVAL, VLMEVALKIT)
+OWN = "the checkpoint's own"  # policy
 
 
 class HarnessRows(Rows):
     """One row a run of a harness; seconds since its first question, of these in the engine, of these in the model."""
 
-    keys = ("phase", "device", "checkpoint", "benchmark", "harness", "batch", "repeat")
+    keys = (
+        "phase", "device", "checkpoint", "checkpoint_hash", "policy", "benchmark", "limit", "threads", "harness", "batch",
+        "repeat",
+    )  # fmt: skip
     needed = ("phase", "harness", "batch", "answering_s")
     columns = (
         *keys, "questions", "answering_s", "engine_s", "model_s", "process_s", "questions_per_s", "shared_prompts",
-        "predictions", "policy", "threads",
+        "predictions",
     )  # fmt: skip
 
 
@@ -67,7 +72,7 @@ def run_harness(args: argparse.Namespace) -> int:
     unknown = [name for name in harnesses if name not in HARNESSES]
     if unknown or not harnesses:
         raise UserError(f"--harness: {', '.join(unknown) or 'empty'}; choose from {', '.join(HARNESSES)}")
-    batches = [int(size) if size.strip().isdigit() else 0 for size in args.batch.split(",")]
+    batches = sorted({int(size) if size.strip().isdigit() else 0 for size in args.batch.split(",")})
     if 1 not in batches or min(batches) < 1:
         raise UserError(f"--batch: {args.batch!r} must be positive numbers, 1 among them to compare with")
     for name, value in (("--limit", args.limit), ("--repeats", args.repeats)):
@@ -83,8 +88,9 @@ def run_harness(args: argparse.Namespace) -> int:
         path,
         args.resume,
         {
-            "phase": "harness", "device": device, "benchmark": args.benchmark, "policy": args.policy,
-            "checkpoint": Path(args.pretrained).name, "threads": torch.get_num_threads(),
+            "phase": "harness", "device": device, "benchmark": args.benchmark, "limit": args.limit,
+            "policy": args.policy or OWN, "checkpoint": Path(args.pretrained).name,
+            "checkpoint_hash": resolve_checkpoint(args.pretrained), "threads": torch.get_num_threads(),
         },
     )  # fmt: skip
     plan = [(r, h, b) for r in range(args.repeats) for h in harnesses for b in batches]
@@ -99,6 +105,8 @@ def run_harness(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted: the rows so far are kept", file=sys.stderr)
         status = 130
+    if not rows.rows:
+        return status
     if args.output and path:
         machine = json.loads(machine_file(path).read_text(encoding="utf-8"))
         write_harness_report(rows.rows, {device: machine}, args.output)

@@ -10,7 +10,8 @@ import pandas as pd
 
 from dynllava_plugin.files import write_figure, write_json, write_text
 
-ABOUT = ["device", "checkpoint", "benchmark", "harness", "batch"]
+HEAD = ["device", "checkpoint", "checkpoint_hash", "policy", "benchmark", "limit", "threads"]
+ABOUT = [*HEAD, "harness", "batch"]
 
 
 def medians(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -20,8 +21,9 @@ def medians(rows: list[dict[str, Any]]) -> pd.DataFrame:
     -------
     DataFrame
         `ABOUT`, medians over the repeats of `questions_per_s`, `outside_model` (share of the time since the first question
-        that was spent outside the model) and `speedup` (of a repeat to its neighbour of batch size 1), `shared` (share of the
-        prompts whose beginning another one had prefilled), `same_answers` (as batch size 1 in every repeat), `repeats`.
+        that was spent outside the model), `speedup` (of a repeat to its neighbour of batch size 1) and `shared` (share of the
+        prompts in batches that shared a prefill); `same_answers` (as batch size 1 in every repeat), `questions`, `repeats`.
+        NaN where batch size 1 is missing.
     """
     table = pd.DataFrame(rows)
     table["outside_model"] = 1 - table["model_s"] / table["answering_s"]
@@ -30,10 +32,11 @@ def medians(rows: list[dict[str, Any]]) -> pd.DataFrame:
     single = table[table["batch"] == 1][[*run, "questions_per_s", "predictions"]]
     table = table.merge(single, on=run, suffixes=("", "_single"), how="left")
     table["speedup"] = table["questions_per_s"] / table["questions_per_s_single"]
-    table["same_answers"] = table["predictions"] == table["predictions_single"]
+    same = (table["predictions"] == table["predictions_single"]).astype(float)
+    table["same_answers"] = same.where(table["predictions_single"].notna())
     groups = table.groupby(ABOUT, sort=False)
     found = groups[["questions_per_s", "speedup", "outside_model", "shared"]].median()
-    found["same_answers"] = groups["same_answers"].all()
+    found["same_answers"] = groups["same_answers"].min().map({1.0: "yes", 0.0: "NO"})
     found["questions"], found["repeats"] = groups["questions"].max(), groups["repeat"].nunique()
     return found.reset_index().sort_values(["device", "harness", "batch"], ignore_index=True)
 
@@ -53,23 +56,27 @@ def write_harness_report(rows: list[dict[str, Any]], machines: dict[str, Any], f
 def markdown(table: pd.DataFrame) -> str:
     """A table a device and benchmark."""
     parts = ["# Questions a second", ""]
-    for (device, checkpoint, benchmark), group in table.groupby(
-        ["device", "checkpoint", "benchmark"], sort=False
-    ):
+    for about, group in table.groupby(HEAD, sort=False):
+        device, checkpoint, _, policy, benchmark, _, threads = about  # type: ignore[misc]
         parts += [
-            f"{group['questions'].max():,} questions of {benchmark}, {checkpoint}, {device}; from the first question on, medians of "
-            f"{group['repeats'].min()} interleaved runs.",
+            f"{group['questions'].max():,} questions of {benchmark}, {checkpoint}, policy: {policy}; {device}, {threads} threads; "
+            f"from the first question on, medians of {group['repeats'].min()} interleaved runs.",
             "",
             "| harness | batch | questions/s | of batch 1 | outside the model | prefill shared | same answers |",
             "|---" * 7 + "|",
-        ]
-        parts += [
-            f"| {row.harness} | {row.batch} | {row.questions_per_s:.1f} | {row.speedup:.2f}x | {row.outside_model:.1%} | "
-            f"{row.shared:.0%} | {'yes' if row.same_answers else 'NO'} |"
-            for row in group.itertuples()
+            *(_line({str(name): value for name, value in row.items()}) for row in group.to_dict("records")),
         ]
         parts.append("")
     return "\n".join(parts)
+
+
+def _line(row: dict[str, Any]) -> str:
+    ratio = "-" if pd.isna(row["speedup"]) else f"{row['speedup']:.2f}x"
+    same = "-" if pd.isna(row["same_answers"]) else row["same_answers"]
+    return (
+        f"| {row['harness']} | {row['batch']} | {row['questions_per_s']:.1f} | {ratio} | {row['outside_model']:.1%} | "
+        f"{row['shared']:.0%} | {same} |"
+    )
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

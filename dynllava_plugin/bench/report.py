@@ -79,6 +79,8 @@ def report(paths: list[Path], folder: Path) -> None:
     """
     rows = [row for path in paths for row in read_rows(path, ("phase", "batch"))]
     machines = _machines(paths)
+    if not rows:
+        raise UserError(f"{paths[0]}: no rows in it; measure something first")
     if all("harness" in row for row in rows):
         write_harness_report(rows, machines, folder)
         return
