@@ -53,7 +53,7 @@ def test_metrics_are_those_of_the_engine_on_the_saved_model(flags, evaluated):
     assert {*training.rows} | {*held_out.rows} == {*range(12)} and len(training) == 7
     model, processor = load_model(evaluated, device="cpu")
     engine = Engine(model, processor, batch_size=1)
-    right, short, perplexities, kept, images = 0, 0, [], 0, 0
+    right, short, perplexities, kept, images, stayed, fed_back = 0, 0, [], 0, 0, 0, 0
     for sample in held_out:
         question, answer = sample.turns[-1]
         prompt = vicuna_v1([*sample.turns[:-1], (question, None)])
@@ -62,6 +62,7 @@ def test_metrics_are_those_of_the_engine_on_the_saved_model(flags, evaluated):
         perplexities.append(engine.score([scored])[0].perplexity)
         (given,) = engine.generate([Request(prompt, images_of)], Generation.from_task({"max_new_tokens": 64}))
         kept, images = kept + given.kept_image_tokens, images + given.image_tokens
+        stayed, fed_back = stayed + given.kept_tokens, fed_back + given.cached_tokens
         if len(answer.split()) <= 3:
             short += 1
             right += given.text.lower() == answer.lower()
@@ -69,7 +70,7 @@ def test_metrics_are_those_of_the_engine_on_the_saved_model(flags, evaluated):
     assert last["eval_ppl"] == pytest.approx(sum(perplexities) / 5, rel=1e-4)
     assert last["eval_accuracy"] == right / short and last["eval_samples"] == 5
     assert last["eval_kept_image_share"] == kept / images == 3 / 16
-    assert 0 <= last["eval_kept_output_share"] <= 1
+    assert last["eval_kept_output_share"] == stayed / fed_back
 
 
 def test_evaluating_changes_no_weight(flags, evaluated, tmp_path):
