@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from dynllava_plugin.bench.harness_report import write_harness_report
 from dynllava_plugin.bench.rows import Rows, machine_file
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_benchmark
 from dynllava_plugin.evaluation.identity import resolve_checkpoint
+from dynllava_plugin.evaluation.predictions import lmms_eval_predictions, vlmevalkit_predictions
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
-from dynllava_plugin.evaluation.smoke.predictions import lmms_eval_predictions, vlmevalkit_predictions
 
 HARNESSES = (LMMS_EVAL, VLMEVALKIT)
 OWN = "the checkpoint's own"  # policy
@@ -128,9 +128,8 @@ def _measure(
     seconds = time.perf_counter() - started
     manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
     if code or not manifests:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-        raise UserError(f"{harness}, batch {batch}: ended with {code} ({reason.removeprefix('error: ')})")
+        reason = reason_in(log.read_text(encoding="utf-8", errors="replace"))
+        raise UserError(f"{harness}, batch {batch}: ended with {code} ({reason})")
     manifest = read_json(manifests[-1])
     read = lmms_eval_predictions if harness == LMMS_EVAL else vlmevalkit_predictions
     predictions = read(folder, task)

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, digest, is_done, mark_done
+from dynllava_plugin.errors import reason_in
 from dynllava_plugin.evaluation.easy_vqa import DATA_VARIABLE
 from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT
 
@@ -170,7 +171,5 @@ def _evaluate_one(run: Run, environment: dict[str, str], made_from: dict[str, An
     if code == 0:
         mark_done(run.folder, made_from)
         return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-    reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-    reason = reason.removeprefix("error: ")
+    reason = reason_in(log.read_text(encoding="utf-8", errors="replace"))
     return f"{run.setting.name} in {run.harness} ended with {code} ({reason}; see {log})"

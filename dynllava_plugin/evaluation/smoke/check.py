@@ -13,15 +13,15 @@ import pandas as pd
 
 from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
-from dynllava_plugin.evaluation.results import COSTS, NEEDS_JUDGE, SCORED, SUBMISSION
-from dynllava_plugin.evaluation.smoke.expected import EXPECTED
-from dynllava_plugin.evaluation.smoke.predictions import (
+from dynllava_plugin.evaluation.predictions import (
     journal_entries,
     lmms_eval_predictions,
     lmms_eval_samples,
     vlmevalkit_predictions,
     vlmevalkit_rows,
 )
+from dynllava_plugin.evaluation.results import COSTS, NEEDS_JUDGE, SCORED, SUBMISSION
+from dynllava_plugin.evaluation.smoke.expected import EXPECTED
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.evaluation.text_metrics import meteor
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint

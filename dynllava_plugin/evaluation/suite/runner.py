@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -248,7 +248,4 @@ def _reason(run: Run, code: int, data: Path | None) -> str:
     absent = not is_ours(run.benchmark) and locate(run.benchmark, run.harness, data) is None
     if absent and any(sign in text for sign in _UNREACHABLE):
         return how_to_provide(run.benchmark, run.harness)
-    lines = [line for line in text.strip().splitlines() if line.strip()] or ["it wrote nothing"]
-    errors = [line for line in lines if line.startswith("error: ")]
-    reason = (errors or lines)[-1].removeprefix("error: ").strip()
-    return f"ended with {code} ({reason[:300]}; see {log})"
+    return f"ended with {code} ({reason_in(text)[:300]}; see {log})"
