@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -122,9 +121,7 @@ def _measure(
     command = _command(args, harness, batch, task, folder)
     log, started = folder / "log.txt", time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     seconds = time.perf_counter() - started
     manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
     if code or not manifests:

@@ -112,7 +112,7 @@ def _shared(
         calls.model,
         **inputs,
         images=images,
-        encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]) or {},
+        encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]),
         tokens_per_image=features["image"].pooler_output.shape[1],
         pad_token_id=calls.processor.tokenizer.pad_token_id,
     )

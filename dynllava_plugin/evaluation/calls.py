@@ -55,7 +55,7 @@ class Calls:
     def images(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         """``mm_encoder_outputs`` of the batch's images in order; empty where it has none."""
         with self.clock():
-            return self.features.of([image for item in batch for image in item.images]) or {}
+            return self.features.of([image for item in batch for image in item.images])
 
     def inputs(self, batch: Sequence[Prepared], features: dict[str, Any]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, int64 [B, L], padded on the left; an image becomes a token a feature."""

@@ -31,10 +31,10 @@ class ImageFeatures:
         self._settings: Any = None
         self.computed = 0  # images that went through the vision tower
 
-    def of(self, images: Sequence[PreparedImage]) -> dict[str, Any] | None:
-        """``{"image": features [M, N, d]}`` of M images in order, as the model takes them; None without images."""
+    def of(self, images: Sequence[PreparedImage]) -> dict[str, Any]:
+        """``{"image": features [M, N, d]}`` of M images in order, as the model takes them; empty without images."""
         if not images:
-            return None
+            return {}
         settings = self._model.config.sparsity
         if settings != self._settings:  # some policies reduce the patches themselves
             self._kept.clear()
