@@ -51,7 +51,8 @@ bench-cpu: setup
 	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json results/training/cpu.json
 	$(PY) -m dynllava_plugin.bench report results/training/cpu.json results/training/h100_bench.json --output results/training
 
-# Questions a second in both harnesses, one at a time and in batches (15 minutes on 2 idle cores).
+# Questions a second in both harnesses, one at a time and in batches (12 minutes on 2 idle cores; delete results/harness/cpu*.json to
+# measure everything anew).
 bench-harness: setup
 	$(PY) -m dynllava_plugin.bench harness --resume --json results/harness/cpu.json --output results/harness
 

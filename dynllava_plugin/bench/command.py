@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynllava_plugin.bench.decode import batching, decode, steps_measured
+from dynllava_plugin.bench.flags import chosen, numbers
 from dynllava_plugin.bench.harness import add_harness, run_harness
 from dynllava_plugin.bench.loading import load
 from dynllava_plugin.bench.memory import STEPS, memory
@@ -112,14 +113,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.phase in OWN_ROWS:
         return OWN_ROWS[args.phase](args)
-    names = _names("--only", args.only, PHASES)
+    phases = chosen("--only", args.only, PHASES)
     shape, device = shape_named(args.shape), find_device(args.device)
     modes, paths, dtype = (
         modes_named(args.mode),
-        _names("--path", args.path, PATHS),
+        chosen("--path", args.path, PATHS),
         _dtype(args.dtype, device),
     )
-    batches, lengths = _integers("--batch", args.batch), _lengths(args)
+    batches, lengths = numbers("--batch", args.batch, least=0), _lengths(args)
     check_tokens(args.image_tokens, args.text_tokens, batches, args.new_tokens)
     check_rates(args.vision_keep_rate, args.text_keep_rate, args.image_tokens)
     if args.repeats < 1 or args.warmup < 0:
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     for mode in modes:
         mode.policy(args.vision_keep_rate).check(shape.layers)
     plan = Run(None, None, modes, batches, lengths, paths, args.repeats, args.warmup)  # type: ignore[arg-type]
-    _check_memory(args, plan, shape, names, device, dtype)
+    _check_memory(args, plan, shape, phases, device, dtype)
     common = {
         "shape": args.shape, "device": _device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "image_tokens": args.image_tokens, "text_tokens": args.text_tokens, "vision_keep_rate": args.vision_keep_rate,
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     )
     status = 0
     try:
-        for name in names:
+        for name in phases:
             PHASES[name](plan)
     except KeyboardInterrupt:
         print("interrupted: the rows so far are kept", file=sys.stderr)
@@ -160,7 +161,7 @@ def _check_memory(
     args: argparse.Namespace,
     plan: Run,
     shape: DecoderShape,
-    names: list[str],
+    phases: list[str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -173,7 +174,7 @@ def _check_memory(
     ]
     most = 0.0
     weights, _ = estimated_bytes(shape, contexts[:1], 1, 1, dtype.itemsize)
-    for name in names:
+    for name in phases:
         if name in ("memory", "load"):
             continue
         new = {"prefill": 0, "score": ANSWER}.get(name, plan.lengths[-1] + max(steps_measured(plan), STEPS))
@@ -185,28 +186,10 @@ def _check_memory(
     require_memory(weights + most, device, f"--shape {args.shape}")
 
 
-def _integers(flag: str, values: str) -> list[int]:
-    try:
-        found = [int(value) for value in values.split(",") if value.strip()]
-    except ValueError:
-        raise UserError(f"{flag}: {values!r} is not a comma-separated list of whole numbers") from None
-    if not found or min(found) < 0:
-        raise UserError(f"{flag}: {values!r} must be positive numbers")
-    return found
-
-
 def _lengths(args: argparse.Namespace) -> list[int]:
     if args.at:
-        return sorted(set(_integers("--at", args.at)))
+        return sorted(set(numbers("--at", args.at, least=0)))
     return sorted({round(args.new_tokens * part / 4) for part in range(5)})
-
-
-def _names(flag: str, names: str, known: Collection[str]) -> list[str]:
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
-        raise UserError(f"{flag}: {', '.join(unknown) or 'empty'}; choose from {', '.join(known)}")
-    return list(dict.fromkeys(wanted))
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dynllava_plugin.bench.harness_report import write_harness_report
-from dynllava_plugin.bench.rows import Rows, machine_file
+from dynllava_plugin.bench.flags import chosen, numbers
+from dynllava_plugin.bench.report import report
+from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_benchmark
+from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.predictions import lmms_eval_predictions, vlmevalkit_predictions
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.settings import ModelSettings
 
 HARNESSES = (LMMS_EVAL, VLMEVALKIT)
 OWN = "the checkpoint's own"  # policy
@@ -67,13 +70,10 @@ def add_harness(phases: Any) -> None:
 
 def run_harness(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
-    harnesses = [name.strip() for name in args.harness.split(",") if name.strip()]
-    unknown = [name for name in harnesses if name not in HARNESSES]
-    if unknown or not harnesses:
-        raise UserError(f"--harness: {', '.join(unknown) or 'empty'}; choose from {', '.join(HARNESSES)}")
-    batches = sorted({int(size) if size.strip().isdigit() else 0 for size in args.batch.split(",")})
-    if 1 not in batches or min(batches) < 1:
-        raise UserError(f"--batch: {args.batch!r} must be positive numbers, 1 among them to compare with")
+    harnesses = chosen("--harness", args.harness, HARNESSES)
+    batches = sorted(set(numbers("--batch", args.batch)))
+    if 1 not in batches:
+        raise UserError(f"--batch: {args.batch!r} must have 1 in it, to compare with")
     for name, value in (("--limit", args.limit), ("--repeats", args.repeats)):
         if value < 1:
             raise UserError(f"{name}: {value} is less than 1")
@@ -104,11 +104,8 @@ def run_harness(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted: the rows so far are kept", file=sys.stderr)
         status = 130
-    if not rows.rows:
-        return status
-    if args.output and path:
-        machine = json.loads(machine_file(path).read_text(encoding="utf-8"))
-        write_harness_report(rows.rows, {device: machine}, args.output)
+    if args.output and path and rows.rows:
+        report([path], args.output)
     elif path is None:
         print(json.dumps(rows.rows, indent=1))
     return status
@@ -118,10 +115,13 @@ def _measure(
     args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path
 ) -> dict[str, float | int | str]:
     folder.mkdir(parents=True)
-    command = _command(args, harness, batch, task, folder)
+    settings = ModelSettings.from_dict({"pretrained": args.pretrained, "policy": args.policy})
+    asked = module_and_arguments(harness, settings, [task], batch, folder, args.limit)
     log, started = folder / "log.txt", time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", *asked], stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
     seconds = time.perf_counter() - started
     manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
     if code or not manifests:
@@ -143,16 +143,3 @@ def _measure(
             json.dumps([predictions[row] for row in sorted(predictions)]).encode()
         ).hexdigest()[:16],
     }
-
-
-def _command(args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path) -> list[str]:
-    module = "dynllava_plugin.evaluation." + (
-        "lmms_eval_command" if harness == LMMS_EVAL else "vlmevalkit_command"
-    )
-    command = [sys.executable, "-m", module, "--model", "dynllava", "--limit", str(args.limit)]
-    if harness == LMMS_EVAL:
-        policy = f",policy={args.policy}" if args.policy else ""
-        command += ["--model_args", f"pretrained={args.pretrained}{policy}", "--tasks", task, "--log_samples"]
-        return [*command, "--batch_size", str(batch), "--output_path", str(folder)]
-    command += ["--pretrained", args.pretrained, *(["--policy", args.policy] if args.policy else [])]
-    return [*command, "--data", task, "--batch-size", str(batch), "--work-dir", str(folder)]

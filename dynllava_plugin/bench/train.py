@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin.bench.flags import chosen, numbers
 from dynllava_plugin.bench.masked_cases import AttentionShape, attention_inputs
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import SHAPES, shape_named
@@ -111,8 +112,8 @@ def run_train(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
     device, shape = find_device(args.device), shape_named(args.shape)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    parts, kept = _known("--only", args.only, PARTS), _known("--kept", args.kept, KEPT)
-    lengths, devices = _numbers("--lengths", args.lengths), _numbers("--devices", args.devices)
+    parts, kept = chosen("--only", args.only, PARTS), chosen("--kept", args.kept, KEPT)
+    lengths, devices = numbers("--lengths", args.lengths), numbers("--devices", args.devices)
     for flag, value, least in (
         ("--repeats", args.repeats, 1),
         ("--batch", args.batch or 1, 1),
@@ -269,21 +270,3 @@ def describe(row: dict[str, Any]) -> str:
             f"{h:.0f} h an epoch on {n}" for n, h in zip(row["devices"], row["epoch_hours"], strict=True)
         ]
     return "  ".join(parts)
-
-
-def _numbers(flag: str, values: str) -> list[int]:
-    try:
-        found = [int(value) for value in values.split(",") if value.strip()]
-    except ValueError:
-        raise UserError(f"{flag}: {values!r} is not a comma-separated list of whole numbers") from None
-    if not found or min(found) < 1:
-        raise UserError(f"{flag}: {values!r} must be positive numbers")
-    return found
-
-
-def _known(flag: str, values: str, known: tuple[str, ...]) -> list[str]:
-    found = [value.strip() for value in values.split(",") if value.strip()]
-    wrong = [value for value in found if value not in known]
-    if wrong or not found:
-        raise UserError(f"{flag}: {', '.join(wrong) or 'empty'}; choose from {', '.join(known)}")
-    return list(dict.fromkeys(found))

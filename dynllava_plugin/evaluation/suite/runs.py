@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
+from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity, is_built
 
-_MODULES = {
-    LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval_command",
-    "vlmevalkit": "dynllava_plugin.evaluation.vlmevalkit_command",
-}
 _PACKAGES = {LMMS_EVAL: "lmms-eval", "vlmevalkit": "ms-vlmeval"}
 
 
@@ -111,7 +108,9 @@ def _run(
     judge: Judge | None,
 ) -> Run:
     folder = root / harness / re.sub(r"[^\w.-]+", "-", benchmark.name)
-    arguments = (_lmms_eval if harness == LMMS_EVAL else _vlmevalkit)(config, settings, benchmark, folder)
+    asked = module_and_arguments(
+        harness, settings, benchmark.tasks(harness), config.batch_size, folder / "output", config.limit
+    )
     launch = [sys.executable, "-m"]
     if config.num_processes > 1:
         launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(config.num_processes)]
@@ -137,7 +136,7 @@ def _run(
         harness=harness,
         mode=settings.mode or "",
         folder=folder,
-        command=[*launch, _MODULES[harness], *arguments],
+        command=[*launch, *asked, *_kit_options(config, harness)],
         environment=_environment(config, settings, digest, data, folder, judge),
         directory=directory,
         answers_from=answers_from,
@@ -145,30 +144,13 @@ def _run(
     )
 
 
-def _lmms_eval(config: SuiteConfig, settings: ModelSettings, benchmark: Benchmark, folder: Path) -> list[str]:
-    given = {"pretrained": settings.pretrained, **settings.sparsity()}
-    given |= {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
-    pairs = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
-    command = ["--model", "dynllava", "--model_args", pairs, "--log_samples"]
-    command += ["--tasks", ",".join(benchmark.tasks(LMMS_EVAL)), "--batch_size", str(config.batch_size)]
-    command += ["--output_path", str(folder / "output")]
-    command += ["--device", settings.device] if settings.device else []
-    return command + (["--limit", str(config.limit)] if config.limit else [])
-
-
-def _vlmevalkit(
-    config: SuiteConfig, settings: ModelSettings, benchmark: Benchmark, folder: Path
-) -> list[str]:
-    command = ["--model", "dynllava", "--pretrained", settings.pretrained, "--prompts", config.prompts]
-    given = {**settings.sparsity(), "dtype": settings.dtype, "device": settings.device}
-    given["attn_implementation"] = settings.attn_implementation
-    for key, value in given.items():
-        command += [f"--{key.replace('_', '-')}", str(value)] if value is not None else []
-    command += ["--data", *benchmark.tasks("vlmevalkit"), "--batch-size", str(config.batch_size)]
-    command += ["--work-dir", str(folder / "output")]
-    if config.data and (config.data / KIT).is_dir():
-        command += ["--data-root", str((config.data / KIT).resolve())]
-    return command + (["--limit", str(config.limit)] if config.limit else [])
+def _kit_options(config: SuiteConfig, harness: str) -> list[str]:
+    """What only VLMEvalKit has to be told."""
+    if harness == LMMS_EVAL:
+        return []
+    local = config.data / KIT if config.data else None
+    data = ["--data-root", str(local.resolve())] if local and local.is_dir() else []
+    return ["--prompts", config.prompts, *data]
 
 
 def _given_images() -> str | None:
