@@ -20,7 +20,7 @@ def value(command: list[str], flag: str) -> str:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """No processes: each writes what its harness would; batches take a quarter of the time, and answer 3 otherwise."""
+    """No processes: each writes what its harness would; run k takes 2 k seconds alone and 6 / k in batches; a batch of 3 answers otherwise."""
     commands: list[list[str]] = []
 
     def write(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
@@ -38,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         else:
             rows = "\n".join(f"{i}\t{text}" for i, text in enumerate(answers))
             (folder / "dynllava_EasyVQA.tsv").write_text(f"index\tprediction\n{rows}\n")
-        seconds = (2.0 if batch == 1 else 0.5) * len(commands)
+        seconds = 2.0 * len(commands) if batch == 1 else 6.0 / len(commands)
         times = {"answering": seconds, "engine": 0.95 * seconds, "model": 0.9 * seconds}
         manifest = {"engine_seconds": times, "shared_prompts": 0 if batch == 1 else 2}
         (folder / "dynllava_run.json").write_text(json.dumps(manifest))
@@ -73,13 +73,13 @@ def test_runs_take_turns_and_the_report_has_ratios_to_one_at_a_time(
     assert [(row["harness"], row["batch"]) for row in rows] == [
         ("lmms-eval", "1"), ("lmms-eval", "8"), ("vlmevalkit", "1"), ("vlmevalkit", "8"),
     ]  # fmt: skip
-    # Run k takes k times as long: of lmms-eval 2 and 1 seconds (k = 1, 2), then 10 and 3 (k = 5, 6).
-    assert float(rows[1]["questions_per_s"]) == pytest.approx((4 / 1 + 4 / 3) / 2)
-    assert float(rows[1]["speedup"]) == pytest.approx((2 / 1 + 10 / 3) / 2)
+    # Of lmms-eval 2 and 3 seconds (k = 1, 2), then 10 and 1 (k = 5, 6); a ratio is of one turn.
+    assert float(rows[1]["questions_per_s"]) == pytest.approx((4 / 3 + 4 / 1) / 2)
+    assert float(rows[1]["speedup"]) == pytest.approx((2 / 3 + 10 / 1) / 2)
     assert float(rows[1]["outside_model"]) == pytest.approx(0.1) and float(rows[1]["shared"]) == 0.5
     assert [row["same_answers"] for row in rows] == ["yes"] * 4
     text = (tmp_path / "table.md").read_text()
-    assert "| lmms-eval | 8 | 2.7 | 2.67x | 10.0% | 50% | yes |" in text
+    assert "| lmms-eval | 8 | 2.7 | 5.33x | 10.0% | 50% | yes |" in text
     assert (tmp_path / "chart.png").stat().st_size > 1000 and (tmp_path / "machine.json").is_file()
     # The rows alone make the same report, on any machine; a rerun measures nothing again.
     assert main(["bench", "report", str(tmp_path / "rows.json"), "--output", str(tmp_path / "again")]) == 0

@@ -139,7 +139,5 @@ def _measure(
         "process_s": round(seconds, 3),
         "questions_per_s": len(predictions) / times["answering"],
         "shared_prompts": manifest["shared_prompts"],
-        "predictions": hashlib.sha256(
-            json.dumps([predictions[row] for row in sorted(predictions)]).encode()
-        ).hexdigest()[:16],
+        "predictions": hashlib.sha256(json.dumps(list(predictions.values())).encode()).hexdigest()[:16],
     }
