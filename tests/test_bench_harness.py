@@ -20,7 +20,7 @@ def value(command: list[str], flag: str) -> str:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """No processes: each writes what its harness would; run k takes 2 k seconds alone and 6 / k in batches; a batch of 3 answers otherwise."""
+    """Each run only writes what its harness would; run k takes 2 k seconds alone and 6 / k in batches; batches of 3 differ."""
     commands: list[list[str]] = []
 
     def write(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
