@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smoke table-full policies bench-cpu bench-harness bench-gpu test lint format clean
+.PHONY: help setup demo smoke table-full policies bench-cpu bench-harness bench-gpu test fuzz lint format clean
 
 help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
 	@echo "make test    run the test suite"
+	@echo "make fuzz    its property tests on new cases, TIMES=10 as many"
 	@echo "make smoke   every benchmark's miniature through both harnesses, each cell of the table checked (8 min)"
 	@echo "make lint    ruff and mypy"
 
@@ -81,6 +82,11 @@ policies: setup
 
 test: setup
 	$(PY) -m pytest
+
+# The property tests with TIMES as many cases, drawn anew; a failing one is printed with the line that repeats it.
+TIMES ?= 10
+fuzz: setup
+	DYNLLAVA_FUZZ=$(TIMES) $(PY) -m pytest -m hypothesis
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

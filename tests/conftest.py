@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from PIL import ImageFile
+
+from tests.property_tests import use_profile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -37,5 +38,4 @@ def easy_vqa_data(easy_vqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return easy_vqa_folder
 
 
-settings.register_profile("project", deadline=None)  # a busy machine is not a failure
-settings.load_profile("project")
+use_profile()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
@@ -22,12 +22,13 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.prefill_costs import context_of
 from dynllava_plugin.policies import POLICIES, policy_of
 from dynllava_plugin.sparsity.config import SparsityConfig
+from tests.property_tests import examples
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample
 
 SETTINGS = SparsityConfig()
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(seed=st.integers(0, 999), questions=st.integers(5, 60), policies=st.integers(1, 4))
 def test_bootstrap_draws_questions(seed, questions, policies):
     """Against drawing question numbers by hand; the same draw serves every policy."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
@@ -15,6 +15,7 @@ from dynllava_plugin.evaluation.prompting import conversation_prompt, conversati
 from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.flops import DecoderShape
+from tests.property_tests import examples
 from tests.tiny_random import EOS, PAD, batch_of, random_model, random_sample
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -35,7 +36,7 @@ def feed(ids, mask, cache, output):
     return torch.cat(logits), mask
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(seed=st.integers(0, 2**20), rounds=ROUNDS)
 def test_one_pass_scores_a_conversation_as_the_cache_does(seed, rounds):
     rng = random.Random(seed)
@@ -73,7 +74,7 @@ def test_one_pass_scores_a_conversation_as_the_cache_does(seed, rounds):
     assert torch.equal(found.text_keep[output_mask], torch.cat(kept))
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(seed=st.integers(0, 2**20), use_cache=st.booleans())
 def test_generation_behind_earlier_answers_equals_the_carried_cache(seed, use_cache):
     """A batch of two conversations, against each one's own cache carried on by hand."""

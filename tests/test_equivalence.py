@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.property_tests import examples
 from tests.tiny_random import TOKENS_PER_IMAGE, VOCAB, batch_of, random_model, random_sample
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -47,7 +48,7 @@ def step_by_step(model, batch, answers):
 
 
 @pytest.mark.parametrize("mode", [*MODES, "random"])
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(drawn=samples_strategy)
 def test_batch_equals_single_in_every_inference_mode(mode, drawn):
     model = RANDOM_POLICY if mode == "random" else MODELS[mode]
@@ -77,7 +78,7 @@ def test_batch_equals_single_in_every_inference_mode(mode, drawn):
             torch.testing.assert_close(out.logits[0, -1], alone[0, step], **CLOSE)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(drawn=samples_strategy)
 def test_cache_holds_only_what_is_kept(drawn):
     rng, samples = make_samples(drawn)
@@ -94,7 +95,7 @@ def test_cache_holds_only_what_is_kept(drawn):
         assert (lengths[2:, row] == expected).all()
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(drawn=samples_strategy, pieces=st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_answer_fed_in_chunks_equals_token_by_token(drawn, pieces):
     """Several output tokens behind a cache in one call (forced continuation) decide and attend as one by one."""
@@ -122,7 +123,7 @@ def test_answer_fed_in_chunks_equals_token_by_token(drawn, pieces):
     assert torch.equal(out.past_key_values.output_keep(), stepwise.output_keep())
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(drawn=samples_strategy)
 def test_prompt_continued_behind_a_cache(drawn):
     """A second prompt part behind the cache of the first (prompt text: nothing of it is dropped) = the whole prompt at once."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +25,7 @@ from dynllava_plugin.sparsity.masked_softmax_plain import (
     plain_masked_softmax,
     visible_matrix,
 )
+from tests.property_tests import examples
 from tests.tiny_random import batch_of, random_model, random_sample
 
 SCALING = 0.7
@@ -77,7 +78,7 @@ def strips_of(rows, scores=2**19):
     blocks._ROWS, blocks._SCORES = before
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 3),

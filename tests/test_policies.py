@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import POLICIES, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from tests.policy_cases import CASES, cases
+from tests.property_tests import examples
 from tests.test_equivalence import CLOSE, make_samples, step_by_step
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample
 
@@ -79,7 +80,7 @@ def test_kept_counts_order_and_shapes(case):
 
 
 @pytest.mark.parametrize(**cases())
-@settings(max_examples=2, deadline=None)
+@examples(2)
 @given(drawn=samples_strategy)
 def test_batch_single_cached_uncached_and_scored_agree(case, drawn):
     use(case.text)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.policies.base import Patches
@@ -16,6 +16,7 @@ from dynllava_plugin.policies.divprune import DivPrune
 from dynllava_plugin.policies.downsample import Downsample
 from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.visionzip import VisionZip
+from tests.property_tests import examples
 from tests.test_equivalence import CLOSE, step_by_step
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample
 
@@ -74,7 +75,7 @@ def turn(states, cos, sin):
     return states * cos + torch.cat([-states[:, half:], states[:, :half]], -1) * sin
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, side=st.integers(2, 7), share=st.floats(0.05, 1))
 def test_downsample_averages_cells(seed, side, share):
     policy = Downsample(r=share)
@@ -95,7 +96,7 @@ def test_downsample_averages_cells(seed, side, share):
         torch.testing.assert_close(reduced.tokens[image][reduced.keep[image]], torch.stack(expected))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, tokens=st.integers(1, 14), share=st.floats(0.05, 1))
 def test_divprune_takes_the_farthest(seed, tokens, share):
     features = drawn(seed, 2, tokens, 4)
@@ -115,7 +116,7 @@ def test_divprune_takes_the_farthest(seed, tokens, share):
     assert torch.equal(reduced.tokens, features)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, tokens=st.integers(2, 10), size=st.integers(1, 5))
 def test_cdpruner_raises_the_determinant_most(seed, tokens, size):
     """Each item taken is the one with which the kernel's minor has the largest determinant."""
@@ -165,7 +166,7 @@ def plain_cls_attention(query, key, heads):
     return total[1:]
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, tokens=st.integers(4, 20), n=st.integers(1, 12), packed=st.booleans())
 def test_visionzip_merges_what_the_class_token_does_not_look_at(seed, tokens, n, packed):
     patches = patches_of(seed, tokens)
@@ -203,7 +204,7 @@ def test_visionzip_merges_what_the_class_token_does_not_look_at(seed, tokens, n,
         torch.testing.assert_close(reduced.tokens[image][reduced.keep[image]], torch.stack(expected), **CLOSE)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     seed=seeds,
     tokens=st.integers(6, 24),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AddedToken, AutoProcessor
@@ -21,6 +21,7 @@ from dynllava_plugin.model.checkpoints.tokenizers import from_sentencepiece
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import SYSTEM, vicuna_v1, with_images
 from tests.fake_checkpoints import VOCABULARY, train_tokenizer
+from tests.property_tests import examples
 
 IMAGE = -200  # the original code's image marker
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -91,7 +92,7 @@ prompts = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(parts=prompts, legacy=st.booleans())
 @example(
     parts=[SYSTEM, " USER: ", "<image>", "\nWhat is it? ASSISTANT: red", "</s>", "USER: and ASSISTANT:"],
@@ -158,7 +159,7 @@ def original_pixels(image: Image.Image, edge: int, pad: bool) -> np.ndarray:
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     width=st.integers(5, 90),
     height=st.integers(5, 90),

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import load_dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dynllava_plugin.evaluation.minis.command import make_minis
 from dynllava_plugin.evaluation.smoke.check import check_table, read_truth
 from dynllava_plugin.evaluation.smoke.expected import EXPECTED
+from tests.property_tests import examples
 
-FEW = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = examples(15, suppress_health_check=list(HealthCheck))
 WORDS = [
     "yes",
     "no",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
@@ -26,6 +26,7 @@ from dynllava_plugin.sparsity.selection import (
     select_text_tokens,
     tau_at,
 )
+from tests.property_tests import examples
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def eq_7(query, key, value, keep, valid, scaling):
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 3),

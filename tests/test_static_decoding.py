@@ -7,12 +7,13 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CompileConfig
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.static_decoding import StaticCache
+from tests.property_tests import examples
 from tests.tiny_random import batch_of, random_model, random_sample
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -53,7 +54,7 @@ def assert_same(model, batch, answers, static, **options):
 
 
 @pytest.mark.parametrize("mode", MODELS)
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**20), shapes=shapes_strategy, growth=st.integers(1, 20), with_mask=st.booleans())
 def test_static_equals_dynamic(mode, seed, shapes, growth, with_mask):
     """Any batch, and buffers that grow while decoding."""

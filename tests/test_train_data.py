@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import with_images
+from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, conversation, processor, save_checkpoint, save_mixture
 from train import mixture as mixtures
 from train.conversation import IGNORE, Tokens
@@ -40,7 +41,7 @@ def file(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("json") / "list.json"
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(values=st.lists(JSON, max_size=5), chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]))
 def test_a_list_is_read_piece_by_piece(file, values, chunk, indent):
     for plain in (True, False):
@@ -48,7 +49,7 @@ def test_a_list_is_read_piece_by_piece(file, values, chunk, indent):
         assert list(JsonList(file, chunk)) == values
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(values=st.lists(JSON, min_size=1, max_size=4), chunk=st.integers(1, 40), data=st.data())
 def test_a_list_cut_short_is_an_error(file, values, chunk, data):
     text = json.dumps(values)
@@ -177,7 +178,7 @@ def dataset_of(mixture, images, folder, ready, max_length=2048, strict=False) ->
     return ConversationDataset(mixture, images, ready, ready.image_token_id, max_length, 0, strict, skipped)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     samples=st.integers(1, 60),
     batch=st.integers(1, 16),
@@ -221,7 +222,7 @@ READY = processor()
 TEXT = st.text(st.sampled_from("abc redblue"), min_size=1, max_size=40).filter(str.strip)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     turns=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 2)), min_size=1, max_size=4),
     max_length=st.integers(1, 260),

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dynllava_plugin.errors import UserError
 from tests import processes
 from tests.processes import Job, run
+from tests.property_tests import examples
 from tests.training_kit import save_checkpoint, save_mixture
 from train import checkpoints
 from train.data import ConversationDataset
@@ -113,7 +114,7 @@ def test_a_checkpoint_cut_short_is_passed_over(flags, uninterrupted, half_way, t
     assert same(weights(uninterrupted[0]), weights(folder))
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_cut_of_any_file_is_noticed(half_way, tmp_path, data):
     files = sorted(path.name for path in (half_way / "checkpoint-4").iterdir())

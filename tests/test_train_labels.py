@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
 from dynllava_plugin.sparsity.selection import last_answer
+from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, processor
 from train.conversation import IGNORE, ConversationEncoder
 from train.data import Collator, blank_image, count_image_tokens
@@ -46,7 +47,7 @@ def runs(labels: list[int]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(turns=TURNS, images=st.integers(1, 3))
 def test_labels_are_the_answers_and_prompts_are_those_of_inference(kind, turns, images):
     ready = PROCESSORS[kind]
@@ -70,7 +71,7 @@ def test_labels_are_the_answers_and_prompts_are_those_of_inference(kind, turns, 
     assert tokens.input_ids.count(ready.image_token_id) == images * IMAGE_TOKENS
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(batch=st.lists(TURNS, min_size=1, max_size=3))
 def test_last_answer_of_a_padded_batch_is_the_last_turn(batch):
     ready = PROCESSORS["llama"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 # Of a batch's tokens, layer by layer: less isn't worth a second call of the model and a mask that isn't merely causal.
-_LEAST_SAVED = 0.25
+LEAST_SAVED = 0.25
 
 
 def share_prefill(
@@ -28,6 +28,7 @@ def share_prefill(
     encode: Callable[[Sequence[int]], dict[str, Any]],
     tokens_per_image: int,
     pad_token_id: int = 0,
+    least_saved: float = LEAST_SAVED,
 ) -> dict[str, Any] | None:
     """Arguments for `model.generate` that stand for a batch of prompts; None where sharing isn't possible or saves little.
 
@@ -43,6 +44,8 @@ def share_prefill(
     tokens_per_image : int
     pad_token_id : int
         Stands on padding.
+    least_saved : float
+        Of the batch's tokens, layer by layer.
 
     Returns
     -------
@@ -72,7 +75,7 @@ def share_prefill(
     costs = _costs(model, is_image, tokens_per_image)
     in_words = _Split.of([0] * len(ids), starts, [start + words for start in starts], costs)
     split = max(in_words, _Split.of(parts, starts, behind, costs), key=lambda one: one.saved)
-    if split.saved < _LEAST_SAVED * float(costs[attention_mask.bool()].sum()):
+    if split.saved < least_saved * float(costs[attention_mask.bool()].sum()):
         return None
     images_first = split is not in_words
     new_ids, mask, width = split.apart(input_ids, pad_token_id)
