@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
-from transformers.models.llava.modeling_llava import (
-    LlavaForConditionalGeneration,
-)
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
 from dynllava_plugin.model.decoder import DynamicLlamaModel
 from dynllava_plugin.model.embedding import mark_output, place_images
-from dynllava_plugin.model.losses import labels_at, scored, training_output
-from dynllava_plugin.model.outputs import DynamicLlavaOutput, ScoreDetails
+from dynllava_plugin.model.generation import SparseGeneration
+from dynllava_plugin.model.losses import labels_at, training_output
+from dynllava_plugin.model.outputs import DynamicLlavaOutput
+from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.model.stepwise import score_step_by_step
 from dynllava_plugin.model.vision import DynamicLlavaModel
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
@@ -31,7 +29,7 @@ from dynllava_plugin.sparsity.selection import last_answer
 FEW_TOKENS = 64
 
 
-class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, LlavaForConditionalGeneration):
     """LLaVA-1.5 with dynamic vision-language context sparsification (arXiv 2412.00876).
 
     `model.train()` runs the masked-softmax training of section 3.3.3; `model.eval()` the three inference modes of section
@@ -151,109 +149,6 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             text_score=outputs.decision.text_score,
         )
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
-
-        Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
-        Assisted decoding doesn't: dropped tokens can't be brought back. `cache_implementation="static"` decodes with steps of
-        one shape, as CUDA graphs where there is CUDA; with `compile_config` (transformers' `CompileConfig`) compiled, too.
-        """
-        prompt = next(
-            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
-        )
-        if prompt is not None:
-            kwargs.setdefault("prompt_length", prompt.shape[1])
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        use_cache = kwargs.get("use_cache", generation_config.use_cache)
-        implementation = kwargs.pop("cache_implementation", None)
-        if implementation is None and generation_config.cache_implementation is not None:
-            implementation = generation_config.cache_implementation
-            kwargs["generation_config"] = copy.deepcopy(generation_config)
-            kwargs[
-                "generation_config"
-            ].cache_implementation = None  # the cache is made here, not by transformers
-        if implementation is not None and kwargs.get("past_key_values") is not None:
-            raise UserError(
-                "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
-            )
-        if use_cache is not False and kwargs.get("past_key_values") is None:
-            compiling = kwargs.pop("compile_config", None)
-            kwargs["past_key_values"] = self.new_cache(
-                implementation or "dynamic", compiling.to_dict() if compiling is not None else None
-            )
-        return super().generate(inputs, **kwargs)
-
-    def score(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
-
-        Parameters
-        ----------
-        input_ids, attention_mask, pixel_values
-            As in `forward`.
-        labels : int64 [B, L]
-            -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
-        mm_encoder_outputs : dict
-            ``{"image": ...}`` with the images' features instead of `pixel_values`.
-
-        Returns
-        -------
-        float32 [B, L], 0 where the label is -100.
-        """
-        return self.score_details(
-            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs
-        ).log_probs
-
-    @torch.no_grad()
-    def score_details(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_mask: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-    ) -> ScoreDetails:
-        """As `score`, with the decisions behind it.
-
-        Parameters
-        ----------
-        output_mask : bool [B, L]
-            Output text in place of the last run of labels, e.g. every answer of a conversation.
-        mm_encoder_outputs : dict
-            ``{"image": ...}`` with the images' features instead of `pixel_values`.
-        """
-        if labels is None or labels.shape != input_ids.shape:
-            raise UserError("labels: score needs labels of the shape of input_ids")
-        was_training = self.training
-        self.eval()
-        try:
-            layout = TokenLayout(
-                output_mask=last_answer(labels) if output_mask is None else output_mask.bool()
-            )
-            if self._llm.policy.sequential:
-                if not torch.equal(layout.output_mask, last_answer(labels)):
-                    raise UserError(
-                        f"output_mask: {self._llm.policy.name} is scored token by token, one answer at a time"
-                    )
-                scores, greedy = score_step_by_step(
-                    self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
-                )
-                return ScoreDetails(scores, greedy, None, layout.output_mask)
-            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
-            outputs = self._llm(
-                inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout
-            )
-        finally:
-            self.train(was_training)
-        return scored(outputs, labels, self._logits)
-
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
 
@@ -280,65 +175,9 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.config.text_config.sparsity = settings
         return settings
 
-    def new_cache(
-        self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
-    ) -> SparseContextCache:
-        """An empty KV cache, to hand to `forward` or `generate`.
-
-        Parameters
-        ----------
-        implementation : "dynamic" | "static"
-            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA.
-        compile_options : dict, optional
-            Arguments of `torch.compile` for a static cache's steps.
-
-        Raises
-        ------
-        UserError
-            Another implementation.
-        """
-        if implementation == "static":
-            if self._llm.policy.sequential:
-                raise UserError(
-                    f"cache_implementation: {self._llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
-                )
-            layers = self.config.text_config.num_hidden_layers
-            return StaticCache(layers, self._llm.sparse_layer, compile_options=compile_options)
-        if implementation != "dynamic":
-            raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
-        return self._llm.new_cache()
-
     @property
     def _llm(self) -> DynamicLlamaModel:
         return self.model.language_model
-
-    def _static_step(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: StaticCache,
-    ) -> DynamicLlavaOutput:
-        """One output token a sample through the cache's captured or compiled step."""
-        valid = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            valid = attention_mask[:, -1:].bool()
-        if position_ids is None:
-            position_ids = cache.next_positions()
-        if cache.moved_up is not None:
-            position_ids = position_ids - cache.moved_up
-        policy = self._llm.policy
-
-        def step(
-            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            embeds = self.get_input_embeddings()(input_ids)
-            hidden, keep = self._llm.static_step(embeds, valid, position_ids, cache, policy)
-            return self._logits(hidden), keep
-
-        inputs = input_ids, valid, position_ids.expand_as(input_ids)
-        logits, keep = cache.run(step, self.config.sparsity, *inputs)
-        return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._project(hidden)

@@ -138,7 +138,7 @@ class _Checkpoint:
         check_weights(self.directory, tensors, expected, optional)
         if fresh and self.policy.predictors:
             logger.warning(
-                "%s has no predictors: %s mode starts from untrained ones (train them, or use mode='full')",
+                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them (or take mode='full')",
                 self.directory,
                 self.policy.name,
             )

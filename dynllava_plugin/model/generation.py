@@ -1,0 +1,110 @@
+"""`generate()`: transformers' loop over a cache of ours, and the decoding step of one shape."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerationMixin
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.outputs import DynamicLlavaOutput
+from dynllava_plugin.model.static_decoding import StaticCache
+from dynllava_plugin.model.vision import DynamicLlavaModel
+from dynllava_plugin.sparsity.cache import SparseContextCache
+
+
+class SparseGeneration(GenerationMixin):
+    """Of `DynamicLlavaForConditionalGeneration`: the loop and the caches it runs on."""
+
+    model: DynamicLlavaModel
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
+
+        Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
+        Assisted decoding doesn't: dropped tokens can't be brought back. `cache_implementation="static"` decodes with steps of
+        one shape, as CUDA graphs where there is CUDA; with `compile_config` (transformers' `CompileConfig`) compiled, too.
+        """
+        prompt = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
+        if prompt is not None:
+            kwargs.setdefault("prompt_length", prompt.shape[1])
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        use_cache = kwargs.get("use_cache", generation_config.use_cache)
+        implementation = kwargs.pop("cache_implementation", None)
+        if implementation is None and generation_config.cache_implementation is not None:
+            implementation = generation_config.cache_implementation
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.cache_implementation = None  # the cache is made here, not by transformers
+            kwargs["generation_config"] = generation_config
+        if implementation is not None and kwargs.get("past_key_values") is not None:
+            raise UserError(
+                "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
+            )
+        if use_cache is not False and kwargs.get("past_key_values") is None:
+            compiling = kwargs.pop("compile_config", None)
+            kwargs["past_key_values"] = self.new_cache(
+                implementation or "dynamic", compiling.to_dict() if compiling is not None else None
+            )
+        return super().generate(inputs, **kwargs)
+
+    def new_cache(
+        self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
+    ) -> SparseContextCache:
+        """An empty KV cache, to hand to `forward` or `generate`.
+
+        Parameters
+        ----------
+        implementation : "dynamic" | "static"
+            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA.
+        compile_options : dict, optional
+            Arguments of `torch.compile` for a static cache's steps.
+
+        Raises
+        ------
+        UserError
+            Another implementation.
+        """
+        llm = self.model.language_model
+        if implementation == "static":
+            if llm.policy.sequential:
+                raise UserError(
+                    f"cache_implementation: {llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
+                )
+            layers = self.config.text_config.num_hidden_layers
+            return StaticCache(layers, llm.sparse_layer, compile_options=compile_options)
+        if implementation != "dynamic":
+            raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
+        return llm.new_cache()
+
+    def _static_step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: StaticCache,
+    ) -> DynamicLlavaOutput:
+        """One output token a sample through the cache's captured or compiled step."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            valid = attention_mask[:, -1:].bool()
+        if position_ids is None:
+            position_ids = cache.next_positions()
+        if cache.moved_up is not None:
+            position_ids = position_ids - cache.moved_up
+        llm = self.model.language_model
+        policy = llm.policy
+
+        def step(
+            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            embeds = self.get_input_embeddings()(input_ids)
+            hidden, keep = llm.static_step(embeds, valid, position_ids, cache, policy)
+            return self._logits(hidden), keep
+
+        inputs = input_ids, valid, position_ids.expand_as(input_ids)
+        logits, keep = cache.run(step, self.config.sparsity, *inputs)
+        return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
