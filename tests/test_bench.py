@@ -289,6 +289,20 @@ def _needed(mode):
     return int(estimated_bytes(shape, [context], 2, 2000 + STEPS, 4)[1])
 
 
+def test_rows_of_another_machine_are_not_gone_on_from(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    arguments = ["prefill", *TINY, "--mode", "image", "--json", str(file)]
+    assert main(arguments) == 0
+    rows, description = file.read_text(), tmp_path / "rows.machine.json"
+    there = json.loads(description.read_text())
+    there["host"]["processor"] = "Abacus"
+    description.write_text(json.dumps(there))
+    assert main([*arguments, "--resume"]) == 2
+    assert "measured on another machine (processor Abacus, here " in capsys.readouterr().err
+    assert file.read_text() == rows and "Abacus" in description.read_text()
+    assert main(arguments) == 0 and "Abacus" not in description.read_text()
+
+
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     file = tmp_path / "rows.json"
     file.write_text('{"a": 1}')

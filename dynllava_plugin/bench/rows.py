@@ -9,6 +9,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.records import host, versions
+from dynllava_plugin.evaluation.results import read_json
 from dynllava_plugin.files import write_json, write_text
 
 # What a row is about; everything else is what was measured.
@@ -21,6 +22,7 @@ COLUMNS = (
     "weight_bytes", "fits", "baseline_s", "max_difference", "image_tokens", "text_tokens", "vision_keep_rate",
     "text_keep_rate", "threads",
 )  # fmt: skip
+SAME_MACHINE = ("processor", "cores", "accelerator", "threads")
 
 
 class Rows:
@@ -34,6 +36,11 @@ class Rows:
         Go on from the rows that the file already holds.
     common : dict
         Fields of every row of this run: shape, device, dtype, rates.
+
+    Raises
+    ------
+    UserError
+        A file that isn't of rows, or can't be written; or, to go on from, one of another machine's rows.
     """
 
     keys: tuple[str, ...] = KEYS
@@ -45,6 +52,7 @@ class Rows:
         self.rows: list[dict[str, Any]] = []
         if path is not None and resume and path.is_file():
             self.rows = read_rows(path, self.needed)
+            _check_machine(path)
         if path is not None:
             self._write()  # a folder that can't be written to shows now, not after the first hour
             write_json(machine_file(path), {"host": host(), "versions": versions()})
@@ -74,6 +82,21 @@ class Rows:
 def machine_file(path: Path) -> Path:
     """Where the machine is described that the rows in `path` were measured on."""
     return path.with_suffix(".machine.json")
+
+
+def _check_machine(path: Path) -> None:
+    """Times of two machines make no ratio."""
+    described = machine_file(path)
+    if not described.is_file():
+        return
+    there, here = read_json(described).get("host", {}), host()
+    differing = [name for name in SAME_MACHINE if there.get(name) != here.get(name)]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"--resume {path}: measured on another machine ({name} {there.get(name)}, here {here.get(name)}); "
+            "take another file, or leave --resume out to measure everything anew"
+        )
 
 
 def read_rows(path: Path, needed: tuple[str, ...] = NEEDED) -> list[dict[str, Any]]:
