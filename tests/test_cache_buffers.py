@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,10 +52,6 @@ def test_without_reservations_it_grows_by_copying(monkeypatch):
     assert larger.data_ptr() != buffer.data_ptr() and buffer.is_contiguous()
 
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def test_a_copy_of_one_row_grows_into_memory_of_its_own():
     """Its strides must not tell of the reserved space that only the original has."""
     layer = RaggedLayer(ContextTrack(4))
@@ -71,9 +66,6 @@ def test_a_copy_of_one_row_grows_into_memory_of_its_own():
     assert layer.keys.shape[2] == 8 and float(layer.keys.sum()) == 32
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
-)
 def test_pages_are_given_when_slots_are_written():
     """A short sample beside a long one takes what it holds, page by page, whatever is read."""
     buffer = zeros(torch.empty(2, 1, 1, 1024), 512)  # a page a slot
@@ -88,13 +80,15 @@ def test_pages_are_given_when_slots_are_written():
 
 
 def test_memory_follows_what_is_written():
-    before = resident()
     buffer = zeros(torch.zeros(8, 8, 1, 64), 100)  # 67 MB of address space
+    before = resident_bytes([buffer])
+    if before is None:
+        pytest.skip("the system doesn't tell which pages are in memory")
     buffer[:] = 1.0
     written = buffer.numel() * 4
-    assert written * 0.8 < resident() - before < written * 1.3 + 2**20
+    assert written * 0.8 < resident_bytes([buffer]) - before < written * 1.3
     buffer = grown(buffer, 500)
-    assert resident() - before < written * 1.3 + 2**20
+    assert resident_bytes([buffer]) - before < written * 1.3
 
 
 def test_a_copied_cache_holds_the_same_and_goes_its_own_way():
@@ -125,12 +119,12 @@ def test_appending_costs_the_same_at_any_length():
         one, keep = torch.randn(4, heads, 1, width), torch.ones(4, 1, dtype=torch.bool)
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.thread_time()  # a busy machine is not a failure
             for _ in range(130):  # two growth steps
                 cache.dense.begin(keep)
                 cache.layers[0].update(one, one)
                 cache.dense.commit()
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         return min(times)
 
     assert seconds_per_append(40_000) < 3 * seconds_per_append(1000) + 1e-3

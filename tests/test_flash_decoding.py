@@ -37,7 +37,8 @@ def kernel(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_flash_steps_equal_masked_ones(kernel, implementation):
-    model, rng = random_model(mode="image_text").to(torch.bfloat16), random.Random(0)
+    # Output tokens by chance: a learned decision on the brink is another matter than the kernel's rounding.
+    model, rng = random_model(policy="image+random_text").to(torch.bfloat16), random.Random(0)
     batch = batch_of([random_sample(rng, images, text) for images, text in ((1, 3), (0, 9), (2, 2))])
     batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
     answers = torch.randint(3, 80, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -52,6 +53,7 @@ def test_flash_steps_equal_masked_ones(kernel, implementation):
         found[attention] = torch.cat(steps, 1).float(), cache.kept_lengths()
     assert len(CALLS) == 10 * 5, "every layer of every step goes through the kernel"
     assert torch.equal(found["sdpa"][1], found["flash_attention_2"][1])
+    assert (found["sdpa"][1][-1] < found["sdpa"][1][0]).all()
     torch.testing.assert_close(found["sdpa"][0], found["flash_attention_2"][0], rtol=0.05, atol=0.15)
 
 

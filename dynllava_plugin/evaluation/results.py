@@ -67,7 +67,7 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     files = [path for place in places for path in place.rglob("[0-9]*_results.json")]
     files += [path for place in places for path in place.rglob("status.json")]
     rows: list[dict[str, Any]] = []
-    for path in sorted(files, key=lambda file: file.stat().st_mtime):
+    for path in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
         rows += _lmms_eval_rows(path) if path.name != "status.json" else _vlmevalkit_rows(path)
     if not rows:
         raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
