@@ -35,9 +35,10 @@ smoke: setup
 table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
 
-# The CPU tables of results/efficiency and results/training (25 minutes on 2 idle cores). An interrupted run goes on where it
-# was; delete results/*/cpu*.json to measure everything anew. The committed rows of a GPU stay in the tables.
-CPU_ROWS = results/efficiency/cpu.json
+# Tables and plots as in results/efficiency, results/training and results/harness, of this machine: in $(OUT), and an interrupted run
+# goes on where it was. The committed ones: OUT=results, without the cpu*.json of before; rows of a GPU beside them join the tables.
+OUT ?= outputs/bench
+CPU_ROWS = $(OUT)/efficiency/cpu.json
 BENCH_CPU = $(PY) -m dynllava_plugin.bench all --resume --device cpu --shape cpu-medium --json $(CPU_ROWS)
 bench-cpu: setup
 	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 11
@@ -46,38 +47,38 @@ bench-cpu: setup
 	$(BENCH_CPU) --only nocache --batch 1,8 --at 0,250,500 --repeats 6
 	$(BENCH_CPU) --only memory --batch 1,8 --new-tokens 2000
 	$(BENCH_CPU) --only score --batch 1,8 --mode image_text --repeats 5
-	$(PY) -m dynllava_plugin.bench load --resume --device cpu --shape 12x768x12 --repeats 10 --json results/efficiency/cpu_load.json
-	$(PY) -m dynllava_plugin.bench report results/efficiency/cpu.json results/efficiency/cpu_load.json \
-		results/efficiency/h100_7b.json results/efficiency/h100_13b.json --output results/efficiency
-	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json results/training/cpu.json
-	$(PY) -m dynllava_plugin.bench report results/training/cpu.json results/training/h100_bench.json --output results/training
+	$(PY) -m dynllava_plugin.bench load --resume --device cpu --shape 12x768x12 --repeats 10 --json $(OUT)/efficiency/cpu_load.json
+	$(PY) -m dynllava_plugin.bench report $(CPU_ROWS) $(OUT)/efficiency/cpu_load.json \
+		$(wildcard $(OUT)/efficiency/h100_7b.json $(OUT)/efficiency/h100_13b.json) --output $(OUT)/efficiency
+	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json $(OUT)/training/cpu.json
+	$(PY) -m dynllava_plugin.bench report $(OUT)/training/cpu.json $(wildcard $(OUT)/training/h100_bench.json) --output $(OUT)/training
 
-# Questions a second in both harnesses, one at a time and in batches (12 minutes on 2 idle cores; delete results/harness/cpu*.json to
-# measure everything anew).
+# Questions a second in both harnesses, one at a time and in batches (12 minutes on 2 idle cores).
 bench-harness: setup
-	$(PY) -m dynllava_plugin.bench harness --resume --json results/harness/cpu.json --output results/harness
+	$(PY) -m dynllava_plugin.bench harness --resume --json $(OUT)/harness/cpu.json --output $(OUT)/harness
 
-# LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT), whole after each.
-OUT ?= results/efficiency-gpu
+# LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT)/gpu, whole after each.
 BENCH_GPU = $(PYTHON) -m dynllava_plugin.bench all --resume --device cuda --dtype bfloat16 --repeats 5
 export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
 bench-gpu:
-	$(BENCH_GPU) --shape llava-1.5-7b --only prefill,decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/7b.json
-	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,memory --batch 8 --at 1000,2000,4000 --json $(OUT)/13b.json
-	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,decode --batch 1 --at 500 --path eager,static --json $(OUT)/13b.json
-	$(BENCH_GPU) --shape llava-1.5-13b --only nocache --batch 8 --at 0,500,1000 --json $(OUT)/13b.json
-	$(BENCH_GPU) --shape llava-1.5-7b --only memory,score --batch 1,8 --at 1000,2000 --json $(OUT)/7b.json
-	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only prefill,decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/gpu/7b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,memory --batch 8 --at 1000,2000,4000 --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,decode --batch 1 --at 500 --path eager,static --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only nocache --batch 8 --at 0,500,1000 --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only memory,score --batch 1,8 --at 1000,2000 --json $(OUT)/gpu/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/gpu/7b.json
 
 # Every policy on one checkpoint: accuracy, equivalent tokens and prefill time, then long answers with half of the context.
 CHECKPOINT ?= results/demo_work/dynamic_tiny
 LIMIT ?= 1000
 policies: setup
-	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --tasks easy_vqa_scenes \
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --output results/policies --limit $(LIMIT) \
+		--tasks easy_vqa_scenes \
 		--policies full image image_text fastv fastv,k=2 h2o fastv+h2o random downsample visionzip divprune cdpruner prumerge+ \
 		downsample,positions=original visionzip,positions=original divprune,positions=original cdpruner,positions=original \
 		prumerge+,positions=original
-	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit 200 --repeats 0 --tasks easy_vqa_describe --keep 0.5 \
+	$(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --output results/policies --limit 200 --repeats 0 \
+		--tasks easy_vqa_describe --keep 0.5 \
 		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
 test: setup

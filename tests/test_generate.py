@@ -164,6 +164,20 @@ def test_wrong_uses_say_what_to_do(batch):
         MODEL.new_cache().crop(-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prefill_chunk_size", 8), ("assistant_model", MODEL), ("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 2)],
+)  # fmt: skip
+def test_what_would_drop_other_tokens_is_refused(batch, name, value):
+    with pytest.raises(UserError, match=f"{name}: .*leave it out"):
+        MODEL.generate(**batch, max_new_tokens=2, **{name: value})
+    if name != "assistant_model":
+        settings = copy.deepcopy(MODEL.generation_config)
+        setattr(settings, name, value)
+        with pytest.raises(UserError, match=name):
+            MODEL.generate(**batch, max_new_tokens=2, generation_config=settings)
+
+
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (3, 1), (8, 1), (4, 16), (5, 16)])
 def test_logits_of_few_tokens_are_those_of_the_output_matrix(tokens):
     hidden = torch.randn(*tokens, 32)

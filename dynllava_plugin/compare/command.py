@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=9,
         help="timed prefills of each sample; 0 measures no time (default: %(default)s)",
     )
-    add("--output", type=Path, default=Path("results/policies"), help="(default: %(default)s)")
+    add("--output", type=Path, default=Path("results/compare"), help="(default: %(default)s)")
     add("--fresh", action="store_true", help="measure again what an earlier run has left in OUTPUT/runs")
 
 

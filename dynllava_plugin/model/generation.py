@@ -14,6 +14,14 @@ from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.vision import DynamicLlavaModel
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
+_ASSISTED = "guessed tokens are taken back, but what they let the cache drop can't be"
+REFUSED = {
+    "prefill_chunk_size": "which image tokens stay is decided over the whole prompt",
+    "assistant_model": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "assistant_early_exit": _ASSISTED,
+}
+
 
 class SparseGeneration(GenerationMixin):
     """Of `DynamicLlavaForConditionalGeneration`: the loop and the caches it runs on."""
@@ -24,8 +32,13 @@ class SparseGeneration(GenerationMixin):
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
-        Assisted decoding doesn't: dropped tokens can't be brought back. `cache_implementation="static"` decodes with steps of
-        one shape, as CUDA graphs where there is CUDA; with `compile_config` (transformers' `CompileConfig`) compiled, too.
+        `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA; with
+        `compile_config` (transformers' `CompileConfig`) compiled, too.
+
+        Raises
+        ------
+        UserError
+            Assisted decoding or prefill in chunks, which drop other tokens than the method does.
         """
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
@@ -33,6 +46,9 @@ class SparseGeneration(GenerationMixin):
         if prompt is not None:
             kwargs.setdefault("prompt_length", prompt.shape[1])
         generation_config = kwargs.get("generation_config") or self.generation_config
+        for name, reason in REFUSED.items():
+            if kwargs.get(name) or getattr(generation_config, name, None):
+                raise UserError(f"{name}: {reason}; leave it out")
         use_cache = kwargs.get("use_cache", generation_config.use_cache)
         implementation = kwargs.pop("cache_implementation", None)
         if implementation is None and generation_config.cache_implementation is not None:

@@ -115,11 +115,20 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
-    """What a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`."""
+    """What a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`.
+
+    Raises
+    ------
+    UserError
+        A policy beside a mode or an image policy.
+    """
     if changes.get("policy") is None:
         return changes
     settings = {field.name for field in fields(SparsityConfig)}
     name, arguments = parse_policy(str(changes["policy"]))
+    for other in ("mode", "image_policy"):
+        if changes.get(other) is not None:
+            raise UserError(f"{other}: policy={name} already says what is dropped; give one of both")
     arguments |= changes.get("policy_args") or {}
     arguments |= {key: value for key, value in changes.items() if key not in settings}
     return {

@@ -107,7 +107,7 @@ class _Checkpoint:
     """A located checkpoint and its config, before its weights are touched."""
 
     def __init__(self, path_or_hub_id: str | Path, sparsity_overrides: dict[str, Any]) -> None:
-        self.directory = find_checkpoint(path_or_hub_id)
+        self.name, self.directory = path_or_hub_id, find_checkpoint(path_or_hub_id)
         self.values = read_json(self.directory / "config.json")
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
@@ -139,7 +139,7 @@ class _Checkpoint:
         if fresh and self.policy.predictors:
             logger.warning(
                 "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them (or take mode='full')",
-                self.directory,
+                self.name,
                 self.policy.name,
             )
         with _quiet_transformers():
