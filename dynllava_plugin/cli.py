@@ -13,7 +13,7 @@ from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 
-# Modules with `add_arguments(parser)` and `run(args)`. They import PyTorch, which the other commands needn't wait for.
+# Modules with `add_arguments(parser)` and `run(args)`, imported where they are asked for.
 COMMANDS = {
     "bench": ("dynllava_plugin.bench.command", "time and memory of each mode, with random weights"),
     "compare": (

@@ -14,6 +14,8 @@ from transformers import HfArgumentParser
 from dynllava_plugin.errors import UserError
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 
+USAGE = "accelerate launch train/finetune.py [PRESET.yaml] --data_path FILE.json --image_folder DIR --output_dir DIR [flags]"
+DESCRIPTION = "From a LLaVA-1.5 checkpoint to a Dynamic-LLaVA. Flags override the preset (train/configs/); see docs/training.md."
 PRESET_SUFFIXES = (".yaml", ".yml")
 
 
@@ -35,10 +37,13 @@ def parse(
         An unknown flag, a missing one, or a value outside its range.
     """
     types = (ModelArguments, DataArguments, RecipeArguments, AdapterArguments)
-    parser = _Parser(types, allow_abbrev=False, description=__doc__)  # type: ignore[arg-type]
+    parser = _Parser(types, allow_abbrev=False, usage=USAGE, description=DESCRIPTION)  # type: ignore[arg-type]
     parser.add_argument(
         "--config", help="A YAML file of flags (without the dashes); the command line overrides it."
     )
+    parser._option_string_actions[
+        "--resume_from_checkpoint"
+    ].help = "A checkpoint elsewhere to start from, until the run has a newer one of its own (it goes on from those by itself)."
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0].endswith(PRESET_SUFFIXES):
         given.insert(0, "--config")

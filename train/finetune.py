@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from train.trainer import DynamicLlavaTrainer, freeze
 
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, 2 after a one-line error, 143 where SIGTERM stopped it (saved; the same command goes on)."""
+    # The older of the transformers we run on know no other name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     try:
         return train(*parse(argv))
     except UserError as error:

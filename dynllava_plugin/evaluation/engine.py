@@ -34,7 +34,7 @@ class Engine:
     model : DynamicLlavaForConditionalGeneration
     processor : DynamicLlavaProcessor
     batch_size : int
-        Samples in one forward pass. It never changes an answer.
+        Samples in one forward pass. In float32 it never changes an answer; half precision may round another way.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """Dynamic-LLaVA as a VLMEvalKit model: translates its messages for the engine and decides nothing.
 
 The kit asks one question at a time. The adapter looks ahead: it answers the dataset's next rows in one batch
-and hands them out as the kit asks. Batching never changes an answer, so the results stay the same.
+and hands them out as the kit asks. Batching changes no answer (float32), so the results stay the same.
 """
 
 from __future__ import annotations
