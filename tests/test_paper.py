@@ -128,8 +128,9 @@ def test_comparison(results: Path) -> None:
 
     text = render_comparison(comparison, "markdown")
     assert "### Table 1 (understanding): org/Dynamic-LLaVA-7B, mode image_text" in text
-    assert "| GQA | accuracy [%] | 60.00 | 61.00 | +1.00 | 61.30 | -1.30 | -0.30 | 8 | 8 |" in text
-    assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 57.00 | - | -7.00 | - | 8 |" in text
+    assert "| GQA | accuracy [%] | 60.00 | 61.00 | +1.00 | 61.3 | -1.3 | -0.3 | 8 | 8 |" in text
+    assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 57.0 | - | -7.0 | - | 8 |" in text
+    assert "| LVIS-VQA single | kv_mib_ppl_run | 60.00 | - | - | 63 | -3 | - | 8 | - |" in text
     assert "* MM-Vet" not in text and "Table 3 (generation)" in text and "Table 12" in text
     latex = render_comparison(comparison, "latex")
     assert latex.count(r"\begin{tabular}") == 3 and "GQA & accuracy [\\%] & 60.00" in latex

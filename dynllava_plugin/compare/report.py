@@ -12,6 +12,7 @@ import pandas as pd
 from dynllava_plugin.compare.answers import Figure
 from dynllava_plugin.compare.bootstrap import interval, resampled_means
 from dynllava_plugin.compare.subjects import Subject
+from dynllava_plugin.evaluation.figures import decimals
 from dynllava_plugin.files import write_figure
 
 COLUMNS = (
@@ -100,10 +101,12 @@ def to_markdown(table: pd.DataFrame) -> str:
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         order = group.sort_values("keep", ascending=False, na_position="first", kind="stable")
         for row in order.to_dict("records"):
+            form = f"{{:.{decimals(str(metric), row['value'])}f}}"
+            behind = _range(row["behind_low"], row["behind_high"], form)
             cells = [
-                row["policy"], _cell(row["keep"], "{:.0%}"), _cell(row["value"], "{:.4f}" if metric in LOWER_IS_BETTER else "{:.2f}"),
-                _range(row["low"], row["high"]),
-                _cell(row["behind_full"], "{:.2f}") + _in_brackets(_range(row["behind_low"], row["behind_high"])),
+                row["policy"], _cell(row["keep"], "{:.0%}"), _cell(row["value"], form),
+                _range(row["low"], row["high"], form),
+                _cell(row["behind_full"], form) + _in_brackets(behind),
                 _cell(row["n"], "{:.0f}"), _cell(row["equivalent_tokens"], "{:.1f}"),
                 _cell(row["prefill_gflops"], "{:.3g}"), _cell(row["prefill_ms"], "{:.2f}"),
             ]  # fmt: skip
@@ -117,8 +120,8 @@ def _cell(value: Any, form: str) -> str:
     return "-" if value is None or pd.isna(value) else form.format(value)
 
 
-def _range(low: float, high: float) -> str:
-    return "-" if pd.isna(low) else f"{low:.2f} to {high:.2f}"
+def _range(low: float, high: float, form: str) -> str:
+    return "-" if pd.isna(low) else f"{form.format(low)} to {form.format(high)}"
 
 
 def _in_brackets(text: str) -> str:

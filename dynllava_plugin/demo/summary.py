@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from dynllava_plugin.evaluation.figures import figure_text
 from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT
 
 COLUMNS = {
@@ -13,7 +14,6 @@ COLUMNS = {
     ("easy_vqa_describe", "meteor_exact_stem"): "METEOR without synonyms [%]",
     ("easy_vqa_describe", "ppl"): "PPL",
 }
-DIGITS = {"PPL": 4}  # of a tiny model that is all but sure
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -28,7 +28,7 @@ def summary(table: pd.DataFrame) -> str:
         rows = table[table["mode"] == mode]
         cells = {"mode": mode, "image tokens": _image_tokens(rows)}
         for key, title in shown.items():
-            cells[title] = _cell(_rows(rows, key), DIGITS.get(title, 1))
+            cells[title] = _cell(_rows(rows, key))
         cells["output tokens kept [%]"] = _output_kept(rows)
         lines.append(cells)
     counts = table.groupby("benchmark")["n"].max()
@@ -43,9 +43,11 @@ def _rows(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
     return table[(table["benchmark"] == key[0]) & (table["metric"] == key[1])]
 
 
-def _cell(rows: pd.DataFrame, digits: int) -> str:
-    by_harness = rows.set_index("harness")["value"]
-    figures = [f"{by_harness[name]:.{digits}f}" for name in (LMMS_EVAL, VLMEVALKIT) if name in by_harness]
+def _cell(rows: pd.DataFrame) -> str:
+    by_harness = {
+        row["harness"]: figure_text(row["metric"], row["value"], 1) for row in rows.to_dict("records")
+    }
+    figures = [by_harness[name] for name in (LMMS_EVAL, VLMEVALKIT) if name in by_harness]
     return " / ".join(dict.fromkeys(figures)) or "-"
 
 

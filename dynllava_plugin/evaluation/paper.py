@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL, VLMEVALKIT, Benchmark, Metric
+from dynllava_plugin.evaluation.benchmarks import (
+    BENCHMARKS,
+    HARNESSES,
+    LMMS_EVAL,
+    VLMEVALKIT,
+    Benchmark,
+    Metric,
+    find_benchmark,
+)
+from dynllava_plugin.evaluation.figures import decimals
 from dynllava_plugin.evaluation.results import SCORED
 from dynllava_plugin.evaluation.tables import (
     COUNT_COLUMNS,
@@ -79,6 +89,14 @@ def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> 
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
     return float(rows["value"].iloc[0]) * metric.paper_factor if len(rows) else None
+
+
+def paper_decimals(benchmark: Benchmark, metric: Metric) -> int:
+    """Decimals of the paper's figures of a metric, in the metric's unit."""
+    rows = paper_results()
+    table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
+    values = rows[(rows["table"] == table) & (rows["metric"] == metric.paper)]["value"] * metric.paper_factor
+    return max(len(f"{value:.6g}".partition(".")[2]) for value in values)
 
 
 def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
@@ -189,24 +207,39 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame:
     for row in rows.to_dict("records"):
         unit = f" [{row['unit']}]" if row["unit"] else ""
         cells = {"benchmark": row["benchmark"], "metric": row["metric"] + unit}
-        for column in ("lmms-eval", "vlmevalkit", "vlmevalkit - lmms-eval", "paper"):
-            cells[column] = _text(row[column], signed="-" in column.replace("lmms-eval", ""))
-        for column in ("lmms-eval - paper", "vlmevalkit - paper"):
-            cells[column] = _text(row[column], signed=True)
+        digits = {name: decimals(row["metric"], row[name]) for name in HARNESSES if _is_number(row[name])}
+        if _is_number(row["paper"]):
+            benchmark = find_benchmark(row["benchmark"])
+            metric = next(item for item in benchmark.metrics if item.name == row["metric"])
+            digits["paper"] = paper_decimals(benchmark, metric)
+        for column in (
+            *HARNESSES,
+            "vlmevalkit - lmms-eval",
+            "paper",
+            "lmms-eval - paper",
+            "vlmevalkit - paper",
+        ):
+            cells[column] = _text(row[column], column, digits)
         for column in ("n lmms-eval", "n vlmevalkit"):
             cells[column] = "-" if pd.isna(row[column]) else f"{row[column]:.0f}"
         out.append(cells)
     return pd.DataFrame(out)
 
 
-def _text(value: Any, signed: bool) -> str:
+def _text(value: Any, column: str, digits: Mapping[str, int]) -> str:
+    """A difference has the decimals of the coarser of its figures."""
     if isinstance(value, str):
         return value
-    if value is None or pd.isna(value):
+    if not _is_number(value):
         return "-"
-    return f"{float(value):+.2f}" if signed else f"{float(value):.2f}"
+    names = column.split(" - ")
+    sign = "+" if len(names) == 2 else ""
+    return f"{float(value):{sign}.{min(digits[name] for name in names)}f}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not pd.isna(value)
 
 
 def _difference(first: Any, second: Any) -> float | None:
-    known = [value for value in (first, second) if isinstance(value, (int, float)) and not pd.isna(value)]
-    return float(first) - float(second) if len(known) == 2 else None
+    return float(first) - float(second) if _is_number(first) and _is_number(second) else None

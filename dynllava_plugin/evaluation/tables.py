@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, unit_of
+from dynllava_plugin.evaluation.figures import figure_text, significant
 from dynllava_plugin.evaluation.modes import mode_name
 from dynllava_plugin.evaluation.order import in_order
 from dynllava_plugin.evaluation.results import KEYS, SCORED, read_results
@@ -32,7 +33,18 @@ _LONG = 20  # tokens; which of fewer stay says nothing
 _BENCHMARKS_ACROSS = 4
 
 
-def pivot(table: pd.DataFrame) -> pd.DataFrame:
+def figure_or_status(row: Mapping[Any, Any]) -> Any:
+    """The value where there is one, else why there is none."""
+    return row["value"] if row["status"] == SCORED else row["status"]
+
+
+def printed(row: Mapping[Any, Any]) -> str:
+    """The same with the digits to read."""
+    found = figure_or_status(row)
+    return figure_text(row["metric"], found) if isinstance(found, (int, float)) else _cell(found)
+
+
+def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status) -> pd.DataFrame:
     """Rows checkpoint and mode; columns benchmark, metric and harness; then questions and kept tokens.
 
     Where one setting was run on different numbers of questions, the largest stands. A cell without a figure
@@ -42,7 +54,7 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     out: dict[tuple[str, str], dict[str, Any]] = {}
     for row in chosen.to_dict("records"):
         cells = out.setdefault((row["checkpoint"], row["mode"]), {})
-        cells[_title(row)] = figure_or_status(row)
+        cells[_title(row)] = cell(row)
         cells[f"n {row['benchmark']} {row['harness']}"] = row["n"]
     for setting, cells in out.items():
         cells |= setting_counts(chosen, *setting)
@@ -56,7 +68,9 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(list(out.values()), index=index, columns=columns)
 
 
-def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
+def by_benchmark(
+    table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status
+) -> pd.DataFrame:
     """Rows benchmark and metric; columns harness under checkpoint and mode, and each harness's number of questions."""
     chosen = in_order(largest_runs(table), first=("benchmark", "metric"))
     several = chosen["checkpoint"].nunique() > 1
@@ -70,9 +84,9 @@ def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
         records = group.to_dict("records")
         unit = f" [{records[0]['unit']}]" if records[0]["unit"] else ""
         cells = rows.setdefault((str(benchmark), f"{metric}{unit}"), {})
-        cells |= {heading(row): figure_or_status(row) for row in records}
+        cells |= {heading(row): cell(row) for row in records}
         for harness, of_harness in group.groupby("harness"):
-            cells[f"n {harness}"] = span(of_harness["n"], ".0f")
+            cells[f"n {harness}"] = span(of_harness["n"])
     index = pd.MultiIndex.from_tuples(list(rows), names=["benchmark", "metric"])
     columns = [heading(run) for run in runs] + [f"n {name}" for name in sorted(set(chosen["harness"]))]
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
@@ -100,31 +114,26 @@ def setting_counts(table: pd.DataFrame, checkpoint: str, mode: str) -> dict[str,
     cells: dict[str, Any] = {}
     with_image = rows[rows["image_tokens"] > 0]
     if len(with_image):
-        total, kept = span(with_image["image_tokens"], ".0f"), span(with_image["kept_image_tokens"], ".0f")
+        total, kept = span(with_image["image_tokens"]), span(with_image["kept_image_tokens"])
         cells[COUNT_COLUMNS[0]] = f"{kept} of {total}"
         for title, column in zip(COUNT_COLUMNS[2:], ("equivalent_tokens", "prefill_gflops"), strict=True):
             if with_image[column].notna().any():
-                cells[title] = span(with_image[column], ".4g")
+                cells[title] = span(with_image[column], lambda value: significant(value, 4))
     long = rows[(rows["generated_tokens"] >= _LONG) & rows["kept_output_share"].notna()]
     if len(long):
-        cells[COUNT_COLUMNS[1]] = span(100 * long["kept_output_share"], ".1f")
+        cells[COUNT_COLUMNS[1]] = span(100 * long["kept_output_share"], "{:.1f}".format)
     return cells
 
 
-def span(values: pd.Series, digits: str) -> str:
+def span(values: pd.Series, text: Callable[[float], str] = "{:.0f}".format) -> str:
     """``12``, or ``12 to 15`` where the values differ: unlike things aren't averaged."""
     known = values.dropna().sort_values()
-    ends = [f"{known.iloc[place]:{digits}}" for place in (0, -1)] if len(known) else ["-"]
+    ends = [text(known.iloc[place]) for place in (0, -1)] if len(known) else ["-"]
     return " to ".join(dict.fromkeys(ends))
 
 
-def figure_or_status(row: Mapping[Any, Any]) -> Any:
-    """The value where there is one, else why there is none."""
-    return row["value"] if row["status"] == SCORED else row["status"]
-
-
 def render(table: pd.DataFrame, style: str) -> str:
-    """The table as text, figures with two decimals.
+    """The table as text.
 
     Markdown and LaTeX have one mode a row, or one benchmark a row where there are many; CSV one figure a row.
 
@@ -138,15 +147,15 @@ def render(table: pd.DataFrame, style: str) -> str:
     if style == "csv":
         return table.to_csv(index=False)
     if table["benchmark"].nunique() <= _BENCHMARKS_ACROSS:
-        return frame_text(_finished(pivot(table)), style)
-    parts = [_finished(by_benchmark(table)), _finished(by_setting(table))]
+        return frame_text(_finished(pivot(table, printed)), style)
+    parts = [_finished(by_benchmark(table, printed)), _finished(by_setting(table))]
     return "\n".join(frame_text(part, style) for part in parts if len(part.columns) > 2)
 
 
 def _finished(wide: pd.DataFrame) -> pd.DataFrame:
     wide = wide.reset_index()
     for column in wide.columns:
-        wide[column] = [_cell(value, 0 if column.startswith("n ") else 2) for value in wide[column]]
+        wide[column] = [_cell(value) for value in wide[column]]
     return wide
 
 
@@ -170,10 +179,11 @@ def _title(row: Mapping[Any, Any]) -> str:
     return f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "") + f" {row['harness']}"
 
 
-def _cell(value: Any, digits: int) -> str:
+def _cell(value: Any) -> str:
+    """Texts as they are; of numbers only counts of questions are left."""
     if isinstance(value, str):
         return value
-    return "-" if value is None or pd.isna(value) else f"{float(value):.{digits}f}"
+    return "-" if value is None or pd.isna(value) else f"{float(value):.0f}"
 
 
 def _latex(columns: list[str], rows: list[list[str]]) -> str:

@@ -94,6 +94,7 @@ def _state(run: Run, seconds: float) -> str:
 def headline(run: Run) -> str:
     """The benchmark's first figure, or why there is none, and the number of questions."""
     from dynllava_plugin.errors import UserError
+    from dynllava_plugin.evaluation.figures import figure_text
     from dynllava_plugin.evaluation.results import SCORED, read_results
 
     try:
@@ -107,7 +108,7 @@ def headline(run: Run) -> str:
     count = f", {row['n']:,.0f} questions" if row["n"] == row["n"] and row["n"] is not None else ""
     if row["status"] != SCORED:
         return f"{row['status']}{count}"
-    return f"{row['metric']} {row['value']:.2f}{row['unit']}{count}"
+    return f"{row['metric']} {figure_text(row['metric'], row['value'])}{row['unit']}{count}"
 
 
 def clock(seconds: float) -> str:
