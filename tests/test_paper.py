@@ -13,6 +13,7 @@ import pytest
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.paper import METHODS, compare, paper_results, paper_value, render_comparison
 from dynllava_plugin.evaluation.tables import by_benchmark, read_results, render
 
@@ -152,10 +153,20 @@ def test_command(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["table", str(results), "--compare-paper"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("### Table 1") and "Checkpoint: org/Dynamic-LLaVA-7B (abc123)" in out
-    assert "Versions: torch 2.14" in out and "7 s in 2 runs" in out
+    assert "Versions: torch 2.14" in out and "Time: answering 7 s in 2 runs  \n" in out
     write_run(tmp_path / "other", "full", {"easy_vqa": {"exact_match,none": 1.0}})
     assert main(["table", str(tmp_path / "other"), "--compare-paper"]) == 2
     assert "none of the results is of a benchmark in the paper's tables" in capsys.readouterr().err
+
+
+def test_the_footer_says_what_the_suites_processes_took(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name / "output" / "tiny", "image", {"gqa": {"exact_match,none": 0.5}})
+        (tmp_path / name / "run.json").write_text(json.dumps({"state": "done", "seconds": 91.5}))
+    assert "Time: answering 14 s in 2 runs, whole processes 183 s  \n" in footer([tmp_path])
+    assert "whole processes 183 s" in footer([tmp_path / name / "output" for name in ("a", "b")])
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"state": "running"}))
+    assert "Time: answering 14 s in 2 runs  \n" in footer([tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,18 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
 
+STATE = "run.json"  # of a run in a suite
+
 
 def footer(folders: Iterable[Path]) -> str:
     """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
-    manifests = []
+    manifests, states = [], set()
     for path in sorted({path for folder in folders for path in folder.rglob(f"*{MANIFEST_NAME}")}):
         try:
             manifests.append(read_json(path))
         except UserError:
             continue  # a table is worth more than its footer
+        states.add(_state_of(path))
     if not manifests:
         return ""
     versions: dict[str, list[str]] = {}
@@ -29,9 +32,32 @@ def footer(folders: Iterable[Path]) -> str:
         "Commit: " + _all(manifest.get("commit") for manifest in manifests),
         "Checkpoint: " + _all(_checkpoint(manifest) for manifest in manifests),
         "Device: " + _all(_device(manifest) for manifest in manifests),
-        f"Time: {sum(manifest.get('seconds') or 0 for manifest in manifests):.0f} s in {len(manifests)} runs",
+        _time([manifest.get("seconds") or 0 for manifest in manifests], states),
     ]
     return "\n" + "\n".join(f"{line}  " for line in lines if not line.endswith(": ")) + "\n"
+
+
+def _time(answering: list[float], states: set[Path | None]) -> str:
+    """From loading the model to the last answer; where a suite ran them all, the whole processes' too."""
+    text = f"Time: answering {sum(answering):.0f} s in {len(answering)} runs"
+    whole = [_seconds(state) for state in states]
+    known = [seconds for seconds in whole if seconds is not None]
+    return f"{text}, whole processes {sum(known):.0f} s" if len(known) == len(whole) else text
+
+
+def _state_of(manifest: Path) -> Path | None:
+    """Where a suite wrote down how a run went: beside the folder `output` that holds the manifest."""
+    return next(
+        (parent.with_name(STATE) for parent in manifest.resolve().parents if parent.name == "output"), None
+    )
+
+
+def _seconds(state: Path | None) -> float | None:
+    try:
+        found = read_json(state).get("seconds") if state and state.is_file() else None
+    except UserError:
+        return None
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _checkpoint(manifest: dict[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError, reason_in
+from dynllava_plugin.evaluation.manifests import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -31,7 +32,6 @@ from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.files import write_json
 
-STATE = "run.json"
 DONE, FAILED, RUNNING = "done", "failed", "running"
 PATIENCE = 45.0  # seconds to end after SIGTERM; torchrun gives its workers 30
 _UNREACHABLE = (
