@@ -99,6 +99,31 @@ def test_a_policys_row_names_it_and_no_learned_settings(
         assert found[column] == wanted if wanted is not None else pd.isna(found[column])
 
 
+SPARSITY = {"image_policy": "learned", "vision_keep_rate": 0.2, "text_keep_rate": 0.5, "random_seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("full", {}),
+        ("image", {"vision_keep_rate": 0.2, "image_policy": "learned"}),
+        ("image_text", {"vision_keep_rate": 0.2, "image_policy": "learned", "text_keep_rate": 0.5}),
+    ],
+)
+def test_settings_that_do_not_apply_are_empty(tmp_path: Path, mode: str, settings: dict[str, Any]) -> None:
+    write(tmp_path, sparsity={"mode": mode, **SPARSITY})
+    found = read_results(tmp_path).iloc[0]
+    assert {name: found[name] for name in SPARSITY if pd.notna(found[name])} == settings
+
+
+def test_runs_of_full_context_differ_in_no_keep_rate_and_other_modes_still_do(tmp_path: Path) -> None:
+    for mode in ("full", "image"):
+        for rate in (0.1, 0.2):
+            sparsity = {**SPARSITY, "mode": mode, "vision_keep_rate": rate}
+            write(tmp_path / f"{mode}{rate}", sparsity=sparsity)
+    assert list(read_results(tmp_path)["mode"]) == ["full", "image", "image@10%"]
+
+
 def test_a_policy_without_a_manifest_is_read_from_its_arguments(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "20260101_000000_dynllava_run.json").unlink()

@@ -29,7 +29,7 @@ def policy_label(sparsity: dict[str, Any]) -> str:
 def uses_keep_rate(sparsity: dict[str, Any]) -> bool:
     """Whether the model's `vision_keep_rate` says how many image tokens stay."""
     if not sparsity.get("policy"):
-        return True
+        return sparsity.get("mode") != "full"
     name, arguments = _policy(sparsity)
     return "keep" in arguments_of(name) and not {"keep", "r", "n"} & _bare(arguments)
 

@@ -53,6 +53,7 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
     by_policy = bool(sparsity.get("policy"))
     # Output text is dropped in one mode only: elsewhere its keep rate says nothing about the run.
     drops_text = sparsity.get("mode") == "image_text" and not by_policy
+    drops_image = sparsity.get("mode") != "full" and not by_policy
     return {
         "checkpoint": checkpoint,
         "mode": mode_name(sparsity),
@@ -60,7 +61,7 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
         "policy": policy_label(sparsity) if by_policy else None,
         "vision_keep_rate": _number(sparsity, "vision_keep_rate", uses_keep_rate(sparsity)),
         "text_keep_rate": _number(sparsity, "text_keep_rate", drops_text),
-        "image_policy": None if by_policy else sparsity.get("image_policy"),
+        "image_policy": sparsity.get("image_policy") if drops_image else None,
         "random_seed": _number(sparsity, "random_seed", draws_from_seed(sparsity)),
         "dtype": loaded.get("dtype") or given.get("dtype"),
         "attn_implementation": loaded.get("attn_implementation") or given.get("attn_implementation"),
