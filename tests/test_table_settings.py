@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from dynllava_plugin.cli import main
 from dynllava_plugin.evaluation.paper import compare, render_comparison
 from dynllava_plugin.evaluation.results import read_results
 from dynllava_plugin.evaluation.tables import by_benchmark, pivot, render, span
@@ -173,3 +174,19 @@ def test_counts_are_printed_with_every_table(tmp_path: Path) -> None:
         comparison, "latex"
     )
     assert span(pd.Series([], dtype=float)) == "-"
+
+
+def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "long", 0.5, questions=6)
+    whole = read_results(tmp_path)
+    assert "left out" not in render(whole, "markdown")
+    write(tmp_path / "short", 0.25, questions=3)
+    line = (
+        "\n* left out, an older or smaller run of org/Dynamic-LLaVA-7B, image_text, lmms-eval, GQA: n = 3\n"
+    )
+    table = read_results(tmp_path)
+    assert line in render(table, "markdown") and "| 50.00 | 6 |" in render(table, "markdown")
+    assert not any("left out" in render(table, style) for style in ("csv", "latex"))
+    assert len(render(table, "csv").splitlines()) == 3
+    assert main(["table", str(tmp_path), "--compare-paper"]) == 0
+    assert line in capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_pivot_and_formats(results: Path) -> None:
     assert wide.loc[("dynamic", "image_text"), "n easy_vqa vlmevalkit"] == 50
     table = read_results(results)
     text = render(table, "markdown")
-    assert "| 97.00 | - |" in text and len({line.count("|") for line in text.splitlines()}) == 1
+    assert "| 97.00 | - |" in text and len({line.count("|") for line in text.splitlines()[:4]}) == 1
     assert render(table, "latex").count(r"\\") == 3 and r"easy\_vqa" in render(table, "latex")
     assert len(render(table, "csv").splitlines()) == len(table) + 1
     with pytest.raises(UserError, match="--format: unknown value 'html'"):

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
 def _table(args: argparse.Namespace) -> int:
     from dynllava_plugin.evaluation.manifests import footer
     from dynllava_plugin.evaluation.paper import compare, render_comparison
-    from dynllava_plugin.evaluation.tables import read_results, render
+    from dynllava_plugin.evaluation.tables import left_out, read_results, render
     from dynllava_plugin.files import write_text
 
     table = read_results(args.results)
@@ -53,6 +53,7 @@ def _table(args: argparse.Namespace) -> int:
             raise UserError(f"--json {args.json}: can't be written ({error.strerror})") from None
     if args.compare_paper:
         text = render_comparison(compare(table, args.llm), args.format)
+        text += left_out(table) if args.format == "markdown" else ""
     else:
         text = render(table, args.format)
     if args.format == "markdown":

@@ -146,10 +146,11 @@ def render(table: pd.DataFrame, style: str) -> str:
         raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":
         return table.to_csv(index=False)
+    notes = left_out(table) if style == "markdown" else ""
     if table["benchmark"].nunique() <= _BENCHMARKS_ACROSS:
-        return frame_text(_finished(pivot(table, printed)), style)
+        return frame_text(_finished(pivot(table, printed)), style) + notes
     parts = [_finished(by_benchmark(table, printed)), _finished(by_setting(table))]
-    return "\n".join(frame_text(part, style) for part in parts if len(part.columns) > 2)
+    return "\n".join(frame_text(part, style) for part in parts if len(part.columns) > 2) + notes
 
 
 def _finished(wide: pd.DataFrame) -> pd.DataFrame:
@@ -170,8 +171,23 @@ def frame_text(frame: pd.DataFrame, style: str) -> str:
 
 def largest_runs(table: pd.DataFrame) -> pd.DataFrame:
     """The figures to show, one for each checkpoint, mode, harness, benchmark and metric."""
-    shown = told_apart(table)
-    return in_order(shown.sort_values("n", kind="stable").drop_duplicates(list(KEYS), keep="last"))
+    return in_order(_by_size(table).drop_duplicates(list(KEYS), keep="last"))
+
+
+def left_out(table: pd.DataFrame) -> str:
+    """Lines that name what `largest_runs` doesn't show; empty where it shows everything."""
+    shown = _by_size(table)
+    hidden = in_order(shown[shown.duplicated(list(KEYS), keep="last")])
+    text = ""
+    runs = hidden.groupby(["checkpoint", "mode", "harness", "n"], sort=False, dropna=False)
+    for (*names, questions), rows in runs:
+        run = ", ".join([*map(str, names), *rows["benchmark"].unique()])
+        text += f"* left out, an older or smaller run of {run}: n = {questions:.0f}\n"
+    return f"\n{text}" if text else ""
+
+
+def _by_size(table: pd.DataFrame) -> pd.DataFrame:
+    return told_apart(table).sort_values("n", kind="stable")
 
 
 def _title(row: Mapping[Any, Any]) -> str:
