@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import saved_table
 from dynllava_plugin.evaluation.benchmarks import (
     LMMS_EVAL,
     VLMEVALKIT,
@@ -34,6 +35,7 @@ COUNTS = (
 COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
+_NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
 # What a cell without a figure says: nobody ran it is "-", these were run.
 SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
@@ -45,7 +47,8 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     ----------
     folder : Path
         Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and
-        token counts come from the ``dynllava_run.json`` beside them.
+        token counts come from the ``dynllava_run.json`` beside them. Where there are none of either, a
+        ``table.csv`` directly in it, as a suite or the demo wrote it, is read instead.
     only : iterable of Path, optional
         Folders in `folder`; the others aren't looked at.
 
@@ -69,18 +72,14 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     rows: list[dict[str, Any]] = []
     for path in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
         rows += _lmms_eval_rows(path) if path.name != "status.json" else _vlmevalkit_rows(path)
+    saved = folder / saved_table.NAME
+    if not rows and only is None and saved.is_file():
+        table = saved_table.read_saved(saved, COLUMNS, (*KEYS, "value"), ("n", *_NUMBERS), SCORED)
+        return in_order(table).reset_index(drop=True)
     if not rows:
         raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column in (
-        "value",
-        "stderr",
-        "seconds",
-        *COUNTS,
-        "vision_keep_rate",
-        "text_keep_rate",
-        "random_seed",
-    ):
+    for column in _NUMBERS:
         table[column] = pd.to_numeric(table[column])
     table["file"] = [os.path.relpath(file, folder) for file in table["file"]]
     table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
