@@ -12,6 +12,7 @@ import pytest
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation import lmms_eval_command, vlmevalkit_command
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.paper import METHODS, compare, paper_results, paper_value, render_comparison
@@ -200,6 +201,13 @@ def test_docs_list_every_benchmark_with_its_commands() -> None:
         line = next(line for line in text.splitlines() if line.startswith(f"| {benchmark.name} |"))
         assert f"--tasks {lmms}`" in line
         assert f"--data {kit}`" in line if kit else line.endswith("| - |")
+
+
+def test_docs_name_the_folders_that_the_harnesses_write_to() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert (
+        f"`{lmms_eval_command.DEFAULT_OUTPUT}` and `{vlmevalkit_command.DEFAULT_OUTPUT}/<settings>`" in text
+    )
 
 
 def test_readme_has_the_registry() -> None:
