@@ -23,6 +23,7 @@ from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.costs import OutputCost
 from dynllava_plugin.evaluation.journal import Journal, entry_key
 from dynllava_plugin.evaluation.suite import data as suite_data
+from dynllava_plugin.evaluation.suite import runner
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.progress import clock
 from dynllava_plugin.evaluation.suite.runner import Runner, read_state
@@ -76,6 +77,16 @@ def test_smoke_suite_has_every_benchmark_whose_data_is_not_at_hand() -> None:
         ("benchmarks: GQA", ["--vision-keep-rate", "2"], "vision_keep_rate: 2.0 is outside"),
         ("benchmarks: GQA", ["--pretrained", "a,b"], "--pretrained a,b: lmms-eval can't take"),
         ("benchmarks: GQA", ["--data", "nowhere"], "--data nowhere: no such folder"),
+        (
+            "benchmarks: [VQAv2-test, TextVQA-test]",
+            ["--harness", "vlmevalkit"],
+            "--harness vlmevalkit: has no task for VQAv2-test, TextVQA-test",
+        ),
+        ("benchmarks: GQA", ["--dtype", "f16"], "dtype: 'f16' is not one of float32"),
+        ("benchmarks: GQA", ["--device", "cudda"], "device: 'cudda' is not a device"),
+        ("benchmarks: GQA", ["--device", "cuda:99"], "device: 'cuda:99' asked for, but"),
+        ("benchmarks: GQA", ["--policy", "fastv,k=50"], "fastv: layer 50 is outside the model"),
+        ("benchmarks: GQA", ["--attn-implementation", "flashy"], "attn_implementation: "),
     ],
 )
 def test_bad_settings_are_one_line(
@@ -85,6 +96,31 @@ def test_bad_settings_are_one_line(
     assert main(["eval", str(suite(tmp_path, text)), *flags]) == 2
     error = capsys.readouterr().err
     assert problem in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+class NoRuns:
+    """A runner that runs nothing."""
+
+    def __init__(self, runs: list[Run], *settings: Any) -> None:
+        self.runs = runs
+
+    def run(self) -> list[Any]:
+        raise KeyboardInterrupt
+
+
+def test_what_no_harness_has_is_left_out_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "Runner", NoRuns)
+    path = suite(tmp_path, "benchmarks: [GQA, VQAv2-test, TextVQA-test]")
+    flags = ["--pretrained", "tiny", "--output", str(tmp_path / "out")]
+    assert main(["eval", str(path), *flags, "--harness", "vlmevalkit"]) == 130
+    said = capsys.readouterr()
+    assert said.out.startswith("1 run into ")
+    assert said.err.splitlines()[0] == "left out, vlmevalkit has no task for them: VQAv2-test, TextVQA-test"
+    assert main(["eval", str(path), *flags]) == 130
+    said = capsys.readouterr()
+    assert said.out.startswith("4 runs into ") and "left out" not in said.err
 
 
 def test_a_suite_may_name_its_judge(tmp_path: Path) -> None:

@@ -74,13 +74,25 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
     from dynllava_plugin.evaluation.suite.report import report
     from dynllava_plugin.evaluation.suite.runner import Runner
     from dynllava_plugin.evaluation.suite.runs import plan
+    from dynllava_plugin.model.checkpoints import check_settings
 
     config = SuiteConfig.read(suite, overrides)
     given = {URL: config.judge_url, MODEL: config.judge_model}
     os.environ |= {name: value for name, value in given.items() if value}
+    for settings in config.settings():
+        check_settings(
+            settings.pretrained,
+            device=settings.device,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            **settings.sparsity(),
+        )
+    if config.left_out():
+        names = ", ".join(benchmark.name for benchmark in config.left_out())
+        print(f"left out, {config.harness} has no task for them: {names}", file=sys.stderr, flush=True)
     judged = [task for benchmark in config.wanted() for task in benchmark.tasks(LMMS_EVAL)]
     runs = plan(config, find_judge(LMMS_EVAL, judged))
-    print(f"{len(runs)} runs into {config.output}", flush=True)
+    print(f"{len(runs)} run{'s' if len(runs) != 1 else ''} into {config.output}", flush=True)
     try:
         outcomes = Runner(runs, config.jobs, config.data, lambda line: print(line, flush=True)).run()
     except KeyboardInterrupt:

@@ -117,12 +117,18 @@ class SuiteConfig:
             folder = getattr(self, key)
             if folder is not None and not folder.is_dir():
                 raise UserError(f"--{key} {folder}: no such folder")
-        self.wanted()
+        if self.left_out() == self.wanted():
+            names = ", ".join(benchmark.name for benchmark in self.wanted())
+            raise UserError(f"--harness {self.harness}: has no task for {names}")
         self.settings()
 
     def wanted(self) -> list[Benchmark]:
         """The benchmarks, each once, in the order given."""
         return list(dict.fromkeys(find_benchmark(name) for name in self.benchmarks))
+
+    def left_out(self) -> list[Benchmark]:
+        """Those of them that no chosen harness has."""
+        return [item for item in self.wanted() if not any(item.tasks(name) for name in self.harnesses())]
 
     def harnesses(self) -> tuple[str, ...]:
         """Those to run."""

@@ -25,6 +25,7 @@ from dynllava_plugin.model.checkpoints.layouts import (
     read_config,
     vision_folder,
 )
+from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.weights import (
@@ -103,11 +104,36 @@ def load_without_processor(
     return _Checkpoint(path_or_hub_id, sparsity_overrides).model(device, dtype, attn_implementation)
 
 
+def check_settings(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **sparsity_overrides: Any,
+) -> None:
+    """What `load_model` would say of its arguments, from the checkpoint's config: no weights are read or fetched.
+
+    Raises
+    ------
+    UserError
+        One line that names the setting.
+    """
+    find_device(device)
+    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides, weights=False)
+    number_type = find_dtype(dtype, checkpoint.config, torch.float32)
+    if attn_implementation is not None:
+        with _quiet_transformers():
+            checkpoint.empty(number_type, attn_implementation)
+
+
 class _Checkpoint:
     """A located checkpoint and its config, before its weights are touched."""
 
-    def __init__(self, path_or_hub_id: str | Path, sparsity_overrides: dict[str, Any]) -> None:
-        self.name, self.directory = path_or_hub_id, find_checkpoint(path_or_hub_id)
+    def __init__(
+        self, path_or_hub_id: str | Path, sparsity_overrides: dict[str, Any], weights: bool = True
+    ) -> None:
+        self.name, self.directory = path_or_hub_id, find_checkpoint(path_or_hub_id, weights)
         self.values = read_json(self.directory / "config.json")
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
@@ -125,12 +151,13 @@ class _Checkpoint:
         attn_implementation: str | None,
     ) -> DynamicLlavaForConditionalGeneration:
         """The model with the checkpoint's weights."""
-        target = _device(device)
+        target = find_device(device)
         if not is_adapter(self.directory):
             read_ahead(self.directory)
         tensors = self._weights()
-        number_type = _dtype(dtype, self.config, tensors)
-        model = self._empty(number_type, attn_implementation)
+        first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
+        number_type = find_dtype(dtype, self.config, first.dtype)
+        model = self.empty(number_type, attn_implementation)
         expected = model.state_dict()
         tensors = _with_rows(tensors, expected)
         fresh = self.layout in (ORIGINAL, LLAVA_HF)
@@ -149,6 +176,15 @@ class _Checkpoint:
         torch.nn.Module.to(model, target)
         return model.eval()
 
+    def empty(self, dtype: torch.dtype, attention: str | None) -> DynamicLlavaForConditionalGeneration:
+        """The model without its weights."""
+        try:
+            return empty_model(self.config, dtype, attention)
+        except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
+            raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
+
     def _weights(self) -> dict[str, torch.Tensor]:
         if is_adapter(self.directory):
             base = _Checkpoint(base_of(self.directory), {})
@@ -162,14 +198,6 @@ class _Checkpoint:
         if name == "lm_head.weight":
             return bool(self.config.tie_word_embeddings)
         return bool(fresh_predictors and PREDICTORS.match(name)) or _unused_in_vision_tower(name, self.config)
-
-    def _empty(self, dtype: torch.dtype, attention: str | None) -> DynamicLlavaForConditionalGeneration:
-        try:
-            return empty_model(self.config, dtype, attention)
-        except (ImportError, ValueError) as error:
-            if attention is None:
-                raise
-            raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
 
     def _generation_config(self) -> GenerationConfig:
         """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""
@@ -226,35 +254,6 @@ def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
     last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
     layer = re.search(r"encoder\.layers\.(\d+)\.", name)
     return int(layer.group(1)) >= last if layer else ".post_layernorm." in name
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device: {device!r} is not a device (cpu, cuda, cuda:0, ...)") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {device!r} asked for, but PyTorch sees no GPU here")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {device!r} asked for, but there are {torch.cuda.device_count()} GPUs")
-    return found
-
-
-def _dtype(
-    dtype: str | torch.dtype | None, config: DynamicLlavaConfig, tensors: dict[str, torch.Tensor]
-) -> torch.dtype:
-    wanted: Any = dtype
-    text: Any = config.text_config
-    if wanted in (None, "auto"):
-        first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
-        wanted = config.dtype or text.dtype or first.dtype
-    if isinstance(wanted, str):
-        wanted = getattr(torch, wanted.removeprefix("torch."), None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise UserError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
-    return wanted
 
 
 @contextmanager
