@@ -1,8 +1,19 @@
-"""The one error type that command lines turn into a single line."""
+"""The one error type that command lines turn into a single line, and what such lines say."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """Something a user can fix: the message is one line that names the file, sample or flag and what to do."""
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """``did you mean A or B?`` for a misspelt name; `otherwise` where nothing is like it."""
+    spelled = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
+    close = close or sorted(item for item in spelled if name.lower() in item)[:3]
+    return "did you mean " + " or ".join(spelled[item] for item in close) + "?" if close else otherwise
 
 
 def reason_in(log: str) -> str:

@@ -201,5 +201,18 @@ def test_vlmevalkit_names_a_bad_flag_at_once(
 def test_lmms_eval_knows_our_tasks_and_helps(tmp_path: Path, easy_vqa_folder: Path) -> None:
     done = run([LMMS_EVAL, "--help"], tmp_path, easy_vqa_folder)
     assert done.code == 0 and "tasks" in done.text
-    done = run([LMMS_EVAL, "--model", "dynllava", "--tasks", "no_such_task"], tmp_path, easy_vqa_folder)
-    assert done.code != 0 and "no_such_task" in done.error()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "problem"),
+    [
+        ("dynllava", "gqa,easy_vqaa", "--tasks easy_vqaa: no such task; did you mean easy_vqa or "),
+        ("dynlava", "easy_vqa", "--model dynlava: no such model; did you mean dynllava or "),
+    ],
+)
+def test_lmms_eval_names_what_is_misspelt(
+    model: str, task: str, problem: str, tmp_path: Path, easy_vqa_folder: Path
+) -> None:
+    done = run([LMMS_EVAL, "--model", model, "--tasks", task], tmp_path, easy_vqa_folder)
+    assert done.code == 2 and done.error().startswith(f"error: {problem}")
+    assert "Traceback" not in done.text and not list(tmp_path.iterdir())

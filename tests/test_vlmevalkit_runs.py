@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import vlmevalkit_command as command
 from dynllava_plugin.evaluation import vlmevalkit_manifest
 from dynllava_plugin.evaluation.answers import Answer
@@ -17,6 +18,7 @@ from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser
+from dynllava_plugin.evaluation.vlmevalkit_setup import check_datasets
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
 JUDGE = Judge("gpt", "http://host/v1")
@@ -32,6 +34,35 @@ def test_a_bad_config_is_one_line(
     assert command.main(["--config", str(path), "--work-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "--data: name at least one dataset"),
+        (["--data", "EasyVQA", "EasyVQAA"], "--data EasyVQAA: no such dataset; did you mean EasyVQA or "),
+    ],
+)
+def test_datasets_are_checked_before_the_kit_writes_anything(
+    flags: list[str],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    assert command.main(["--model", "dynllava", "--pretrained", "tiny", *flags]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {problem}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_own_tsv_is_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    with pytest.raises(UserError, match="--data Mine: no such dataset"):
+        check_datasets(["Mine"])
+    (tmp_path / "Mine.tsv").write_text("index\tquestion\n")
+    check_datasets(["Mine", "POPE", "Video-MME_8frame"])
 
 
 def test_whatever_changes_an_answer_changes_the_folder() -> None:

@@ -5,10 +5,7 @@ Adapters, suite, tables and docs read this registry and nothing else, so that a 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, nearest
 from dynllava_plugin.evaluation.benchmark import (
     HARNESSES,
     LMMS_EVAL,
@@ -61,16 +58,8 @@ def find_benchmark(name: str) -> Benchmark:
     names |= {benchmark.name.lower(): benchmark for benchmark in BENCHMARKS}
     if name.lower() in names:
         return names[name.lower()]
-    raise UserError(f"{name}: no such benchmark; {_nearest(name, (item.name for item in BENCHMARKS))}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    spelled = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
-    close = close or [item for item in spelled if name.lower() in item]
-    if close:
-        return "did you mean " + " or ".join(spelled[item] for item in close) + "?"
-    return "`dynllava benchmarks` lists them"
+    near = nearest(name, (item.name for item in BENCHMARKS), "`dynllava benchmarks` lists them")
+    raise UserError(f"{name}: no such benchmark; {near}")
 
 
 def unit_of(metric: str) -> str:

@@ -19,6 +19,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import judges
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
+from dynllava_plugin.evaluation.lmms_eval_names import check_model, watch_task_names
 
 DEFAULT_OUTPUT = "results/lmms-eval"
 _LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
@@ -32,6 +33,7 @@ def main() -> None:
     if arguments and not {"-h", "--help"} & set(arguments):
         _add_tasks()
         if evaluates:
+            watch_task_names()
             runs.watch()
     from lmms_eval.cli.dispatch import main as dispatch
 
@@ -120,6 +122,11 @@ class _Runs:
                 return None, None
             if args.tasks in _LISTINGS:
                 return evaluate(args)
+            try:
+                check_model(args.model)
+            except UserError as error:
+                self.fail(error)
+                return None, None
             args.output_path = args.output_path or DEFAULT_OUTPUT
             wanted = judge_tasks(LMMS_EVAL) & set(args.tasks.split(","))
             judge = find_judge(LMMS_EVAL, wanted)

@@ -22,6 +22,7 @@ from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_fini
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
 from dynllava_plugin.evaluation.vlmevalkit_setup import (
     MODEL_NAME,
+    check_datasets,
     gather_before_leaving,
     import_kit,
     known_datasets,
@@ -67,6 +68,8 @@ def _run(arguments: list[str]) -> int:
     if own.batch_size < 1 or own.max_new_tokens < 1:
         raise UserError("--batch-size and --max-new-tokens must be positive")
     peek, _ = kit_parser().parse_known_args(forwarded)
+    if peek.data is None and peek.config is None and not {"-h", "--help"} & set(arguments):
+        raise UserError("--data: name at least one dataset (`dynllava benchmarks` lists those of the paper)")
     if kit_mode:
         forwarded += ["--mode", kit_mode]
     if peek.model is None and peek.config is None:
@@ -81,11 +84,13 @@ def _run(arguments: list[str]) -> int:
     if set(datasets) and set(datasets) <= _OWN_DATASETS:
         os.environ.setdefault("PRED_FORMAT", "tsv")
     fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
-    journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     kit = import_kit()
     register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
     if own.data_root is not None:
         use_local_data(own.data_root)
+    if peek.config is None:
+        check_datasets(datasets)
+    journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(unjudged)
     use_gloo()

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, nearest
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 MODEL_NAME = "dynllava"
@@ -67,6 +67,18 @@ def known_datasets() -> list[str]:
     from vlmeval.dataset import SUPPORTED_DATASETS
 
     return list(SUPPORTED_DATASETS)
+
+
+def check_datasets(names: Iterable[str]) -> None:
+    """`UserError` for a name that is neither a dataset of the kit's nor a TSV file in its data folder."""
+    from vlmeval.dataset.video_dataset_config import supported_video_datasets
+    from vlmeval.smp import LMUDataRoot
+
+    known = {*known_datasets(), *supported_video_datasets}
+    for name in names:
+        if name not in known and not (Path(LMUDataRoot()) / f"{name}.tsv").is_file():
+            near = nearest(name, known, "`dynllava benchmarks` lists those of the paper")
+            raise UserError(f"--data {name}: no such dataset; {near}")
 
 
 def _build_or_exit(build: Any) -> Any:
