@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+from dynllava_plugin.easy_vqa import facts
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import easy_vqa, text_metrics
 
@@ -55,6 +57,21 @@ def test_data_is_built_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(easy_vqa.load_rows("easy_vqa_scenes")) == 4000
     (folder,) = (tmp_path / "dynllava").iterdir()
     assert folder.name.startswith("easy_vqa-")
+
+
+def test_without_the_package_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.delenv("DYNLLAVA_EASY_VQA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(facts, "distribution", missing)
+    with pytest.raises(UserError, match=r'^the easy-VQA images .* run `pip install -e "\.\[demo\]"`$'):
+        easy_vqa.load_rows("easy_vqa")
+    assert not list((tmp_path / "dynllava").iterdir())
 
 
 class _OneSynonym:

@@ -12,10 +12,11 @@ import pytest
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import lmms_eval_command, vlmevalkit_command
+from dynllava_plugin.evaluation import easy_vqa, lmms_eval_command, vlmevalkit_command
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.paper import METHODS, compare, paper_results, paper_value, render_comparison
+from dynllava_plugin.evaluation.table_command import benchmarks_text
 from dynllava_plugin.evaluation.tables import by_benchmark, read_results, render
 
 CSV = Path(__file__).resolve().parents[1] / "dynllava_plugin" / "evaluation" / "data" / "paper_results.csv"
@@ -222,14 +223,21 @@ def test_readme_has_the_registry() -> None:
             item.split,
             f"`{','.join(item.tasks('lmms-eval'))}`",
             f"`{' '.join(item.tasks('vlmevalkit'))}`" if item.tasks("vlmevalkit") else "-",
-            "a judge"
-            if item.judge
-            else "its server"
-            if item.server
-            else "`build-lvis`"
-            if item.paper_table == "3"
-            else "",
+            item.needs,
         ]
         for item in BENCHMARKS
     ]
     assert found == wanted
+
+
+def test_what_a_benchmark_needs() -> None:
+    needs = {item.name: item.needs for item in BENCHMARKS}
+    assert {name for name, text in needs.items() if text == "`demo` extra"} == set(easy_vqa.BENCHMARKS)
+    assert {name for name, text in needs.items() if text == "a judge"} == {"MM-Vet", "LLaVA-Wild"}
+    assert {name for name, text in needs.items() if text == "`build-lvis`"} == {
+        "LVIS-VQA single",
+        "LVIS-VQA multi",
+        "ShareGPT4V-VQA",
+    }
+    assert all((text == "its server") == name.endswith("-test") for name, text in needs.items())
+    assert needs["GQA"] == "" and "| `EasyVQA` | accuracy | `demo` extra |" in benchmarks_text()

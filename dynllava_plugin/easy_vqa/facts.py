@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from dynllava_plugin.errors import UserError
+
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 _NEGATION = re.compile(r"\b(not|no)\b")
@@ -41,7 +43,7 @@ def find_package() -> Path:
 
     Raises
     ------
-    FileNotFoundError
+    UserError
         If `easy-vqa` isn't installed or lacks its data.
     """
     try:
@@ -49,7 +51,7 @@ def find_package() -> Path:
     except PackageNotFoundError:
         folder = Path("easy_vqa/data")
     if not (folder / "train" / "questions.json").is_file():
-        raise FileNotFoundError("the easy-VQA images aren't installed: run `pip install easy-vqa`")
+        raise UserError('the easy-VQA images aren\'t installed: run `pip install -e ".[demo]"`')
     return folder
 
 

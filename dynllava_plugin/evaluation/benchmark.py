@@ -77,6 +77,8 @@ class Benchmark:
         Whether only a server has the answers: a run ends with a submission file.
     repo : str
         The hub repository of lmms-eval's task; empty for our own data.
+    extra : str
+        The extra of this package that our own data comes with; empty where `dynllava build-lvis` makes it.
     paper_table : str
         The paper's table that has it: ``1``, ``3``, ``12``, or empty.
     note : str
@@ -89,8 +91,18 @@ class Benchmark:
     judge: bool = False
     server: bool = False
     repo: str = ""
+    extra: str = ""
     paper_table: str = ""
     note: str = ""
+
+    @property
+    def needs(self) -> str:
+        """What its user has to bring beyond the harnesses, in Markdown; empty: nothing."""
+        if self.judge or self.server:
+            return "a judge" if self.judge else "its server"
+        if self.repo:
+            return ""
+        return f"`{self.extra}` extra" if self.extra else "`build-lvis`"
 
     def tasks(self, harness: str) -> list[str]:
         """What the harness is asked to run; empty where it doesn't have the benchmark."""

@@ -76,6 +76,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         "easy_vqa",
         (Metric("accuracy", Place("easy_vqa", "exact_match", 100), Place("EasyVQA", "Overall")),),
         split="test",
+        extra="demo",
     ),
     Benchmark(
         "easy_vqa_scenes",
@@ -87,6 +88,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             ),
         ),
         split="test",
+        extra="demo",
     ),
     Benchmark(
         _DESCRIBE,
@@ -104,6 +106,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             ),
         ),
         split="test",
+        extra="demo",
     ),
     # The paper's twelve, MME and LLaVA-Wild, by the harnesses' own tasks and datasets.
     _one(

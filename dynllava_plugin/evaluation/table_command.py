@@ -81,10 +81,9 @@ def benchmarks_text() -> str:
         metrics = ", ".join(
             metric.name + ("" if metric.higher_is_better else " ↓") for metric in item.metrics
         )
-        needs = "a judge" if item.judge else "a server" if item.server else ""
         values = [paper_value(item, metric, METHODS["image_text"], "7B") for metric in item.metrics]
         value = f"{values[0]:g}" if values and values[0] is not None else ""
         lines.append(
-            f"| {item.name} | {item.split} | {cells[0]} | {cells[1]} | {metrics} | {needs} | {value} |"
+            f"| {item.name} | {item.split} | {cells[0]} | {cells[1]} | {metrics} | {item.needs} | {value} |"
         )
     return "\n".join(lines) + "\n"
