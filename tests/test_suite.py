@@ -45,8 +45,10 @@ def config(tmp_path: Path, **overrides: Any) -> SuiteConfig:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_suites_are_valid(path: Path, tmp_path: Path) -> None:
-    if path.stem == "easy_vqa":
-        return  # lmms_eval --config
+    if path.stem == "lmms_eval_easy_vqa":
+        with pytest.raises(UserError, match=f"use lmms_eval --config {path}$"):
+            SuiteConfig.read(path, {"pretrained": "tiny"})
+        return
     runs = plan(SuiteConfig.read(path, {"pretrained": "tiny", "output": str(tmp_path)}), None)
     assert len(runs) >= 3 and len({run.folder for run in runs}) == len(runs)
 
@@ -61,7 +63,10 @@ def test_smoke_suite_has_every_benchmark_whose_data_is_not_at_hand() -> None:
     [
         ("benchmarks: [GQB]", [], "GQB: no such benchmark; did you mean GQA"),
         ("benchmarks: []", [], "`benchmarks` is empty"),
-        ("tasks: gqa", [], "unknown key 'tasks'; known are"),
+        ("tasks: gqa", [], "my.yaml: not a suite but lmms-eval's; use lmms_eval --config "),
+        ("model: dynllava", [], "use lmms_eval --config "),
+        ("benchmark: GQA", [], "unknown key 'benchmark'; known are"),
+        ("5: GQA", [], "unknown key '5'; known are"),
         ("- GQA", [], "expected keys like"),
         ("benchmarks: [", [], "not YAML"),
         ("benchmarks:", [], "`benchmarks` is empty"),

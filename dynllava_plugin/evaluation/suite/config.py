@@ -87,7 +87,9 @@ class SuiteConfig:
         if not isinstance(content, dict):
             raise UserError(f"{path}: expected keys like `benchmarks: [GQA, POPE]`")
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(content) - known)
+        unknown = sorted(map(str, set(content) - known))
+        if {"model", "tasks"} & set(unknown):
+            raise UserError(f"{path}: not a suite but lmms-eval's; use lmms_eval --config {path}")
         if unknown:
             raise UserError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         values = {**content, **{key: value for key, value in overrides.items() if value is not None}}
