@@ -22,6 +22,7 @@ from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.costs import OutputCost
 from dynllava_plugin.evaluation.journal import Journal, entry_key
+from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runner
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
@@ -126,6 +127,13 @@ def test_what_no_harness_has_is_left_out_in_one_line(
     assert main(["eval", str(path), *flags]) == 130
     said = capsys.readouterr()
     assert said.out.startswith("4 runs into ") and "left out" not in said.err
+
+
+def test_the_footer_counts_runs(tmp_path: Path) -> None:
+    (tmp_path / "dynllava_run.json").write_text('{"seconds": 3}')
+    assert footer([tmp_path]) == "\nTime: 3 s in 1 run  \n"
+    (tmp_path / "other_dynllava_run.json").write_text('{"seconds": 3}')
+    assert footer([tmp_path]) == "\nTime: 6 s in 2 runs  \n"
 
 
 def test_a_suite_may_name_its_judge(tmp_path: Path) -> None:

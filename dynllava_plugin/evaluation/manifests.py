@@ -39,7 +39,7 @@ def footer(folders: Iterable[Path]) -> str:
 
 def _time(answering: list[float], states: set[Path | None]) -> str:
     """From loading the model to the last answer; where a suite ran them all, the whole processes' too."""
-    text = f"Time: answering {sum(answering):.0f} s in {len(answering)} runs"
+    text = f"Time: answering {sum(answering):.0f} s in {count_of_runs(len(answering))}"
     whole = [_seconds(state) for state in states]
     known = [seconds for seconds in whole if seconds is not None]
     return f"{text}, whole processes {sum(known):.0f} s" if len(known) == len(whole) else text
@@ -58,6 +58,11 @@ def _seconds(state: Path | None) -> float | None:
     except UserError:
         return None
     return float(found) if isinstance(found, (int, float)) else None
+
+
+def count_of_runs(number: int) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} run" if number == 1 else f"{number} runs"
 
 
 def _checkpoint(manifest: dict[str, Any]) -> str | None:

@@ -70,6 +70,7 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
     """
     from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
     from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
+    from dynllava_plugin.evaluation.manifests import count_of_runs
     from dynllava_plugin.evaluation.suite.config import SuiteConfig
     from dynllava_plugin.evaluation.suite.report import report
     from dynllava_plugin.evaluation.suite.runner import Runner
@@ -92,7 +93,7 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
         print(f"left out, {config.harness} has no task for them: {names}", file=sys.stderr, flush=True)
     judged = [task for benchmark in config.wanted() for task in benchmark.tasks(LMMS_EVAL)]
     runs = plan(config, find_judge(LMMS_EVAL, judged))
-    print(f"{len(runs)} run{'s' if len(runs) != 1 else ''} into {config.output}", flush=True)
+    print(f"{count_of_runs(len(runs))} into {config.output}", flush=True)
     try:
         outcomes = Runner(runs, config.jobs, config.data, lambda line: print(line, flush=True)).run()
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.manifests import footer
+from dynllava_plugin.evaluation.manifests import count_of_runs, footer
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.runner import Outcome, read_state
 from dynllava_plugin.files import write_json, write_text
@@ -28,7 +28,10 @@ def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
     for outcome in failed:
         print(f"error: {outcome.run.title}: {outcome.problem}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(outcomes)} runs failed; the same command tries them again", flush=True)
+        print(
+            f"{len(failed)} of {count_of_runs(len(outcomes))} failed; the same command tries again",
+            flush=True,
+        )
     return 1 if failed else 0
 
 
