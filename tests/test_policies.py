@@ -319,9 +319,7 @@ def test_settings_and_modes_name_policies():
     assert policy(mode="image_text", vision_keep_rate=0.3).keep == 0.3
     assert policy(policy="random", vision_keep_rate=0.25).keep == 0.25
     for other in ({"mode": "image"}, {"image_policy": "random"}):
-        with pytest.raises(
-            UserError, match=f"{next(iter(other))}: policy=fastv already says what is dropped"
-        ):
+        with pytest.raises(UserError, match=f"{next(iter(other))}: policy=fastv says what is dropped"):
             policy(policy="fastv,k=1", **other)
     MODEL.set_sparsity(mode="image_text", vision_keep_rate=0.3)
 

@@ -131,9 +131,9 @@ def test_what_no_harness_has_is_left_out_in_one_line(
 
 def test_the_footer_counts_runs(tmp_path: Path) -> None:
     (tmp_path / "dynllava_run.json").write_text('{"seconds": 3}')
-    assert footer([tmp_path]) == "\nTime: 3 s in 1 run  \n"
+    assert footer([tmp_path]) == "\nTime: answering 3 s in 1 run  \n"
     (tmp_path / "other_dynllava_run.json").write_text('{"seconds": 3}')
-    assert footer([tmp_path]) == "\nTime: 6 s in 2 runs  \n"
+    assert footer([tmp_path]) == "\nTime: answering 6 s in 2 runs  \n"
 
 
 def test_a_suite_may_name_its_judge(tmp_path: Path) -> None:

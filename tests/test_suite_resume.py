@@ -140,7 +140,7 @@ def test_the_suites_table_has_its_own_runs_only(tmp_path: Path, capsys: pytest.C
     write_run(other, "full", {"gqa": {"exact_match,none": 0.9}})
     assert report(chosen, [Outcome(mine)]) == 0
     text = (tmp_path / "out" / "table.csv").read_text()
-    assert ",image," in text and ",full," not in text and "in 1 runs" in capsys.readouterr().out
+    assert ",image," in text and ",full," not in text and "in 1 run " in capsys.readouterr().out
 
 
 def test_sigterm_ends_what_is_running(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ class Subject:
 
     def switch(self, mode: Mode) -> None:
         """Bring the model into a mode."""
-        self.model.set_sparsity(**{"mode": "full", "policy": None, "policy_args": {}, **mode.sparsity})
+        self.model.set_sparsity(mode="full")  # nothing of the policy before
+        self.model.set_sparsity(**mode.sparsity)
 
     def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
         """A batch of prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to one and a half times the length."""

@@ -46,9 +46,6 @@ class ModelSettings:
     def __post_init__(self) -> None:
         # A wrong value is named here, before a checkpoint of many gigabytes is read.
         check_policy(SparsityConfig().replace(**policy_changes(self.sparsity())))
-        for name in ("mode", "image_policy"):
-            if self.policy is not None and getattr(self, name) is not None:
-                raise UserError(f"{name}: policy={self.policy} says what is dropped; give one of the two")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSettings:

@@ -128,7 +128,7 @@ def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
     name, arguments = parse_policy(str(changes["policy"]))
     for other in ("mode", "image_policy"):
         if changes.get(other) is not None:
-            raise UserError(f"{other}: policy={name} already says what is dropped; give one of both")
+            raise UserError(f"{other}: policy={name} says what is dropped; give one of the two")
     arguments |= changes.get("policy_args") or {}
     arguments |= {key: value for key, value in changes.items() if key not in settings}
     return {
