@@ -4,8 +4,7 @@ Importing this package registers the model with `AutoConfig`, `AutoModelForImage
 """
 
 from dynllava_plugin.model.checkpoints import load_model
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 __version__ = "0.1.0"

@@ -101,7 +101,7 @@ def test_a_copied_cache_holds_the_same_and_goes_its_own_way():
         expected = model(torch.tensor([[5]]), past_key_values=cache).logits
         assert twin.get_seq_length() == cache.get_seq_length() - 1
         torch.testing.assert_close(model(torch.tensor([[5]]), past_key_values=twin).logits, expected)
-    assert twin.layers[3].track is twin.sparse and twin.layers[0].track is twin.dense
+    assert twin.layers[3].track is twin.tracks[1] and twin.layers[0].track is twin.tracks[0]
     assert twin.layers[0].keys.untyped_storage().nbytes() < 2**20
 
 
@@ -113,17 +113,17 @@ def test_appending_costs_the_same_at_any_length():
         cache = model.new_cache()
         heads, width = 2, 8
         states = torch.randn(4, heads, prompt, width)
-        cache.dense.begin(torch.ones(4, prompt, dtype=torch.bool))
+        cache.tracks[0].begin(torch.ones(4, prompt, dtype=torch.bool))
         cache.layers[0].update(states, states)
-        cache.dense.commit()
+        cache.tracks[0].commit()
         one, keep = torch.randn(4, heads, 1, width), torch.ones(4, 1, dtype=torch.bool)
         times = []
         for _ in range(5):
             start = time.thread_time()  # a busy machine is not a failure
             for _ in range(130):  # two growth steps
-                cache.dense.begin(keep)
+                cache.tracks[0].begin(keep)
                 cache.layers[0].update(one, one)
-                cache.dense.commit()
+                cache.tracks[0].commit()
             times.append(time.thread_time() - start)
         return min(times)
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dynllava_plugin import DynamicLlavaForConditionalGeneration, load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints import load_without_processor
-from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, fresh_sparsity, read_config
+from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, read_config
 from dynllava_plugin.model.checkpoints.weights import our_name
+from dynllava_plugin.model.configuration import fresh_sparsity
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
 from tests import fake_checkpoints as fake

@@ -67,7 +67,10 @@ def test_a_decode_step_never_waits_for_the_device(model, batch, answers, impleme
 )
 def test_static_steps_equal_plain_ones(model, batch, answers, options):
     torch._dynamo.reset()
-    plain, static = model.new_cache(), StaticCache(5, 2, growth_step=16, compile_options=options)
+    plain, static = (
+        model.new_cache(),
+        StaticCache(5, model._llm.policy.splits, growth_step=16, compile_options=options),
+    )
     expected = decode(model, batch, answers, plain)
     torch.testing.assert_close(decode(model, batch, answers, static), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(static.kept_lengths(), plain.kept_lengths())

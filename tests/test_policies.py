@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies import POLICIES, TokenLayout
+from dynllava_plugin.model.packing import Tokens
+from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from tests.policy_cases import CASES, cases
 from tests.property_tests import examples
@@ -132,14 +133,18 @@ def plain_logits(policy, sample, answer, out):
     length = ids.shape[1]
     keep = torch.ones(length, dtype=torch.bool)
     keep[len(sample.ids) :] = out.text_keep[0]
-    layout = TokenLayout(output_mask=torch.arange(length)[None] >= len(sample.ids))
-    embeds = MODEL._embed(layout, ids, None, None, sample.images if len(sample.images) else None, None)
+    images = {"pixel_values": sample.images if len(sample.images) else None}
+    output = torch.arange(length)[None] >= len(sample.ids)
+    embeds, layout, _, _ = MODEL._embed(policy, ids, None, None, None, images, None, (output, 0))
     inside = torch.ones(length, dtype=torch.bool)
     if out.image_keep is not None and len(sample.images):
         keep[ids[0] == MODEL.config.image_token_id] = out.image_keep[0]
     positions = torch.arange(length)[None]
-    if layout.removed is not None:
-        inside = ~layout.removed[0]
+    if policy.at_input and len(sample.images):
+        inside[layout.image_mask[0]] = out.image_keep[0]
+        choice = policy.keep_image(llm._view(0, Tokens.of(embeds, positions, layout), None))
+        if choice.tokens is not None:
+            embeds[layout.image_mask] = choice.tokens.flatten(0, 1)
         if policy.packed_positions:
             embeds, keep, positions = embeds[:, inside], keep[inside], torch.arange(int(inside.sum()))[None]
             inside = inside[inside]
@@ -249,7 +254,7 @@ def test_what_a_sequential_policy_cannot_do_is_said():
     with pytest.raises(UserError, match="labels: h2o decides step by step"):
         MODEL(ids, labels=ids)
     with pytest.raises(UserError, match="past_key_values: made for another policy than h2o"):
-        MODEL(ids, past_key_values=SparseContextCache(5, 2))
+        MODEL(ids, past_key_values=SparseContextCache(5, (3,)))
     with pytest.raises(UserError, match="cache_implementation: h2o lets tokens go"):
         MODEL.generate(ids, cache_implementation="static")
     cache = MODEL(ids).past_key_values

@@ -121,7 +121,7 @@ def test_words_before_the_first_image_are_shared_by_all(case, seed, scenes):
         logits, tokens, cache = generated(**batch)
         inputs = shared_of(samples, list(range(len(samples))), batch, least_saved=0)
         shared_logits, shared_tokens, shared_cache = generated(**inputs)
-    assert shared_cache.dense.lengths.tolist() == cache.dense.lengths.tolist()
+    assert shared_cache.tracks[0].lengths.tolist() == cache.tracks[0].lengths.tolist()
     torch.testing.assert_close(shared_logits, logits, **CLOSE)
     assert torch.equal(shared_tokens, tokens)
     assert torch.equal(shared_cache.kept_lengths(), cache.kept_lengths())

@@ -60,7 +60,13 @@ def test_static_equals_dynamic(mode, seed, shapes, growth, with_mask):
     """Any batch, and buffers that grow while decoding."""
     batch = mixed_batch(seed, shapes)
     answers = torch.randint(3, 80, (len(shapes), 12), generator=torch.Generator().manual_seed(seed))
-    assert_same(MODELS[mode], batch, answers, StaticCache(5, 2, growth_step=growth), with_mask=with_mask)
+    assert_same(
+        MODELS[mode],
+        batch,
+        answers,
+        StaticCache(5, MODELS[mode]._llm.policy.splits, growth_step=growth),
+        with_mask=with_mask,
+    )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -69,7 +75,12 @@ def test_compiled_equals_plain(backend):
     model, batch = MODELS["image_text"], mixed_batch(3, [(1, 4), (0, 7), (2, 2)])
     answers = torch.randint(3, 80, (3, 12), generator=torch.Generator().manual_seed(0))
     options = {"backend": backend, "fullgraph": True}
-    assert_same(model, batch, answers, StaticCache(5, 2, growth_step=8, compile_options=options))
+    assert_same(
+        model,
+        batch,
+        answers,
+        StaticCache(5, model._llm.policy.splits, growth_step=8, compile_options=options),
+    )
 
 
 def test_a_compiled_step_serves_every_token_between_growths():
@@ -83,7 +94,7 @@ def test_a_compiled_step_serves_every_token_between_growths():
     model, batch = MODELS["image_text"], mixed_batch(4, [(1, 4), (0, 7)])
     answers = torch.randint(3, 80, (2, 30), generator=torch.Generator().manual_seed(0))
     decode(
-        model, batch, answers, StaticCache(5, 2, growth_step=40, compile_options={"backend": counting, "fullgraph": True})
+        model, batch, answers, StaticCache(5, (2,), growth_step=40, compile_options={"backend": counting, "fullgraph": True})
     )  # fmt: skip
     assert len(compiled) == 1
 
@@ -129,7 +140,7 @@ def test_settings_changed_between_steps_take_effect():
 
 def test_a_static_cache_keeps_its_tensors_between_growths():
     model, batch = MODELS["image_text"], mixed_batch(7, [(1, 4), (0, 9)])
-    cache = StaticCache(5, 2, growth_step=30)
+    cache = StaticCache(5, (2,), growth_step=30)
     answers = torch.randint(3, 80, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(**batch, past_key_values=cache, use_cache=True)
@@ -137,7 +148,7 @@ def test_a_static_cache_keeps_its_tensors_between_growths():
         for column in range(20):
             model(answers[:, column : column + 1], past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache.addresses() == before and len(before) == 2 + 2 * 5
+    assert cache.addresses() == before and len(before) == 3 + 2 * 5
 
 
 def test_a_copied_cache_goes_its_own_way():
@@ -162,5 +173,7 @@ def test_a_static_cache_made_under_another_policy_is_refused():
     cache = model.new_cache("static")
     decode(model, batch, torch.tensor([[5, 6]]), cache)
     model.set_sparsity(sparse_layer=3)
-    with pytest.raises(UserError, match="made for sparse_layer=2, the model has 3"):
+    with pytest.raises(
+        UserError, match=r"made for another policy than image \(its context changes at 2, image's at 3\)"
+    ):
         model(torch.tensor([[7]]), past_key_values=cache)

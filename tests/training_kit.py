@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
 from dynllava_plugin import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, SparsityConfig
-from dynllava_plugin.model.configuration import DynamicLlamaConfig
+from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN, vicuna_v1
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.sparsity.selection import tau_at
 from train import checkpoints
 from train.adapters import PREDICTORS, trained_predictors

@@ -11,8 +11,7 @@ import torch
 from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.predictors import KEEP

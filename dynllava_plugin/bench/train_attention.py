@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 
 from dynllava_plugin.bench.masked_cases import AttentionInputs, AttentionShape
-from dynllava_plugin.model.attention import MASKED_SOFTMAX, masked_softmax_forward
+from dynllava_plugin.model import attention
 from dynllava_plugin.sparsity.masked_softmax import (
     PADDING,
     TrainingContext,
@@ -70,25 +69,17 @@ def model_attention(implementation: str) -> Iterator[None]:
     last: list[Any] = [None, None]
 
     def plain_forward(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        context: TrainingContext | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        assert context is not None
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: TrainingContext, scaling: float
+    ) -> torch.Tensor:
         if last[0] is not context:
             valid = context.packing[:, 2] != PADDING
             last[:] = context, (context_matrix(context.keep), visible_matrix(valid))
         matrix, visible = last[1]
-        mixed = plain_masked_softmax(query, key, value, matrix, visible, kwargs["scaling"])
-        return mixed.transpose(1, 2), None
+        return plain_masked_softmax(query, key, value, matrix, visible, scaling)
 
     if implementation == "plain":
-        AttentionInterface.register(MASKED_SOFTMAX, plain_forward)
+        attention.masked_softmax_attention = plain_forward  # type: ignore[assignment]
     try:
         yield
     finally:
-        AttentionInterface.register(MASKED_SOFTMAX, masked_softmax_forward)
+        attention.masked_softmax_attention = masked_softmax_attention

@@ -10,8 +10,7 @@ import torch
 
 from dynllava_plugin.bench.train_attention import model_attention
 from dynllava_plugin.flops import DecoderShape
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynllava_plugin.sparsity.predictors import KEEP
 
 IMAGE_TOKENS = 576

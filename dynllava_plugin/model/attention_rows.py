@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from dynllava_plugin.policies import TokenLayout
-
-
-class Watch(Protocol):
-    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended."""
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float,
-    ) -> None: ...
 
 
 class WatchLastPromptToken:
@@ -38,9 +23,11 @@ class WatchLastPromptToken:
         self.weights: torch.Tensor | None = None  # float32 [B, L], mean over heads
 
     @classmethod
-    def of(cls, layer: int | None, valid: torch.Tensor, layout: TokenLayout) -> WatchLastPromptToken | None:
-        """For a call with images whose policy asks for it; None otherwise."""
-        if layer is None or layout.image_mask is None:
+    def of(
+        cls, layer: int | None, start: int, end: int, valid: torch.Tensor, layout: TokenLayout
+    ) -> WatchLastPromptToken | None:
+        """Return one for a segment of layers start..end - 1 with images, whose policy asks for a layer of it; else None."""
+        if layer is None or not start <= layer < end or not layout.image_lengths:
             return None
         columns = torch.arange(valid.shape[1], device=valid.device)
         return cls(layer, valid, torch.where(valid & layout.before_output(columns), columns, 0).amax(1))

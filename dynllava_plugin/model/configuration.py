@@ -1,53 +1,66 @@
-"""Configuration: LLaVA-1.5's with the sparsification's settings inside the LLM's part."""
+"""Configurations: a family's stock ones, with the sparsification's settings inside the LLM's part."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, LlavaConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoConfig, PreTrainedConfig
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-
-class DynamicLlamaConfig(LlamaConfig):
-    """A Llama whose layers from `sparsity.sparse_layer` on see a reduced context."""
-
-    model_type = "dynamic_llama"
-
-    sparsity: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.sparsity is None:
-            self.sparsity = SparsityConfig()
-        elif isinstance(self.sparsity, dict):
-            self.sparsity = SparsityConfig.from_dict(self.sparsity)
-        super().__post_init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `sparsity` as a plain dict."""
-        return {**super().to_dict(), "sparsity": self.sparsity.to_dict()}
+PREFIX = "dynamic_"
+TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {}  # stock model_type of an LLM -> ours
 
 
-class DynamicLlavaConfig(LlavaConfig):
-    """LLaVA-1.5 with a `DynamicLlamaConfig` as its LLM.
+class SparseTextConfig:
+    """To stand before a stock text config in a class's bases, which declares ``sparsity: Any = None``.
 
-    Parameters
-    ----------
-    image_aspect_ratio : "pad" | "square"
-        "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
-    placeholder_tokens : int
-        Last rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+    Raises
+    ------
+    UserError
+        Layers that see a window of the context only.
     """
 
-    model_type = "dynamic_llava"
-    sub_configs_defaults = {
-        **LlavaConfig.sub_configs_defaults,
-        "text_config": SubConfigSpec(config_class=DynamicLlamaConfig),
-    }
+    sparsity: Any
 
-    image_aspect_ratio: str = "pad"
-    placeholder_tokens: int = 0
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.sparsity is None:
+            self.sparsity = fresh_sparsity(self.hidden_size)  # type: ignore[attr-defined]
+        elif isinstance(self.sparsity, dict):
+            self.sparsity = SparsityConfig.from_dict(self.sparsity)
+        self._refuse_windows()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config JSON-ready; `sparsity` as a plain dict."""
+        return {**super().to_dict(), "sparsity": self.sparsity.to_dict()}  # type: ignore[misc]
+
+    def _refuse_windows(self) -> None:
+        window = getattr(self, "sliding_window", None)
+        types = getattr(self, "layer_types", None)
+        windowed = window is not None if types is None else any(kind != "full_attention" for kind in types)
+        if windowed and (window is None or window < self.max_position_embeddings):  # type: ignore[attr-defined]
+            raise UserError(
+                f"sliding_window: {window}: layers that see a part of the context only are not supported; "
+                "a checkpoint without a window (null) is"
+            )
+
+
+class SparseVLMConfig:
+    """To stand before a family's stock config in a class's bases: its LLM's part becomes one with `sparsity`.
+
+    Raises
+    ------
+    UserError
+        An LLM of a kind that isn't supported.
+    """
+
+    text_config: Any
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.text_config = sparse_text_config(self.text_config)
 
     @property
     def sparsity(self) -> SparsityConfig:
@@ -55,5 +68,39 @@ class DynamicLlavaConfig(LlavaConfig):
         return self.text_config.sparsity
 
 
-AutoConfig.register("dynamic_llama", DynamicLlamaConfig)
-AutoConfig.register("dynamic_llava", DynamicLlavaConfig)
+def sparse_text_config(stock: Any) -> Any:
+    """Return a stock text config as the one with `sparsity`; one that has it already as it is.
+
+    Raises
+    ------
+    UserError
+        An LLM of a kind that isn't supported.
+    """
+    if isinstance(stock, SparseTextConfig):
+        return stock
+    kind = TEXT_CONFIGS.get(stock.model_type)
+    if kind is None:
+        raise UserError(
+            f"text_config: the LLM is a {stock.model_type}, supported are {', '.join(sorted(TEXT_CONFIGS))}"
+        )
+    values = stock.to_dict()
+    values.pop("model_type")
+    return kind.from_dict(values)
+
+
+def fresh_sparsity(hidden_size: int) -> SparsityConfig:
+    """Return settings for a checkpoint without predictors: the paper's, with predictors that fit a small LLM.
+
+    The paper's width 512 (8 heads, MLP 2048) from `hidden_size` 1024 on; below, the largest power of two up
+    to half of `hidden_size` (at least 16), 4 heads and an MLP of four times the width: 192 -> 64.
+    """
+    if hidden_size >= 1024:
+        return SparsityConfig()
+    width = max(16, 2 ** ((hidden_size // 2).bit_length() - 1))
+    return SparsityConfig(predictor_dim=width, predictor_heads=4, predictor_ffn_dim=4 * width)
+
+
+def register_text_config(config: type[PreTrainedConfig]) -> None:
+    """Let transformers and `sparse_text_config` know an LLM's config by its model_type."""
+    AutoConfig.register(config.model_type, config)
+    TEXT_CONFIGS[config.model_type.removeprefix(PREFIX)] = config

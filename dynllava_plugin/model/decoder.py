@@ -1,33 +1,21 @@
-"""A Llama decoder with one gate at layer l."""
+"""A stock text model's layers in segments, with a gate between each two: `SparseDecoder`, a mixin of every family's LLM."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
-from transformers.models.llama.modeling_llama import (
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.attention import SparseCall, additive, context_mask, use_sparse_attention
 from dynllava_plugin.model.attention_rows import WatchLastPromptToken
-from dynllava_plugin.model.configuration import DynamicLlamaConfig
-from dynllava_plugin.model.gate import decide, decide_training
-from dynllava_plugin.model.layers import DynamicLlamaDecoderLayer
-from dynllava_plugin.model.masks import additive, context_mask
-from dynllava_plugin.model.outputs import DynamicLlamaOutput
-from dynllava_plugin.model.packing import (
-    at_columns,
-    gather_columns,
-    pack_present,
-    present_tokens,
-    without_removed,
-)
+from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
+from dynllava_plugin.model.outputs import SparseDecoderOutput
+from dynllava_plugin.model.packing import Tokens, at_columns, last_column, present_tokens
+from dynllava_plugin.model.token_layout import read_layout, valid_columns
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -35,30 +23,28 @@ from dynllava_plugin.sparsity.masked_softmax import training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
 
 
-class DynamicLlamaModel(LlamaPreTrainedModel):
-    """Layers 0..l-1 over every token, the gate, layers l..L-1 over the reduced context."""
+class SparseDecoder(nn.Module):
+    """To stand before a stock text model in a class's bases: its layers, unchanged, over fewer and fewer tokens.
 
-    config: DynamicLlamaConfig
-    config_class = DynamicLlamaConfig
-    _no_split_modules = ["DynamicLlamaDecoderLayer"]
-    _supports_flex_attn = False
+    What a subclass needs is the stock class and a config with `sparsity`. Image and text predictor are added to its modules.
+    """
 
-    def __init__(self, config: DynamicLlamaConfig) -> None:
+    # Of the stock text model.
+    config: Any
+    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    norm: nn.Module
+    rotary_emb: nn.Module
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         config.sparsity.validate(config.num_hidden_layers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            DynamicLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
         self.text_predictor = (
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
         )
-        self.gradient_checkpointing = False
         self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
 
     def forward(
         self,
@@ -70,9 +56,10 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         use_cache: bool | None = None,
         layout: TokenLayout | None = None,
         last_only: bool = False,
+        deepstack: tuple[torch.Tensor, ...] = (),
         **kwargs: Any,
-    ) -> DynamicLlamaOutput:
-        """Inference.
+    ) -> SparseDecoderOutput:
+        """Inference: run a segment, ask its gate, pack what goes on, until the layers are through.
 
         Parameters
         ----------
@@ -80,69 +67,69 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
             Or `input_ids` int64 [B, L].
         attention_mask : int or bool [B, seen + L], optional
             0 on padding, at either end; covers the cached columns too.
+        position_ids : int64 [B or 1, L]; [3, B, L] on three axes; [4, B, L] with places in the text first; optional
         layout : TokenLayout, optional
             Where images and output text are; without it everything is prompt text.
         last_only : bool
             Only the last token's hidden state is wanted, so that dropped output tokens need not be computed at all.
+        deepstack : tuple of [B, L, d]
+            What is added to the hidden states behind layers 0, 1, ...
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        layout = layout or TokenLayout()
-        cache = self._cache_for(past_key_values, use_cache)
+        use_sparse_attention(self.config)
+        policy = self.policy
+        cache = self._cache_for(past_key_values, use_cache, policy)
         seen = cache.seen if cache is not None else 0
         batch, length, _ = inputs_embeds.shape
-        valid = self._valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
-        if position_ids is None:
-            position_ids = self._position_ids(attention_mask, valid, cache)
-        if cache is not None and cache.moved_up is not None:
-            position_ids = position_ids - cache.moved_up
-
-        policy = self.policy
-        hidden, columns, given = inputs_embeds, None, layout
-        if layout.removed is not None:
-            hidden, position_ids, valid, layout, columns = without_removed(
-                hidden, position_ids, valid, layout, cache
-            )
-        watch = WatchLastPromptToken.of(policy.attention_layer, valid, layout)
-        mask = context_mask(
-            self.config, cache.dense.begin(valid) if cache is not None else None, hidden, valid, seen
-        )
-        hidden = self._run(
-            self.layers[: self.sparse_layer], hidden, mask, position_ids, cache, watch=watch, **kwargs
-        )
-
-        attention = None if watch is None else watch.weights
-        gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor, attention)
-        decision = decide(policy, gate)
-        decision.add_removed(given)
-        if columns is not None and decision.text_keep is not None:
-            decision.text_keep = at_columns(decision.text_keep, columns, length)[:, given.output_start :]
-        keep, present = decision.keep, present_tokens(decision, valid, layout, last_only)
-        token_index, gathered = pack_present(present, valid, seen, last_only)
-        if gathered:
-            hidden, position_ids = (
-                gather_columns(hidden, token_index),
-                gather_columns(position_ids, token_index),
-            )
-            valid = token_index >= 0
-            keep = gather_columns(keep, token_index) & valid
-        if columns is not None:
-            token_index = torch.where(valid, gather_columns(columns, token_index), -1)
-        step_mask = cache.sparse.begin(keep) if cache is not None else None
-        # With the last token alone in demand every other one here is kept: the causal order says it all.
-        dropped = keep if layout.output_mask is not None and not last_only else None
-        mask = context_mask(self.config, step_mask, hidden, valid, seen, dropped)
-        watch = None if cache is None else cache.watch
-        hidden = self._run(
-            self.layers[self.sparse_layer :], hidden, mask, position_ids, cache, watch=watch, **kwargs
-        )
-
+        valid = valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
+        step = seen > 0 and length == 1
+        if layout is None:
+            layout = TokenLayout()
+        if layout.counts is None and not step:
+            facts = read_layout(valid, None, None, (None, 0), policy, False)
+            layout = replace(layout, counts=facts.counts, ends_real=facts.ends_real)
+        text, turned = self._positions(attention_mask, position_ids, valid, cache)
         if cache is not None:
-            cache.commit(length, decision.text_keep, decision.image_keep)
-        return DynamicLlamaOutput(
-            last_hidden_state=self.norm(hidden),
+            cache.start()
+            if turned is not text and not step:
+                cache.offset = _offset(turned, valid, cache)
+            if cache.moved_up is not None:
+                same, turned = turned is text, turned - cache.moved_up
+                text = turned if same else text - cache.moved_up
+        tokens = Tokens(inputs_embeds, turned, text, valid, valid, layout.counts, None, layout, deepstack)
+        decisions: list[Decision] = []
+        call = SparseCall(cache)
+        rotary = None
+        ends = _segment_ends(policy, len(self.layers))
+        for index, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+            watch = WatchLastPromptToken.of(policy.attention_layer, start, end, tokens.valid, tokens.layout)
+            if start < end:
+                call.watch = watch
+                mask = self._mask(tokens, cache, start, seen, last_only)
+                if rotary is None:
+                    rotary = self.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
+                tokens = self._run(start, end, tokens, mask, rotary, call)
+            if end == len(self.layers):
+                break
+            if end not in policy.layers or (step and not policy.asks_output(end)):
+                continue
+            before = tokens
+            attention = None if watch is None else watch.weights
+            tokens, decision = self._gate(
+                policy, end, tokens, attention, cache, last_only, step, index + 2 < len(ends)
+            )
+            rotary = rotary if tokens.position_ids is before.position_ids else None
+            decisions.append(_by_input_columns(decision, before, layout, length))
+        if last_only and not step and not tokens.layout.ends_real:
+            tokens = tokens.packed(last_column(tokens.valid), [1] * batch, False)
+        decision = _whole(decisions, valid, layout)
+        if cache is not None:
+            cache.commit(valid, decision.text_keep, decision.image_keep)
+        return SparseDecoderOutput(
+            last_hidden_state=self.norm(tokens.hidden),
             past_key_values=cache,
-            token_index=token_index,
+            token_index=tokens.token_index,
             decision=decision,
         )
 
@@ -154,32 +141,34 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         layout: TokenLayout,
         tau: float,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None],
-        **kwargs: Any,
-    ) -> DynamicLlamaOutput:
+        deepstack: tuple[torch.Tensor, ...] = (),
+    ) -> SparseDecoderOutput:
         """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3)."""
+        use_sparse_attention(self.config)
         batch, length, _ = inputs_embeds.shape
-        valid = self._valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
-        if position_ids is None:
-            position_ids = self._position_ids(attention_mask, valid, None)
+        valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
+        text, turned = self._positions(attention_mask, position_ids, valid, None)
         # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
         behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
-        causal = context_mask(
-            self.config, None, inputs_embeds, torch.ones_like(valid) if behind else valid, 0
-        )
-        if self.config.sparsity.mode == "full":
-            hidden = self._run(self.layers, inputs_embeds, causal, position_ids, None, **kwargs)
-            return DynamicLlamaOutput(last_hidden_state=self.norm(hidden))
-        hidden = self._run(
-            self.layers[: self.sparse_layer], inputs_embeds, causal, position_ids, None, **kwargs
-        )
+        causal = None
+        if not behind or "eager" in self.config._attn_implementation:
+            causal = context_mask(
+                self.config, torch.ones_like(valid) if behind else valid, None, inputs_embeds
+            )
+        rotary = self.rotary_emb(inputs_embeds, position_ids=turned)
+        tokens = Tokens(inputs_embeds, turned, text, valid, valid, None, None, layout, deepstack)
+        layers, settings = len(self.layers), self.config.sparsity
+        if settings.mode == "full":
+            tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
+            return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
+        start = self.sparse_layer
+        tokens = self._run(0, start, tokens, causal, rotary, SparseCall())
         masks = decide_training(
-            hidden, layout, self.config.sparsity, self.image_predictor, self.text_predictor, tau, gumbel_noise
+            tokens.hidden, layout, settings, self.image_predictor, self.text_predictor, tau, gumbel_noise
         )
-        context = training_context(masks.keep, valid)
-        hidden = self._run(
-            self.layers[self.sparse_layer :], hidden, None, position_ids, None, context=context, **kwargs
-        )
-        return DynamicLlamaOutput(last_hidden_state=self.norm(hidden), masks=masks)
+        call = SparseCall(context=training_context(masks.keep, valid))
+        tokens = self._run(start, layers, tokens, None, rotary, call)
+        return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
 
     @property
     def sparse_layer(self) -> int:
@@ -195,7 +184,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         return self._policy[1]
 
     def new_cache(self) -> SparseContextCache:
-        """An empty KV cache for this model."""
+        """Return an empty KV cache for this model."""
         return self.policy.new_cache(self.config.num_hidden_layers)
 
     def static_step(
@@ -203,6 +192,7 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         inputs_embeds: torch.Tensor,
         valid: torch.Tensor,
         position_ids: torch.Tensor,
+        text_positions: torch.Tensor,
         cache: SparseContextCache,
         policy: Policy,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +203,8 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         inputs_embeds : [B, 1, d]
         valid : bool [B, 1]
             False on padding.
-        position_ids : int64 [B, 1]
+        position_ids : int64 [B, 1] or [3, B, 1]
+        text_positions : int64 [B, 1]
         policy : Policy
             `self.policy`, looked up outside what is compiled.
 
@@ -221,86 +212,200 @@ class DynamicLlamaModel(LlamaPreTrainedModel):
         -------
         [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
         """
-        dense, sparse = cache.static_tracks()
-        mask = additive(dense.begin_static(valid), inputs_embeds)
-        hidden = self._run(self.layers[: cache.sparse_layer], inputs_embeds, mask, position_ids, cache)
-        layout = TokenLayout(output_mask=valid)
-        gate = Gate(hidden, valid, position_ids, layout, self.image_predictor, self.text_predictor)
-        decision = decide(policy, gate)
-        mask = additive(sparse.begin_static(decision.keep), hidden)
-        hidden = self._run(self.layers[cache.sparse_layer :], hidden, mask, position_ids, cache)
-        dense.commit_static()
-        sparse.commit_static()
-        return self.norm(hidden), decision.keep
+        use_sparse_attention(self.config)
+        layout, call = TokenLayout(output_mask=valid), SparseCall(cache)
+        tokens = Tokens(inputs_embeds, position_ids, text_positions, valid, valid, None, None, layout)
+        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        ends, stays = _segment_ends(policy, len(self.layers)), valid
+        for start, end in zip((0, *ends[:-1]), ends, strict=True):
+            if start < end:
+                track: Any = cache.layers[start].track
+                mask = additive(track.begin_static(tokens.keep), tokens.hidden)
+                tokens = self._run(start, end, tokens, mask, rotary, call)
+            if policy.asks_output(end):
+                decision = decide(policy, self._view(end, tokens, None), tokens.keep, None)
+                tokens, stays = replace(tokens, keep=decision.keep), decision.keep
+        for track in cache.static_tracks():
+            track.commit_static()
+        cache.fed.add_(valid)  # type: ignore[union-attr]
+        return self.norm(tokens.hidden), stays
+
+    def _gate(
+        self,
+        policy: Policy,
+        layer: int,
+        tokens: Tokens,
+        attention: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        last_only: bool,
+        step: bool,
+        another: bool,
+    ) -> tuple[Tokens, Decision]:
+        """Ask the policy at the input of `layer`; return what goes on and the decision."""
+        decision = decide(policy, self._view(layer, tokens, attention), tokens.keep, tokens.keep_counts)
+        if step:  # one token a sample: it goes on, whether or not it stays as context
+            return replace(
+                tokens, keep=decision.keep, layout=tokens.layout if another else TokenLayout()
+            ), decision
+        if decision.image_states is not None:
+            hidden = tokens.hidden.clone()
+            hidden.view(-1, hidden.shape[-1])[tokens.layout.image_index] = decision.image_states.to(hidden)
+            tokens = replace(tokens, hidden=hidden)
+        present, counts = present_tokens(decision, tokens, last_only)
+        if counts is None:
+            counts = present.sum(1).tolist()
+        if layer == 0 and policy.packed_positions and tokens.layout.image_lengths:
+            tokens = _moved_up(tokens, tokens.valid & ~decision.keep, cache)
+        if sum(counts) == sum(tokens.counts or ()) and (not last_only or tokens.layout.ends_real):
+            return replace(tokens, keep=decision.keep), decision
+        all_stay = present is decision.keep
+        tokens = replace(tokens, keep=tokens.valid if all_stay else decision.keep)
+        return tokens.packed(present, counts, another), decision
+
+    def _view(self, layer: int, tokens: Tokens, attention: torch.Tensor | None) -> Gate:
+        positions = tokens.text_positions.expand(tokens.valid.shape)
+        return Gate(
+            tokens.hidden, tokens.valid, positions, tokens.layout, self.image_predictor, self.text_predictor,
+            attention, layer,
+        )  # fmt: skip
+
+    def _mask(
+        self, tokens: Tokens, cache: SparseContextCache | None, start: int, seen: int, last_only: bool
+    ) -> torch.Tensor | None:
+        """Plan where the segment's keys go; return what its tokens may see, as the implementation wants it."""
+        cached = None
+        if cache is not None:
+            cached = cache.layers[start].track.begin(tokens.keep, tokens.keep_counts)
+        if not seen:
+            if last_only:  # every other token that is dropped has gone: the causal order says it all
+                return context_mask(self.config, tokens.valid, tokens.counts, tokens.hidden)
+            return context_mask(self.config, tokens.keep, tokens.keep_counts, tokens.hidden)
+        # SDPA would turn a step's mask into an additive one in every layer.
+        step = tokens.hidden.shape[1] == 1 or "eager" in self.config._attn_implementation
+        return additive(cached, tokens.hidden) if cached is not None and step else cached
 
     def _run(
         self,
-        layers: nn.ModuleList,
-        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        tokens: Tokens,
         mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: SparseContextCache | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        position_embeddings = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer in layers:
+        rotary: Any,
+        call: SparseCall,
+    ) -> Tokens:
+        """Layers start..end - 1 over the present tokens."""
+        hidden, deepstack = tokens.hidden, tokens.deepstack
+        for layer in self.layers[start:end]:
             hidden = layer(
                 hidden,
                 attention_mask=mask,
-                position_embeddings=position_embeddings,
-                past_key_values=cache,
-                **kwargs,
+                position_ids=None,
+                position_embeddings=rotary,
+                past_key_values=call.cache,
+                sparse=call,
             )
-        return hidden
+            if deepstack:
+                hidden, deepstack = hidden + deepstack[0], deepstack[1:]
+        return replace(tokens, hidden=hidden, deepstack=deepstack)
 
-    def _cache_for(self, cache: Any, use_cache: bool | None) -> SparseContextCache | None:
-        policy = self.policy
+    def _cache_for(self, cache: Any, use_cache: bool | None, policy: Policy) -> SparseContextCache | None:
         if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
             if not wanted and policy.sequential:
                 raise UserError(f"use_cache: {policy.name} decides what leaves the KV cache, so it needs one")
             return policy.new_cache(self.config.num_hidden_layers) if wanted and not self.training else None
-        self.check_cache(cache)
+        self.check_cache(cache, policy)
         return cache
 
-    def check_cache(self, cache: Any) -> None:
-        """`UserError` for a cache of another kind or made under another policy."""
-        policy = self.policy
+    @staticmethod
+    def check_cache(cache: Any, policy: Policy) -> None:
+        """Raise `UserError` for a cache of another kind or made under another policy."""
         if not isinstance(cache, SparseContextCache):
             raise UserError(
                 f"past_key_values: {type(cache).__name__} can't hold a different context per layer; pass none, or model.new_cache()"
             )
-        if cache.sparse_layer != policy.gate_layer:
+        if cache.rule != policy.cache_rule or cache.splits != policy.splits:
+            made = ", ".join(map(str, cache.splits)) or "no layer"
+            gates = ", ".join(map(str, policy.splits)) or "none"
             raise UserError(
-                f"past_key_values: made for sparse_layer={cache.sparse_layer}, the model has {policy.gate_layer}; start a new one"
+                f"past_key_values: made for another policy than {policy.name} (its context changes at {made}, "
+                f"{policy.name}'s at {gates}); start a new one"
             )
-        if cache.rule != policy.cache_rule:
-            raise UserError(f"past_key_values: made for another policy than {policy.name}; start a new one")
 
     @staticmethod
-    def _valid_columns(
-        attention_mask: torch.Tensor | None, batch: int, length: int, seen: int, device: torch.device
-    ) -> torch.Tensor:
-        if attention_mask is None:
-            return torch.ones(batch, length, dtype=torch.bool, device=device)
-        if attention_mask.shape != (batch, seen + length):
-            raise UserError(
-                f"attention_mask: shape {tuple(attention_mask.shape)}, expected {(batch, seen + length)} "
-                f"({seen} cached columns and {length} new ones)"
-            )
-        return attention_mask[:, -length:].bool()
-
-    @staticmethod
-    def _position_ids(
-        attention_mask: torch.Tensor | None, valid: torch.Tensor, cache: SparseContextCache | None
-    ) -> torch.Tensor:
+    def _positions(
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        valid: torch.Tensor,
+        cache: SparseContextCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each token's place in its text, int64 [B or 1, L], and its position ids, [3, B, L] where they differ."""
+        if position_ids is not None and position_ids.dim() == 2:
+            return position_ids, position_ids
+        if position_ids is not None and position_ids.shape[0] == 4:
+            return position_ids[0], position_ids[1:]
         if attention_mask is not None:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
-        new = torch.arange(valid.shape[1], device=valid.device)[None]
-        # Layers before l hold every real token, so their length is the next position.
-        if cache is None or cache.dense.lengths is None:
-            return new
-        return new + cache.next_positions()
+            text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
+        else:
+            text = torch.arange(valid.shape[1], device=valid.device)[None]
+            if cache is not None and cache.fed is not None:
+                text = text + cache.fed
+        if position_ids is not None:
+            return text, position_ids
+        if cache is not None and cache.offset is not None:
+            return text, (text + cache.offset)[None].expand(3, -1, -1)
+        return text, text
 
 
-AutoModel.register(DynamicLlamaConfig, DynamicLlamaModel)
+def _segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:
+    """Where a segment of layers ends: at each gate, where a cache's track begins, and behind the last layer."""
+    return (*sorted({*policy.layers, *policy.splits}), layers)
+
+
+def _by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, length: int) -> Decision:
+    """A later gate's decision as one on the call's own columns."""
+    if tokens.columns is None:
+        return decision
+    for name in ("text_keep", "text_score"):
+        if (value := getattr(decision, name)) is not None:
+            spread = at_columns(value, tokens.columns, length)
+            setattr(decision, name, spread[:, layout.output_start :])
+    if decision.image_keep is not None:
+        stays = at_columns(decision.keep, tokens.columns, length)
+        decision.image_keep = by_sample(stays.flatten()[layout.image_index], layout)
+        decision.image_score = None  # on the scale of this gate's own survivors
+    return decision
+
+
+def _offset(positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache) -> torch.Tensor:
+    """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
+    last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
+    fed = valid.sum(1, keepdim=True)
+    return last + 1 - (fed if cache.fed is None else cache.fed + fed)
+
+
+def _moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
+    """The tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
+    if cache is not None:
+        cache.move_up(gone.sum(1, keepdim=True))
+    less = gone.cumsum(1)
+    same = tokens.text_positions is tokens.position_ids
+    positions = tokens.position_ids - less
+    return replace(
+        tokens, position_ids=positions, text_positions=positions if same else tokens.text_positions - less
+    )
+
+
+def _whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:
+    """One call's decisions over all gates: what the last gate that decided on a kind of token left."""
+    whole = Decision(keep=valid)
+    for decision in decisions:
+        whole.keep = decision.keep
+        for name in ("image_keep", "image_score", "text_keep", "text_score"):
+            value = getattr(decision, name)
+            if value is not None:
+                setattr(whole, name, value)
+    if whole.text_keep is None and layout.output_mask is not None:
+        output = layout.output_mask[:, layout.output_start :]
+        whole.text_keep = output & valid[:, layout.output_start :]
+    return whole

@@ -1,7 +1,8 @@
-"""The gate: asks the policy what stays as context, in inference and, for the learned one, in training."""
+"""What a gate decides, in inference by asking the policy and, for the learned one, in training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +17,17 @@ from dynllava_plugin.sparsity.selection import gumbel_keep_mask, gumbel_noise
 class Decision:
     """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False.
 
-    Scores are the policy's own, on any scale; None where it has none.
+    Scores are the policy's own, on any scale; None where it has none. `counts` are `keep`'s, where the host knows;
+    `image_states` [T, d] are the image tokens' states where the policy merges some.
     """
 
     keep: torch.Tensor
+    counts: Sequence[int] | None = None
     image_keep: torch.Tensor | None = None  # [B, N_img]
     text_keep: torch.Tensor | None = None  # [B, L - output_start]
     image_score: torch.Tensor | None = None
     text_score: torch.Tensor | None = None
-
-    def add_removed(self, layout: TokenLayout) -> None:
-        """What was decided before the LLM, if anything was."""
-        if layout.removed is None:
-            return
-        self.image_keep = right_padded(~layout.removed[layout.image_mask], layout.image_mask)[0]
-        if layout.image_score is not None:
-            self.image_score = right_padded(layout.image_score.flatten(), layout.image_mask)[0]
+    image_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -53,27 +49,81 @@ def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     return rows, valid
 
 
-def decide(policy: Policy, gate: Gate) -> Decision:
-    """Inference: what `policy` keeps of the tokens at the gate; padding is never kept."""
-    layout, valid = gate.layout, gate.valid
-    decision = Decision(keep=valid)
-    image = policy.keep_image(gate) if layout.image_mask is not None else None
-    if image is not None:
-        selected = image.keep.flatten()
-        decision.keep = decision.keep.masked_scatter(layout.image_mask, selected)
-        decision.image_keep = right_padded(selected, layout.image_mask)[0]
-        if image.score is not None:
-            decision.image_score = right_padded(image.score.flatten(), layout.image_mask)[0]
+def decide(policy: Policy, gate: Gate, keep: torch.Tensor, counts: Sequence[int] | None) -> Decision:
+    """Return what `policy` keeps of the tokens at the gate.
+
+    Parameters
+    ----------
+    keep : bool [B, L]
+        What stayed so far; padding isn't in it.
+    counts : sequence of int, optional
+        How many of each sample, where the host knows.
+    """
+    layout = gate.layout
+    decision = Decision(keep=keep, counts=counts)
+    if layout.image_lengths:
+        _decide_images(policy, gate, decision)
     if layout.output_mask is not None:
         output_mask = gate.of_output(layout.output_mask)
-        stays = output_mask & gate.of_output(valid)
+        stays = output_mask & gate.of_output(gate.valid)
         output = policy.keep_output(gate)
         if output is not None:
             stays, decision.text_score = stays & output.keep, output.score
-        decision.text_keep = stays
+        decision.text_keep, decision.counts = stays, None
         decision.keep = decision.keep.clone()
         decision.keep[:, layout.output_start :] &= stays | ~output_mask
     return decision
+
+
+def _decide_images(policy: Policy, gate: Gate, decision: Decision) -> None:
+    """Add what the policy keeps of the call's images, asked about in groups of one number of tokens."""
+    layout = gate.layout
+    groups = layout.image_groups()
+    choices = [policy.keep_image(gate.of_group(images)) for _, images in groups]
+    first = choices[0]
+    if first is None:
+        return
+    known = [choice for choice in choices if choice is not None]
+
+    def of_all(values: list[torch.Tensor]) -> torch.Tensor:
+        """Values [M, N, ...] of each group -> [T, ...] in the order of places."""
+        if len(groups) == 1:
+            return values[0].flatten(0, 1)
+        parts: dict[int, torch.Tensor] = {}
+        for (_, images), of_group in zip(groups, values, strict=True):
+            parts.update(zip(images, of_group, strict=True))
+        return torch.cat([parts[image] for image in range(len(parts))])
+
+    selected = of_all([choice.keep for choice in known])
+    decision.image_keep = by_sample(selected, layout)
+    if first.score is not None:
+        decision.image_score = by_sample(of_all([choice.score for choice in known]), layout)  # type: ignore[misc]
+    if first.tokens is not None:
+        decision.image_states = of_all([choice.tokens for choice in known])  # type: ignore[misc]
+    decision.keep = decision.keep.masked_scatter(layout.image_mask, selected)  # type: ignore[arg-type]
+    left = decision.counts
+    if left is None or any(choice.count is None for choice in known):
+        decision.counts = None
+        return
+    counts = list(left)
+    for (length, images), choice in zip(groups, known, strict=True):
+        for image in images:
+            counts[layout.image_rows[image]] -= length - choice.count  # type: ignore[operator]
+    decision.counts = counts
+
+
+def by_sample(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Return [B, N_img] of values [T] of a call's image tokens, right padded with 0."""
+    assert layout.image_mask is not None
+    counts = [0] * len(layout.image_mask)
+    for row, length in zip(layout.image_rows, layout.image_lengths, strict=True):
+        counts[row] += length
+    width = max(counts)
+    if min(counts) == width:
+        return values.view(len(counts), width)
+    there = torch.arange(width) < torch.tensor(counts)[:, None]
+    rows = values.new_zeros(there.shape)
+    return rows.masked_scatter(there.to(values.device), values)
 
 
 def decide_training(
@@ -89,8 +139,7 @@ def decide_training(
     masks = TrainingMasks(keep=torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device))
     image_noise, text_noise = noise
     if layout.image_mask is not None:
-        tokens = hidden[layout.image_mask].view(-1, layout.tokens_per_image, hidden.shape[-1])
-        flat = _gumbel(image_predictor(tokens).flatten(0, 1), layout.image_mask, image_noise, tau)
+        flat = _gumbel(_image_logits(hidden, layout, image_predictor), layout.image_mask, image_noise, tau)
         masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
         masks.image = right_padded(flat, layout.image_mask)
     if layout.output_mask is not None and sparsity.mode == "image_text" and text_predictor is not None:
@@ -102,6 +151,21 @@ def decide_training(
         masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
         masks.text = right_padded(flat, layout.output_mask)
     return masks
+
+
+def _image_logits(hidden: torch.Tensor, layout: TokenLayout, predictor: ImagePredictor) -> torch.Tensor:
+    """[T, 2] logits of the call's image tokens; each image is seen alone."""
+    gate = Gate(hidden, hidden, hidden, layout)
+    tokens = hidden.flatten(0, 1)[layout.image_index]
+    if not layout.image_lengths:  # a stand-in image: through the predictor, to no place
+        return predictor(tokens[:, None]).flatten(0, 1)
+    groups = layout.image_groups()
+    if len(groups) == 1:
+        return predictor(gate.in_question(tokens)).flatten(0, 1)
+    parts: dict[int, torch.Tensor] = {}
+    for _, images in groups:
+        parts.update(zip(images, predictor(gate.of_group(images).in_question(tokens)), strict=True))
+    return torch.cat([parts[image] for image in range(len(parts))])
 
 
 def spread_over_tokens(mask: torch.Tensor, per_sample: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerationMixin
+from torch import nn
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.model.vision import DynamicLlavaModel
+from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 _ASSISTED = "guessed tokens are taken back, but what they let the cache drop can't be"
@@ -23,10 +23,10 @@ REFUSED = {
 }
 
 
-class SparseGeneration(GenerationMixin):
-    """Of `DynamicLlavaForConditionalGeneration`: the loop and the caches it runs on."""
+class SparseGeneration(nn.Module):
+    """Of `SparseVLM`: the loop and the caches it runs on."""
 
-    model: DynamicLlavaModel
+    model: Any
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
@@ -65,7 +65,7 @@ class SparseGeneration(GenerationMixin):
             kwargs["past_key_values"] = self.new_cache(
                 implementation or "dynamic", compiling.to_dict() if compiling is not None else None
             )
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def new_cache(
         self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
@@ -91,7 +91,7 @@ class SparseGeneration(GenerationMixin):
                     f"cache_implementation: {llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
                 )
             layers = self.config.text_config.num_hidden_layers
-            return StaticCache(layers, llm.sparse_layer, compile_options=compile_options)
+            return StaticCache(layers, llm.policy.splits, compile_options=compile_options)
         if implementation != "dynamic":
             raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
         return llm.new_cache()
@@ -102,25 +102,26 @@ class SparseGeneration(GenerationMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: StaticCache,
+        policy: Policy,
     ) -> DynamicLlavaOutput:
         """One output token a sample through the cache's captured or compiled step."""
         valid = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             valid = attention_mask[:, -1:].bool()
-        if position_ids is None:
-            position_ids = cache.next_positions()
-        if cache.moved_up is not None:
-            position_ids = position_ids - cache.moved_up
         llm = self.model.language_model
-        policy = llm.policy
+        text, turned = llm._positions(None, position_ids, valid, cache)
+        if cache.moved_up is not None:
+            text, turned = text - cache.moved_up, turned - cache.moved_up
 
         def step(
-            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor
+            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor, text: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             embeds = self.get_input_embeddings()(input_ids)
-            hidden, keep = llm.static_step(embeds, valid, position_ids, cache, policy)
+            hidden, keep = llm.static_step(embeds, valid, position_ids, text, cache, policy)
             return self._logits(hidden), keep
 
-        inputs = input_ids, valid, position_ids.expand_as(input_ids)
+        batch = input_ids.shape
+        turned = turned.expand(*turned.shape[:-2], *batch)
+        inputs = input_ids, valid, turned.contiguous(), text.expand(batch).contiguous()
         logits, keep = cache.run(step, self.config.sparsity, *inputs)
         return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)

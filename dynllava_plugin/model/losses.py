@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from dynllava_plugin.model.gate import TrainingMasks
-from dynllava_plugin.model.outputs import DynamicLlamaOutput, DynamicLlavaOutput, ScoreDetails
+from dynllava_plugin.model.outputs import DynamicLlavaOutput, ScoreDetails, SparseDecoderOutput
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, label_log_probs, lm_loss
 
@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 
 def training_output(
     logits: torch.Tensor,
-    outputs: DynamicLlamaOutput,
+    outputs: SparseDecoderOutput,
     sparsity: SparsityConfig,
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
@@ -55,7 +55,7 @@ def labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
 
 
 def scored(
-    outputs: DynamicLlamaOutput, labels: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]
+    outputs: SparseDecoderOutput, labels: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]
 ) -> ScoreDetails:
     """Log-probabilities of `labels` int64 [B, L]; `project` makes logits of hidden states [n, d], only of those wanted."""
     assert outputs.token_index is not None and outputs.decision is not None

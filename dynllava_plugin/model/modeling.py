@@ -1,25 +1,23 @@
-"""Dynamic-LLaVA on transformers' LLaVA: the published model's training, prefill, decoding and scoring."""
+"""What every family's model is here: a stock shell whose LLM has gates, in training, prefill, decoding and scoring."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
-from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.decoder import DynamicLlamaModel
-from dynllava_plugin.model.embedding import mark_output, place_images
+from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.losses import labels_at, training_output
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.model.vision import DynamicLlavaModel
-from dynllava_plugin.policies import TokenLayout
+from dynllava_plugin.model.token_layout import output_columns, place_images, read_layout, valid_columns
+from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -27,25 +25,29 @@ from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
 FEW_TOKENS = 64
+# Settings that the loaded weights fix.
+FIXED = ("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor")
 
 
-class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, LlavaForConditionalGeneration):
-    """LLaVA-1.5 with dynamic vision-language context sparsification (arXiv 2412.00876).
+class SparseVLM(SparseGeneration, SparseScoring):
+    """To stand before a family's stock class in a class's bases (arXiv 2412.00876).
 
     `model.train()` runs the masked-softmax training of section 3.3.3; `model.eval()` the three inference modes of section
     3.3.2, of which decoding with a KV cache, without one (`use_cache=False`) and `score` give the same distribution.
     """
 
-    config: DynamicLlavaConfig
-    config_class = DynamicLlavaConfig
-    _no_split_modules = ["DynamicLlamaDecoderLayer", "CLIPEncoderLayer"]
-    _supports_flex_attn = False
+    model_class: ClassVar[Any]  # the family's model around vision tower, projector and LLM
+    image_inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+    )  # what `get_image_features` takes of forward's arguments
+    has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
+    config: Any
 
-    def __init__(self, config: DynamicLlavaConfig) -> None:
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = DynamicLlavaModel(config)
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # the stock shell's parts, with our LLM
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
         self.gumbel_tau = 1.0
 
     def forward(
@@ -64,9 +66,15 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
         prompt_length: int | None = None,
         output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> DynamicLlavaOutput:
+    ) -> Any:
         """One call: training in `train()` mode, prefill or decoding in `eval()` mode.
 
         Parameters
@@ -75,11 +83,14 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
             Each image is `config.image_token_id`, repeated once per image token.
         attention_mask : int [B, L], or [B, cached + L] behind a cache
             0 on padding, at either end.
-        pixel_values : [M, 3, H, W]
-            The batch's images in the order of their places. In training a batch without images may come with one
-            that no place refers to: it changes nothing, and gives every parameter a gradient (of 0).
+        pixel_values, image_sizes, image_grid_thw, batch_num_images
+            The batch's images in the order of their places, as the family's processor gives them. In training a batch
+            without images may come with one that no place refers to: it changes nothing, and gives every parameter a
+            gradient (of 0).
         labels : int64 [B, L]
             -100 is ignored. The last answer (the last run of labels) is the output text; its tokens may be dropped.
+        mm_encoder_outputs : dict
+            ``{"image": ...}`` with what `get_image_features` returned, instead of pixels.
         gumbel_noise : (image [B, N_img, 2], text [B, longest answer, 2]), right padded
             Training noise; drawn where None.
         prompt_length : int
@@ -89,44 +100,64 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
             text predictor drops of them is no context for later rounds. With labels, in place of their last run.
         num_items_in_batch : int
             Labels of the whole accumulated batch, the divisor of lm_loss.
+        mm_token_type_ids
+            Not read: image tokens are known by their id.
 
         Raises
         ------
         UserError
-            Image places and images that don't match; a cache of another kind; an attention mask of another length.
+            Image places and images that don't match; a cache of another kind; an attention mask of another length; a
+            video; hidden states or attentions asked for.
         """
-        if past_key_values is not None:
-            self._llm.check_cache(past_key_values)
-            if past_key_values.get_seq_length() > 0 and input_ids is not None and input_ids.shape[1] == 1:
-                mm_encoder_outputs = None  # generate() may hand the prompt's images to every step
-        if isinstance(past_key_values, StaticCache) and past_key_values.is_step(input_ids, prompt_length):
-            return self._static_step(input_ids, attention_mask, position_ids, past_key_values)
-        layout = TokenLayout()
+        _refuse(kwargs)
+        images = {
+            "pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw,
+            "batch_num_images": batch_num_images, "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }  # fmt: skip
+        llm = self._llm
+        policy = llm.policy
+        cache = past_key_values
+        if cache is not None:
+            llm.check_cache(cache, policy)
+            if isinstance(cache, StaticCache) and cache.is_step(input_ids, prompt_length):
+                return self._static_step(input_ids, attention_mask, position_ids, cache, policy)
+        self._check_policy(policy, labels)
+        output = None
         if labels is not None:
             given = None if self.training else output_mask
-            layout.output_mask = last_answer(labels) if given is None else given.bool()
-        elif not self.training:
-            mark_output(layout, input_ids, inputs_embeds, past_key_values, prompt_length, output_mask)
-        self._check_policy(labels)
-        embeds = self._embed(
-            layout, input_ids, inputs_embeds, attention_mask, pixel_values, mm_encoder_outputs
-        )
+            output = (last_answer(labels) if given is None else given.bool()), 0
+        embeds, layout, added, features = self._embed(
+            policy, input_ids, inputs_embeds, attention_mask, cache, images, mm_encoder_outputs, output,
+            prompt_length, output_mask,
+        )  # fmt: skip
+        if position_ids is None:
+            position_ids = self.positions(
+                input_ids, attention_mask, cache, images, bool(layout.image_lengths)
+            )
         if self.training:
-            outputs = self._llm.forward_training(
-                embeds, attention_mask, position_ids, layout, self.gumbel_tau, gumbel_noise or (None, None)
+            outputs = llm.forward_training(
+                embeds,
+                attention_mask,
+                position_ids,
+                layout,
+                self.gumbel_tau,
+                gumbel_noise or (None, None),
+                added,
             )
             logits = self._logits(outputs.last_hidden_state)
             return training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
-        outputs = self._llm(
+        outputs = llm(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             use_cache=use_cache,
             layout=layout,
             last_only=only_last,
+            deepstack=added,
         )
         hidden = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int):
@@ -137,17 +168,19 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
         loss = None
         if labels is not None:
             loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
-        return DynamicLlavaOutput(
+        result = DynamicLlavaOutput(
             loss=loss,
             lm_loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            image_hidden_states=features,
             token_index=outputs.token_index,
             image_keep=outputs.decision.image_keep,
             text_keep=outputs.decision.text_keep,
             image_score=outputs.decision.image_score,
             text_score=outputs.decision.text_score,
         )
+        return result if return_dict is not False else result.to_tuple()
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
@@ -155,38 +188,64 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
         Raises
         ------
         UserError
-            An unknown setting or policy, a value out of range, or a predictor size, which the weights fix.
+            An unknown setting or policy, a value out of range, a policy that this family can't run, or a predictor size,
+            which the weights fix.
         """
         current = self.config.sparsity
-        fixed = (
-            "predictor_dim",
-            "predictor_heads",
-            "predictor_ffn_dim",
-            "predictor_layers",
-            "text_predictor",
-        )
-        for name in fixed:
+        for name in FIXED:
             if name in changes and changes[name] != getattr(current, name):
                 raise UserError(
                     f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
                 )
         settings = current.replace(**policy_changes(changes))
-        check_policy(settings, self.config.text_config.num_hidden_layers)
+        policy = check_policy(settings, self.config.text_config.num_hidden_layers)
+        self.check_family(policy)
         self.config.text_config.sparsity = settings
         return settings
 
+    @classmethod
+    def check_family(cls, policy: Policy) -> None:
+        """Raise `UserError` for a policy that looks at what this family's vision tower hasn't got."""
+        if policy.reduces_patches and not cls.has_class_token:
+            family = cls.__name__.removeprefix("Dynamic").removesuffix("ForConditionalGeneration")
+            raise UserError(
+                f"policy: {policy.name} looks at the class token of a CLIP vision tower, which {family} doesn't give; "
+                "choose another policy"
+            )
+
+    def positions(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        images: dict[str, Any],
+        has_images: bool,
+    ) -> torch.Tensor | None:
+        """Return a call's position ids where images turn on several axes; None where the decoder counts real tokens."""
+        return None
+
+    def deepstack(self, encoded: Any, embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, ...]:
+        """Return what is added behind the first layers, [B, L, d] each; nothing where a family has no such thing."""
+        return ()
+
+    def extra_repr(self) -> str:
+        """Return the policy in force, for `print(model)`."""
+        policy, settings = self._llm.policy, self.config.sparsity
+        gates = ", ".join(map(str, policy.layers)) or "none"
+        return f"policy={policy.name}, gates at layers: {gates}, vision_keep_rate={settings.vision_keep_rate}"
+
     @property
-    def _llm(self) -> DynamicLlamaModel:
+    def _llm(self) -> SparseDecoder:
         return self.model.language_model
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._project(hidden)
-        if self.config.placeholder_tokens:
-            logits[..., -self.config.placeholder_tokens :] = torch.finfo(logits.dtype).min
+        placeholders = getattr(self.config, "placeholder_tokens", 0)
+        if placeholders:
+            logits[..., -placeholders:] = torch.finfo(logits.dtype).min
         return logits
 
-    def _check_policy(self, labels: torch.Tensor | None) -> None:
-        policy = self._llm.policy
+    def _check_policy(self, policy: Policy, labels: torch.Tensor | None) -> None:
         if self.training and self.config.sparsity.image_policy != "learned":
             raise UserError("image_policy: chance can't be trained; choose image_policy='learned'")
         if self.training and self.config.sparsity.policy is not None:
@@ -195,36 +254,87 @@ class DynamicLlavaForConditionalGeneration(SparseGeneration, SparseScoring, Llav
             raise UserError(
                 f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
             )
+        self.check_family(policy)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """`lm_head`; for a few tokens on a CPU as matrix times tokens, which reads the large matrix at nearly twice the speed."""
-        tokens = hidden.numel() // hidden.shape[-1]
-        plain = type(self.lm_head) is torch.nn.Linear and not torch.is_grad_enabled()  # no adapter around it
+        head, tokens = self.lm_head, hidden.numel() // hidden.shape[-1]
+        # Nothing around it: no adapter, no hook, no offloading.
+        plain = type(head) is nn.Linear and not torch.is_grad_enabled() and not head._forward_hooks
+        plain = plain and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
         if hidden.device.type != "cpu" or not plain or not 2 < tokens <= FEW_TOKENS:
-            return self.lm_head(hidden)
+            return head(hidden)
         columns = hidden.reshape(tokens, -1).t().contiguous()
-        return torch.mm(self.lm_head.weight, columns).t().contiguous().view(*hidden.shape[:-1], -1)
+        return torch.mm(head.weight, columns).t().contiguous().view(*hidden.shape[:-1], -1)
 
     def _embed(
         self,
-        layout: TokenLayout,
+        policy: Policy,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        images: dict[str, Any],
         encoded: dict[str, Any] | None,
-    ) -> torch.Tensor:
+        output: tuple[torch.Tensor | None, int] | None,
+        prompt_length: int | None = None,
+        output_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, TokenLayout, tuple[torch.Tensor, ...], Sequence[torch.Tensor] | None]:
+        """Return embeddings [B, L, d] with images in their places, the layout, what `deepstack` gives, and the features."""
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        images = (encoded or {}).get("image")
-        if images is None and pixel_values is not None:
-            images = self.model.get_image_features(pixel_values=pixel_values, return_dict=True)
-        if images is None:
-            return inputs_embeds
-        return place_images(
-            inputs_embeds, images.pooler_output, input_ids, self.config.image_token_id, layout, self._llm.policy,
-            attention_mask, self.training,
-        )  # fmt: skip
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        batch, length, _ = inputs_embeds.shape
+        seen = 0 if cache is None else cache.seen
+        valid = valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
+        if output is None:
+            output = output_columns(valid, seen, prompt_length, output_mask)
+        if seen and length == 1:  # `generate` may hand the prompt's images to every step
+            return inputs_embeds, TokenLayout(output_mask=output[0]), (), None
+        found = (encoded or {}).get("image")
+        if found is None and images.get("pixel_values") is not None:
+            found = self.encode_images(images)
+        if found is not None and input_ids is None:
+            raise UserError("inputs_embeds: images need input_ids, which say where they go")
+        features = None if found is None else list(found.pooler_output)
+        image_mask = None
+        if input_ids is not None:
+            image_mask = input_ids == self.config.image_token_id
+            if output[0] is not None and not self.training:
+                image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
+        layout = read_layout(valid, image_mask, features, output, policy, self.training)
+        if features is None:
+            return inputs_embeds, layout, (), None
+        embeds = place_images(inputs_embeds, features, layout, policy, self.training)
+        return embeds, layout, self.deepstack(found, embeds, layout), features
+
+    def encode_images(self, images: dict[str, Any]) -> Any:
+        """Return what the family's `get_image_features` makes of forward's arguments for images.
+
+        Raises
+        ------
+        UserError
+            An argument that is missing, or pixels that don't fit the others.
+        """
+        given = {name: images[name] for name in self.image_inputs if images.get(name) is not None}
+        try:
+            return self.model.get_image_features(**given, return_dict=True)
+        except UserError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            missing = [name for name in self.image_inputs[:2] if images.get(name) is None]
+            reason = f"{missing[0]} is missing" if missing else " ".join(str(error).split())[:160]
+            raise UserError(
+                f"pixel_values: the images can't be encoded ({reason}); pass what the checkpoint's processor returns"
+            ) from error
 
 
-AutoModelForImageTextToText.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Raise `UserError` for what the stock classes obey and this one doesn't."""
+    for name in ("pixel_values_videos", "video_grid_thw", "image_sizes_videos"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name}: videos are not supported, images are")
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name):
+            raise UserError(
+                f"{name}: layers hold different tokens here, so there is no such tensor; leave it out"
+            )

@@ -12,7 +12,7 @@ from dynllava_plugin.model.gate import Decision, TrainingMasks
 
 
 @dataclass
-class DynamicLlamaOutput(BaseModelOutputWithPast):
+class SparseDecoderOutput(BaseModelOutputWithPast):
     """Hidden states and what the gate decided.
 
     `token_index` int64 [B, L'] is the column of the input each hidden state belongs to, -1 on padding: samples that lose

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN
 
 

@@ -11,15 +11,13 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.losses import scored
 from dynllava_plugin.model.outputs import ScoreDetails
 from dynllava_plugin.model.stepwise import score_step_by_step
-from dynllava_plugin.model.vision import DynamicLlavaModel
-from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.sparsity.selection import last_answer
 
 
 class SparseScoring(nn.Module):
-    """Of `DynamicLlavaForConditionalGeneration`: scores of given answers."""
+    """Of `SparseVLM`: scores of given answers."""
 
-    model: DynamicLlavaModel
+    model: Any
 
     def score(
         self,
@@ -28,12 +26,13 @@ class SparseScoring(nn.Module):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        **images: Any,
     ) -> torch.Tensor:
         """Teacher-forced log-probabilities under the sparsified decode, in one pass (equal to step by step).
 
         Parameters
         ----------
-        input_ids, attention_mask, pixel_values
+        input_ids, attention_mask, pixel_values, **images
             As in `forward`.
         labels : int64 [B, L]
             -100 is ignored. The last run of labels is the output text; earlier labels are scored as prompt text.
@@ -45,7 +44,7 @@ class SparseScoring(nn.Module):
         float32 [B, L], 0 where the label is -100.
         """
         return self.score_details(
-            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs
+            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs, **images
         ).log_probs
 
     @torch.no_grad()
@@ -57,6 +56,7 @@ class SparseScoring(nn.Module):
         labels: torch.Tensor | None = None,
         output_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        **images: Any,
     ) -> ScoreDetails:
         """As `score`, with the decisions behind it.
 
@@ -72,20 +72,31 @@ class SparseScoring(nn.Module):
         llm, was_training = self.model.language_model, self.training
         self.eval()
         try:
-            layout = TokenLayout(
-                output_mask=last_answer(labels) if output_mask is None else output_mask.bool()
-            )
-            if llm.policy.sequential:
-                if not torch.equal(layout.output_mask, last_answer(labels)):
+            policy = llm.policy
+            self.check_family(policy)
+            output = last_answer(labels) if output_mask is None else output_mask.bool()
+            images["pixel_values"] = pixel_values
+            if policy.sequential:
+                if not torch.equal(output, last_answer(labels)):
                     raise UserError(
-                        f"output_mask: {llm.policy.name} is scored token by token, one answer at a time"
+                        f"output_mask: {policy.name} is scored token by token, one answer at a time"
                     )
                 scores, greedy = score_step_by_step(
-                    self, input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs
+                    self,
+                    input_ids,
+                    attention_mask,
+                    labels,
+                    {**images, "mm_encoder_outputs": mm_encoder_outputs},
                 )
-                return ScoreDetails(scores, greedy, None, layout.output_mask)
-            embeds = self._embed(layout, input_ids, None, attention_mask, pixel_values, mm_encoder_outputs)
-            outputs = llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, layout=layout)
+                return ScoreDetails(scores, greedy, None, output)
+            embeds, layout, added, _ = self._embed(
+                policy, input_ids, None, attention_mask, None, images, mm_encoder_outputs, (output, 0)
+            )
+            positions = self.positions(input_ids, attention_mask, None, images, bool(layout.image_lengths))
+            outputs = llm(
+                inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False,
+                layout=layout, deepstack=added,
+            )  # fmt: skip
         finally:
             self.train(was_training)
         return scored(outputs, labels, self._logits)

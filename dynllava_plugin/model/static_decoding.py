@@ -8,7 +8,7 @@ a buffer has to grow; elsewhere it runs as it is. With `compile_options` it goes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ import torch
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 CAPTURE_THEMSELVES = ("reduce-overhead", "max-autotune")  # torch.compile's modes with CUDA graphs
-# int64 [B, 1] tokens, bool [B, 1] False on padding, int64 [B, 1] positions -> logits [B, 1, V], bool [B, 1] decisions
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# int64 [B, 1] tokens, bool [B, 1] False on padding, int64 [B, 1] or [3, B, 1] positions, int64 [B, 1] places in the text
+# -> logits [B, 1, V], bool [B, 1] decisions
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class StaticCache(SparseContextCache):
@@ -25,7 +26,7 @@ class StaticCache(SparseContextCache):
 
     Parameters
     ----------
-    num_layers, sparse_layer, growth_step : int
+    num_layers, splits, growth_step
         As for `SparseContextCache`.
     compile_options : dict, optional
         Arguments of `torch.compile`; without them a step isn't compiled.
@@ -34,11 +35,11 @@ class StaticCache(SparseContextCache):
     def __init__(
         self,
         num_layers: int,
-        sparse_layer: int,
+        splits: Sequence[int],
         growth_step: int | None = None,
         compile_options: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(num_layers, sparse_layer, growth_step, static=True)
+        super().__init__(num_layers, splits, growth_step, static=True)
         self.compile_options = compile_options
         self.captures = (compile_options or {}).get("mode") not in CAPTURE_THEMSELVES
         self._step: Step | None = None
@@ -89,7 +90,8 @@ class _Graph:
 
     def __init__(self, cache: StaticCache, step: Step, inputs: tuple[torch.Tensor, ...]) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        lengths = [track.lengths for track in (cache.dense, cache.sparse) if track.lengths is not None]
+        held = [cache.fed, *(track.lengths for track in cache.tracks)]
+        lengths = [length for length in held if length is not None]
         before = [length.clone() for length in lengths]
         self.device = inputs[0].device
         with torch.cuda.device(self.device):  # a capture is of the current device's streams

@@ -14,9 +14,8 @@ def score_step_by_step(
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    pixel_values: torch.Tensor | None,
     labels: torch.Tensor,
-    mm_encoder_outputs: dict[str, Any] | None = None,
+    images: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `DynamicLlavaForConditionalGeneration.score` returns: log-probabilities, and where greedy decoding agrees."""
     output = last_answer(labels)
@@ -35,9 +34,8 @@ def score_step_by_step(
     out = model(
         input_ids.gather(1, prompt),
         attention_mask=there.long(),
-        pixel_values=pixel_values,
-        mm_encoder_outputs=mm_encoder_outputs,
         use_cache=True,
+        **images,
     )
     # A prompt row predicts the token whose row comes next, as in `score`.
     index = torch.where(out.token_index >= 0, prompt.gather(1, out.token_index.clamp(min=0)), -1)

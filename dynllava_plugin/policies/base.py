@@ -2,8 +2,9 @@
 
 The model asks a policy at named points and knows none by name:
 
-1. `reduce_patches` inside the vision tower and `reduce_tokens` behind the projector: fewer image tokens enter the LLM;
-2. `keep_image` and `keep_output` at the gate, the input of layer `layer`: what later layers hold;
+1. `keep_image` and `keep_output` at its gates, the inputs of the layers in `layers`: what later layers hold. A gate at
+   layer 0 stands before the LLM, where `reduce_tokens` is told the projected image tokens;
+2. `reduce_patches` inside the vision tower, for policies that look at patches before the projector;
 3. `new_cache`: a KV cache that may let tokens go later.
 
 A policy overrides the points where it decides something and says so in `decides`.
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.points import Choice, Gate, Patches, Reduced, TokenLayout
+from dynllava_plugin.policies.points import Choice, Gate, Patches, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens, select_image_tokens
 
@@ -32,7 +33,6 @@ __all__ = [
     "InputPolicy",
     "Patches",
     "Policy",
-    "Reduced",
     "TokenLayout",
     "count",
     "share",
@@ -61,8 +61,9 @@ class Policy:
     # Whether what it decides may depend on the prompt's words, before or behind an image, or on the prompt coming in one
     # call; False lets prompts that begin alike share their prefill.
     reads_question: ClassVar[bool] = True
+    # Its gate is at layer 0; `reduces_patches`: what passes it was chosen in the vision tower.
+    at_input: ClassVar[bool] = False
     reduces_patches: ClassVar[bool] = False
-    reduces_tokens: ClassVar[bool] = False
     # Whose queries and keys `Patches` has: of the layer that the projector reads ("selected") or of the "last" one.
     vision_layer: ClassVar[str] = "selected"
     # The argument that says at which layer it acts; in a combination it follows the other part's, unless `follows` is False.
@@ -77,14 +78,21 @@ class Policy:
         return getattr(self, self.layer_argument, 1)
 
     @property
-    def at_input(self) -> bool:
-        """Whether it acts before the LLM."""
-        return self.reduces_patches or self.reduces_tokens
+    def layers(self) -> tuple[int, ...]:
+        """Layers at whose input it has a gate, in order; 0 is before the LLM."""
+        if self.at_input:
+            return (0,)
+        return (self.gate_layer,) if self.decides & {IMAGE, OUTPUT} else ()
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Layers from which on a cache holds other tokens than before; each begins a track."""
+        return tuple(layer for layer in self.layers if layer > 0)
 
     @property
     def packed_positions(self) -> bool:
-        """See `TokenLayout`."""
-        return getattr(self, "positions", "original") == "packed"
+        """Whether tokens behind a removed one move up, as where fewer image tokens are put into a prompt."""
+        return self.at_input and getattr(self, "positions", "original") == "packed"
 
     def kept_tokens(self, total: int) -> int:
         """How many of an image's `total` tokens stay."""
@@ -115,25 +123,28 @@ class Policy:
         """What the KV cache must know of the policy (`SparseContextCache.rule`); None for one that lets nothing go."""
         return None
 
-    def reduce_patches(self, patches: Patches) -> Reduced:
-        """Which patches go on to the projector, and as what (merged ones change)."""
-        raise NotImplementedError
+    def asks_output(self, layer: int) -> bool:
+        """Return whether the gate at `layer` decides on output text, so that a decoding step has to ask it."""
+        return OUTPUT in self.decides and layer in self.layers
 
-    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
-        """Which projected image tokens [M, N, d] go on; `question()` is [M, d], the mean of the prompt's word embeddings."""
+    def reduce_patches(self, patches: Patches) -> Choice:
+        """Return which patches go on to the projector, and as what (merged ones change)."""
         raise NotImplementedError
 
     def keep_image(self, gate: Gate) -> Choice | None:
-        """bool [M, N] at the gate; None keeps all."""
+        """Return which tokens of the images in question stay, bool [M, N]; None keeps all.
+
+        Images of one number of tokens are asked about together, others in another call.
+        """
         return None
 
     def keep_output(self, gate: Gate) -> Choice | None:
-        """bool [B, L - output_start] at the gate; None keeps all."""
+        """Return which output tokens stay as context, bool [B, L - output_start]; None keeps all."""
         return None
 
     def new_cache(self, num_layers: int) -> SparseContextCache:
         """An empty KV cache."""
-        return SparseContextCache(num_layers, self.gate_layer)
+        return SparseContextCache(num_layers, self.splits)
 
     def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
         """Equivalent tokens: mean over the LLM's layers of the image tokens present, `kept` of `total` behind the decision."""
@@ -185,7 +196,19 @@ class InputPolicy(ImagePolicy):
     every token keeps the position id it has with the whole image.
     """
 
+    at_input: ClassVar[bool] = True
     positions: str = "packed"
+
+    def keep_image(self, gate: Gate) -> Choice:
+        """Return what the vision side chose, else what `reduce_tokens` chooses of the projected tokens."""
+        if gate.layout.image_marks is not None:
+            keep, score = gate.in_question(gate.layout.image_marks).unbind(-1)
+            return Choice(keep > 0.5, score)
+        return self.reduce_tokens(gate.of_images(gate.hidden), gate.question)
+
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
+        """Return which projected image tokens [M, N, d] go on; `question()` is [M, d], the mean of the prompt's word embeddings."""
+        raise NotImplementedError
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `ImagePolicy.check`, and `positions`."""
@@ -198,7 +221,7 @@ class InputPolicy(ImagePolicy):
 
 def top_tokens(score: torch.Tensor, count: int) -> Choice:
     """[M, N] scores -> the `count` highest of each image."""
-    return Choice(select_image_tokens(score, count), score)
+    return Choice(select_image_tokens(score, count), score, count=count)
 
 
 def share(name: str, argument: str, value: Any, zero: bool = False) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import InputPolicy, Reduced, count
+from dynllava_plugin.policies.base import Choice, InputPolicy, count
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
@@ -26,7 +26,6 @@ class CDPruner(InputPolicy):
     name = "cdpruner"
     rule = "conditional diversity (relevance-weighted DPP) before the LLM"
     source = "arXiv 2506.10967"
-    reduces_tokens = True
 
     n: int | None = None
 
@@ -34,7 +33,7 @@ class CDPruner(InputPolicy):
         """n, but no more than there are."""
         return num_kept_image_tokens(total, self.keep) if self.n is None else min(self.n, total)
 
-    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """A token's score is its relevance, in [0, 1]."""
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         asked = torch.nn.functional.normalize(question().float(), dim=-1)
@@ -42,7 +41,8 @@ class CDPruner(InputPolicy):
         low, high = relevance.amin(-1, keepdim=True), relevance.amax(-1, keepdim=True)
         relevance = (relevance - low + 1e-6) / (high - low + 1e-6)
         kernel = relevance[:, :, None] * (unit @ unit.transpose(1, 2)) * relevance[:, None]
-        return Reduced(features, greedy_map(kernel, self.kept_tokens(features.shape[1])), relevance)
+        size = self.kept_tokens(features.shape[1])
+        return Choice(greedy_map(kernel, size), relevance, count=size)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `InputPolicy.check`, and n."""

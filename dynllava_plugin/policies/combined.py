@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import CACHE, IMAGE, OUTPUT, Choice, Gate, Patches, Policy, Reduced
+from dynllava_plugin.policies.base import CACHE, IMAGE, OUTPUT, Choice, Gate, Patches, Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 _WHAT = {IMAGE: "image tokens", OUTPUT: "output tokens", CACHE: "what leaves the cache"}
@@ -38,7 +35,7 @@ class Combined(Policy):
                 owners[what] = part
         object.__setattr__(self, "decides", frozenset(owners))
         object.__setattr__(self, "predictors", frozenset().union(*(part.predictors for part in self.parts)))
-        for name in ("uses_chance", "sequential", "reads_question", "reduces_patches", "reduces_tokens"):
+        for name in ("uses_chance", "sequential", "reads_question", "reduces_patches"):
             object.__setattr__(self, name, any(getattr(part, name) for part in self.parts))
         object.__setattr__(self, "vision_layer", self._image.vision_layer)
         layers = {part.name: part.gate_layer for part in self.parts if not part.at_input}
@@ -57,6 +54,21 @@ class Combined(Policy):
     def gate_layer(self) -> int:
         """The one that its parts share."""
         return next((part.gate_layer for part in self.parts if not part.at_input), 1)
+
+    @property
+    def at_input(self) -> bool:  # type: ignore[override]
+        """Whether the image tokens are chosen before the LLM."""
+        return self._image.at_input
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every part's."""
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Every part's."""
+        return tuple(sorted({layer for part in self.parts for layer in part.splits}))
 
     @property
     def packed_positions(self) -> bool:
@@ -92,21 +104,22 @@ class Combined(Policy):
         """As the cache policy's."""
         return self._owner(CACHE).cache_rule
 
-    def reduce_patches(self, patches: Patches) -> Reduced:
+    def asks_output(self, layer: int) -> bool:
+        """As the output policy."""
+        return self._owner(OUTPUT).asks_output(layer)
+
+    def reduce_patches(self, patches: Patches) -> Choice:
         """As the image policy."""
         return self._image.reduce_patches(patches)
 
-    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
-        """As the image policy."""
-        return self._image.reduce_tokens(features, question)
-
     def keep_image(self, gate: Gate) -> Choice | None:
-        """As the image policy."""
-        return self._image.keep_image(gate)
+        """As the image policy, at its gates."""
+        return self._image.keep_image(gate) if gate.layer in self._image.layers else None
 
     def keep_output(self, gate: Gate) -> Choice | None:
-        """As the output policy."""
-        return self._owner(OUTPUT).keep_output(gate)
+        """As the output policy, at its gates."""
+        owner = self._owner(OUTPUT)
+        return owner.keep_output(gate) if gate.layer in owner.layers else None
 
     def new_cache(self, num_layers: int) -> SparseContextCache:
         """As the policy that decides what leaves it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import InputPolicy, Reduced, share
+from dynllava_plugin.policies.base import Choice, InputPolicy, share
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
@@ -22,7 +22,6 @@ class DivPrune(InputPolicy):
     rule = "max-min diversity before the LLM"
     source = "arXiv 2503.02175"
     reads_question = False
-    reduces_tokens = True
 
     r: float | None = None
 
@@ -30,7 +29,7 @@ class DivPrune(InputPolicy):
         """floor(r * total), at least one."""
         return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
 
-    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """On the projected tokens; a score is the distance at which a token was taken, 0 for the others."""
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         distance = 1 - unit @ unit.transpose(1, 2)  # [M, N, N]
@@ -46,7 +45,7 @@ class DivPrune(InputPolicy):
             score[rows, taken] = best.nan_to_num(posinf=1.0)
             to_taken = distance[rows, taken]
             nearest = to_taken if step == 0 else torch.minimum(nearest, to_taken)
-        return Reduced(features, keep, score)
+        return Choice(keep, score, count=self.kept_tokens(total))
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `InputPolicy.check`, and r."""

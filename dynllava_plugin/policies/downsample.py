@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import InputPolicy, Reduced, share
+from dynllava_plugin.policies.base import Choice, InputPolicy, share
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
@@ -24,7 +24,6 @@ class Downsample(InputPolicy):
     rule = "average-pooled image grid"
     source = "arXiv 2510.07143"
     reads_question = False
-    reduces_tokens = True
 
     r: float | None = None
 
@@ -42,7 +41,7 @@ class Downsample(InputPolicy):
         rows = math.isqrt(budget)
         return rows, min(budget // rows, side)
 
-    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Reduced:
+    def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """A pooled token stands at the middle of its cell."""
         images, total, width = features.shape
         rows, columns = self.grid(total)
@@ -59,7 +58,7 @@ class Downsample(InputPolicy):
         keep = keep.flatten(1)
         tokens = features.clone()
         tokens[keep] = pooled.flatten(0, 1)
-        return Reduced(tokens, keep)
+        return Choice(keep, tokens=tokens, count=rows * columns)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `InputPolicy.check`, and r."""

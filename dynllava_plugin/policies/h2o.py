@@ -34,6 +34,11 @@ class H2O(Policy):
     start_layer: int = 2
 
     @property
+    def splits(self) -> tuple[int, ...]:
+        """Where its cache begins to let tokens go."""
+        return (self.start_layer,)
+
+    @property
     def cache_rule(self) -> tuple[str, float]:
         """The cache's own."""
         return ("h2o", self.r)

@@ -7,6 +7,7 @@ goes is overwritten by the last one of its head: order in the cache has no meani
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ class HeavyHitterTrack(ContextTrack):
         self.full: Any = None  # int64 [B] tokens held before this call's eviction
         self.recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
 
-    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
         """As `ContextTrack.begin`; then plan how many of the tokens each sample holds must go."""
         first = self.lengths is None
-        self.mask, self.arriving = super().begin(keep), keep
+        self.mask, self.arriving = super().begin(keep, counts), keep
         assert self._pending is not None
         self.full = self._pending
         entering = keep.sum(1)
@@ -175,7 +176,7 @@ class HeavyHitterLayer(RaggedLayer):
         score = received.masked_fill(fresh, math.inf).masked_fill(~there, -math.inf)
         ranks = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         stays = ranks < track._pending[:, None, None]
-        order, _ = packing_order(stays.flatten(0, 1))
+        order = packing_order(stays.flatten(0, 1))
         order = order.view(batch, heads, -1)
         room = (capacity or track.capacity) - order.shape[2]
         pad = torch.nn.functional.pad
@@ -208,18 +209,19 @@ class HeavyHitterLayer(RaggedLayer):
 class HeavyHitterCache(SparseContextCache):
     """Layers before `start_layer` hold every token, the others the heavy hitters and the recent ones."""
 
-    def __init__(self, num_layers: int, start_layer: int, r: float) -> None:
-        super().__init__(num_layers, start_layer)
-        self.rule = ("h2o", r)
-        self.sparse = HeavyHitterTrack(r)
-        for index in range(start_layer, num_layers):
-            self.layers[index] = HeavyHitterLayer(self.sparse)
-        self.watch = self._observe
+    observes = True
 
-    def _observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, attention_mask: Any, scaling: float
-    ) -> None:
-        self.layers[layer].observe(query, key, scaling)
+    def __init__(self, num_layers: int, start_layer: int, r: float) -> None:
+        super().__init__(num_layers, (start_layer,))
+        self.rule = ("h2o", r)
+        self.tracks[-1] = HeavyHitterTrack(r)
+        for index in range(start_layer, num_layers):
+            self.layers[index] = HeavyHitterLayer(self.tracks[-1])
+
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Rank what a layer holds, and let tokens go."""
+        if isinstance(self.layers[layer], HeavyHitterLayer):
+            self.layers[layer].observe(query, key, scaling)
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys, values and what ranks them."""

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenLayout:
-    """Which tokens of a forward call are what.
+    """Which tokens of a forward call are what; built once and not written again.
+
+    An image is a run of places: images may differ in their number of tokens.
 
     Parameters
     ----------
     image_mask : bool [B, L], optional
-        Image tokens, `tokens_per_image` consecutive ones an image; None where the call has no image.
+        Image tokens; None where the call has no image.
+    image_lengths : tuple of int
+        Tokens of each of the call's M images, in the order of their places.
+    image_rows : tuple of int
+        The sample that each image belongs to.
+    image_index : int64 [T], optional
+        Where the image tokens are in the flattened [B * L] columns.
     output_mask : bool [B, L], optional
         Output text, the only text that may be dropped; None where the call has none.
     output_start : int
         First column that holds output text in any sample.
-    image_seeds : list of int, optional
+    counts : tuple of int, optional
+        Real tokens of each sample, known on the host; None in a step, where no one asks.
+    ends_real : bool
+        Whether every sample's last column is a real token.
+    image_seeds : tuple of int, optional
         One an image, for policies that use chance.
-    removed : bool [B, L], optional
-        Image tokens that don't enter the LLM at all.
-    packed_positions : bool
-        Whether the tokens behind a removed one move up (as where fewer image tokens are put into the prompt) or
-        every token keeps its position id.
-    image_score : [M, N], optional
-        How much each image token spoke for entering, where `removed` says which did.
+    image_marks : [T, 2], optional
+        What the vision side decided of each image token: 1 where it stays, and its score.
     """
 
     image_mask: torch.Tensor | None = None
-    tokens_per_image: int = 0
+    image_lengths: tuple[int, ...] = ()
+    image_rows: tuple[int, ...] = ()
+    image_index: torch.Tensor | None = None
     output_mask: torch.Tensor | None = None
     output_start: int = 0
-    image_seeds: list[int] | None = None
-    removed: torch.Tensor | None = None
-    packed_positions: bool = False
-    image_score: torch.Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    ends_real: bool = True
+    image_seeds: tuple[int, ...] | None = None
+    image_marks: torch.Tensor | None = None
 
     def before_output(self, columns: torch.Tensor) -> torch.Tensor:
         """bool [L] or [B, L]: which of the call's `columns` int64 [L] come before each sample's first output token."""
@@ -46,32 +56,57 @@ class TokenLayout:
             return columns >= 0
         return columns < torch.where(self.output_mask, columns, len(columns)).amin(1, keepdim=True)
 
+    def image_groups(self) -> list[tuple[int, list[int]]]:
+        """(tokens an image, the images that have so many), so that each group is one rectangle."""
+        groups: dict[int, list[int]] = {}
+        for image, length in enumerate(self.image_lengths):
+            groups.setdefault(length, []).append(image)
+        return list(groups.items())
+
 
 @dataclass
 class Choice:
-    """Tokens that stay, and how much each one speaks for staying (any scale; None where there is no such figure)."""
+    """What stays.
+
+    Parameters
+    ----------
+    keep : bool [M, N] of images, or [B, L - output_start] of output text
+    score : the same shape, optional
+        How much each token speaks for staying, on any scale; None where there is no such figure.
+    tokens : [M, N, d], optional
+        The states that go on, where a policy merges tokens; None leaves them as they are.
+    count : int, optional
+        How many stay of each image, where that is one number known without looking.
+    """
 
     keep: torch.Tensor
     score: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    count: int | None = None
 
 
 @dataclass
 class Gate:
-    """What is known at the gate.
+    """What is known at a gate.
 
     Parameters
     ----------
     hidden : [B, L, d]
-        States that enter the gate's layer.
+        States that enter the gate's layer; at layer 0 the embeddings.
     valid : bool [B, L]
         False on padding.
     position_ids : int64 [B, L]
-        As in the input: the same token has the same one alone, in a batch, with and without a cache.
+        The place of each token in its text, as in the input: the same token has the same one alone, in a batch, with and
+        without a cache.
     layout : TokenLayout
     image_predictor, text_predictor : modules
         The checkpoint's.
     attention : float32 [B, L], optional
         The last prompt token's attention in layer `attention_layer`, mean over heads; None where no one asked.
+    layer : int
+        The layer whose input this is.
+    group : list of int, optional
+        The images in question, all of one number of tokens; None means all of them.
     """
 
     hidden: torch.Tensor
@@ -81,16 +116,55 @@ class Gate:
     image_predictor: Any = None
     text_predictor: Any = None
     attention: torch.Tensor | None = None
+    layer: int = 0
+    group: list[int] | None = None
+
+    def of_group(self, images: list[int]) -> Gate:
+        """The same gate with these images in question."""
+        return self if len(images) == len(self.layout.image_lengths) else replace(self, group=images)
+
+    @property
+    def images(self) -> Sequence[int]:
+        """The images in question."""
+        return range(len(self.layout.image_lengths)) if self.group is None else self.group
+
+    @property
+    def tokens_per_image(self) -> int:
+        """N of the images in question."""
+        return self.layout.image_lengths[self.images[0]] if len(self.images) else 0
+
+    @property
+    def image_seeds(self) -> list[int]:
+        """A seed for each image in question."""
+        assert self.layout.image_seeds is not None
+        return [self.layout.image_seeds[image] for image in self.images]
 
     def of_images(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] values -> [M, N, ...] of the M images' N tokens."""
-        assert self.layout.image_mask is not None
-        chosen = values[self.layout.image_mask]
-        return chosen.view(-1, self.layout.tokens_per_image, *values.shape[2:])
+        """[B, L, ...] values -> [M, N, ...] of the N tokens of the M images in question."""
+        assert self.layout.image_index is not None
+        return self.in_question(values.flatten(0, 1)[self.layout.image_index])
+
+    def in_question(self, values: torch.Tensor) -> torch.Tensor:
+        """[T, ...] values of all image tokens -> [M, N, ...] of the images in question."""
+        if self.group is None:
+            return values.view(-1, self.tokens_per_image, *values.shape[1:])
+        parts = values.split(list(self.layout.image_lengths))
+        return torch.stack([parts[image] for image in self.group])
 
     def of_output(self, values: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] values -> [B, L - output_start, ...]: the columns that may hold output text."""
         return values[:, self.layout.output_start :]
+
+    def question(self) -> torch.Tensor:
+        """float32 [M, d]: for each image the mean state of its sample's prompt text behind the last image, else of all of it."""
+        assert self.layout.image_mask is not None
+        text = ~self.layout.image_mask & self.valid
+        columns = torch.arange(text.shape[1], device=text.device)
+        text = text & self.layout.before_output(columns)
+        behind = text & (columns > torch.where(self.layout.image_mask, columns, -1).amax(1, keepdim=True))
+        chosen = torch.where(behind.any(1, keepdim=True), behind, text)[..., None]
+        means = (self.hidden.float() * chosen).sum(1) / chosen.sum(1).clamp(min=1)  # [B, d]
+        return means[[self.layout.image_rows[image] for image in self.images]]
 
 
 @dataclass
@@ -122,12 +196,3 @@ class Patches:
         key = self.key.unflatten(-1, (heads, width)).float()
         weights = torch.einsum("mhc,mnhc->mhn", query, key).mul(width**-0.5).softmax(-1)
         return weights[..., 1:].mean(1)
-
-
-@dataclass
-class Reduced:
-    """Fewer image tokens: `tokens` [M, N, c] in the places that `keep` bool [M, N] marks, in the order of places."""
-
-    tokens: torch.Tensor
-    keep: torch.Tensor
-    score: torch.Tensor | None = None  # [M, N]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from dynllava_plugin.policies.base import InputPolicy, Patches, Reduced, count, share
+from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count, share
 from dynllava_plugin.policies.visionzip import in_places
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
@@ -65,7 +65,7 @@ class PruMergePlus(InputPolicy):
             spaced = places[middle.div(2 * max(wanted, 1), rounding_mode="floor")]
         return torch.cat([top, spaced[~torch.isin(spaced, top)]])
 
-    def reduce_patches(self, patches: Patches) -> Reduced:
+    def reduce_patches(self, patches: Patches) -> Choice:
         """Image by image: the numbers differ."""
         attention = patches.cls_attention(heads=1)
         parts = [
@@ -73,7 +73,7 @@ class PruMergePlus(InputPolicy):
             for hidden, key, row in zip(patches.hidden, patches.key[:, 1:], attention, strict=True)
         ]
         tokens, keep = (torch.stack(column) for column in zip(*parts, strict=True))
-        return Reduced(tokens, keep, attention)
+        return Choice(keep, attention, tokens)
 
     def _reduce_one(
         self, hidden: torch.Tensor, key: torch.Tensor, attention: torch.Tensor

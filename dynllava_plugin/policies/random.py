@@ -42,8 +42,7 @@ class RandomImage(ImagePolicy):
 
     def keep_image(self, gate: Gate) -> Choice:
         """An image is treated alike alone and in any batch."""
-        assert gate.layout.image_seeds is not None
-        score = random_image_scores(gate.layout.image_seeds, gate.layout.tokens_per_image, gate.hidden.device)
+        score = random_image_scores(gate.image_seeds, gate.tokens_per_image, gate.hidden.device)
         return top_tokens(score, self.kept_tokens(score.shape[1]))
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:

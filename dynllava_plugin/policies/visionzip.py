@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import InputPolicy, Patches, Reduced, count
+from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
@@ -41,7 +41,7 @@ class VisionZip(InputPolicy):
             raise UserError(f"{self.name}: contextual={merged} leaves no dominant token among n={kept}")
         return merged
 
-    def reduce_patches(self, patches: Patches) -> Reduced:
+    def reduce_patches(self, patches: Patches) -> Choice:
         """The class token comes first, then dominant and contextual tokens, each in the order of their places.
 
         With original positions a token stands at its own place, the class token at the first free one.
@@ -50,7 +50,7 @@ class VisionZip(InputPolicy):
         kept = self.kept_tokens(total)
         attention = patches.cls_attention()
         if kept >= total:
-            return Reduced(patches.hidden, torch.ones_like(attention, dtype=torch.bool), attention)
+            return Choice(torch.ones_like(attention, dtype=torch.bool), attention, patches.hidden)
         merged = self.merged_tokens(kept)
         dominant = _sorted(attention.topk(kept - merged - 1, dim=-1).indices)  # [M, D]
         others = _others(dominant, total)  # [M, R]
@@ -72,9 +72,8 @@ class VisionZip(InputPolicy):
         first_free = (~keep).to(torch.uint8).argmax(1, keepdim=True)
         keep.scatter_(1, first_free, True)
         places = torch.cat([first_free, dominant, targets], 1)
-        return Reduced(
-            in_places(hidden, torch.cat(tokens, 1), places, self.packed_positions), keep, attention
-        )
+        placed = in_places(hidden, torch.cat(tokens, 1), places, self.packed_positions)
+        return Choice(keep, attention, placed)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `InputPolicy.check`, n and contextual."""

@@ -1,8 +1,8 @@
-"""The KV cache of Eq. 6: per sample, layers before l hold every token and layers from l on the kept ones only.
+"""The KV cache of Eq. 6: per sample, layers before a gate hold every token that reached them, layers from it on the kept ones only.
 
-A cache has two `ContextTrack`s, one for each kind of layer. A track knows how many tokens each sample holds and plans, once a
-forward call, where new keys and values go; its layers carry the plan out. Samples are ragged: sample b owns the slots
-0..lengths[b]-1. A new token is written at slot lengths[b], sees slots 0..lengths[b], and stays only if lengths[b] then
+A cache has one `ContextTrack` for each segment of layers between two gates. A track knows how many tokens each sample holds
+and plans, once a forward call, where new keys and values go; its layers carry the plan out. Samples are ragged: sample b owns
+the slots 0..lengths[b]-1. A new token is written at slot lengths[b], sees slots 0..lengths[b], and stays only if lengths[b] then
 advances; a skipped token is overwritten by the next one. No step loops over samples.
 
 A static cache keeps its tensors where they are and lets a step attend a whole buffer behind a mask, so that a step has one shape
@@ -12,6 +12,8 @@ and never waits for the device: what CUDA graphs and `torch.compile` need. It gr
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class RaggedLayer(CacheLayerMixin):
         plan = self.track.plan
         if plan is None:
             raise RuntimeError(
-                "RaggedLayer.update without a plan: this cache is filled by DynamicLlamaModel.forward"
+                "RaggedLayer.update without a plan: this cache is filled by a Dynamic model's forward"
             )
         if isinstance(plan, Prefill):
             self.lazy_initialization(key_states, value_states)
@@ -128,54 +130,74 @@ class SparseContextCache(Cache):
     ----------
     num_layers : int
         L, decoder layers.
-    sparse_layer : int
-        l: layers 0..l-1 hold every token, layers l..L-1 the kept ones.
+    splits : sequence of int
+        Layers from which on other tokens are held than before, in order: the gates inside the model. Each begins a track.
     growth_step : int
         Slots by which the buffers grow.
     static : bool
         Steps of one shape that never wait for the device, see the module's text.
     """
 
+    observes = False  # whether it ranks what it holds by attention, and so has to see queries and keys
+
     def __init__(
-        self, num_layers: int, sparse_layer: int, growth_step: int | None = None, static: bool = False
+        self, num_layers: int, splits: Sequence[int], growth_step: int | None = None, static: bool = False
     ) -> None:
         track = StaticTrack if static else ContextTrack
         growth_step = growth_step or (STATIC_GROWTH_STEP if static else GROWTH_STEP)
-        self.dense, self.sparse = track(growth_step), track(growth_step)
+        self.splits = tuple(splits)
+        self.tracks = [track(growth_step) for _ in range(len(self.splits) + 1)]
         self.static = static
-        self.sparse_layer = sparse_layer
-        self.rule: object = None  # by which tokens leave the sparse layers later; None: they don't
-        self.watch: Any = None  # sees queries and keys of the sparse layers, where a cache ranks by attention
+        self.rule: object = None  # by which tokens leave a track later; None: they don't
         self._forget()
         super().__init__(
-            layers=[RaggedLayer(self.dense if i < sparse_layer else self.sparse) for i in range(num_layers)]
+            layers=[RaggedLayer(self.tracks[bisect_right(self.splits, i)]) for i in range(num_layers)]
         )
 
     def _forget(self) -> None:
         self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
-        self.removed: torch.Tensor | None = None  # int64 [B, 1] image tokens that never entered the LLM
-        self.moved_up: torch.Tensor | None = None  # by how much later tokens' position ids are less for it
+        self.fed: torch.Tensor | None = None  # int64 [B, 1] real tokens processed, dropped ones included
+        self.offset: torch.Tensor | None = (
+            None  # int64 [B, 1]: next position id less `fed`, where images count otherwise
+        )
+        self.moved_up: torch.Tensor | None = (
+            None  # by how much it is less for image tokens that never entered the LLM
+        )
         self.images_kept: torch.Tensor | None = None  # int64 [B] image tokens behind the policy's decision
         self._output_keep: list[torch.Tensor] = []
 
-    def note_removed(self, count: torch.Tensor, packed: bool) -> None:
-        """Image tokens int64 [B, 1] that don't enter the LLM; with `packed` positions what follows moves up."""
-        self.removed = count if self.removed is None else self.removed + count
-        self.moved_up = self.removed if packed else None
+    def start(self) -> None:
+        """Begin a call. On the CPU, where reading costs nothing, every track's lengths are read at once."""
+        lengths = [track.lengths for track in self.tracks]
+        if lengths[0] is None or lengths[0].device.type != "cpu" or self.static:
+            return
+        for track, held in zip(self.tracks, torch.stack(lengths).tolist(), strict=True):  # type: ignore[arg-type]
+            track.held = held
+
+    def move_up(self, count: torch.Tensor) -> None:
+        """Later tokens have position ids less by `count` int64 [B, 1]: so many image tokens never entered the LLM."""
+        self.moved_up = count if self.moved_up is None else self.moved_up + count
 
     def commit(
-        self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
+        self,
+        valid: torch.Tensor,
+        output_keep: torch.Tensor | None,
+        image_keep: torch.Tensor | None = None,
     ) -> None:
-        """End a forward call over `columns` new columns: decisions on its output (bool [B, q]) and image tokens ([B, N_img])."""
-        self.dense.commit()
-        self.sparse.commit()
-        self.note(columns, output_keep, image_keep)
+        """End a forward call over the columns of `valid` bool [B, L], False on padding.
+
+        `output_keep` bool [B, q] and `image_keep` bool [B, N_img] are its decisions.
+        """
+        for track in self.tracks:
+            track.commit()
+        count = valid.sum(1, keepdim=True)
+        self.fed = count if self.fed is None else self.fed.add_(count) if self.static else self.fed + count
+        self.note(valid.shape[1], output_keep, image_keep)
 
     def next_positions(self) -> torch.Tensor:
-        """int64 [B, 1]: the position id of each sample's next token, by the input's count."""
-        assert self.dense.lengths is not None
-        lengths = self.dense.lengths[:, None]
-        return lengths if self.removed is None else lengths + self.removed
+        """int64 [B, 1]: the position id of each sample's next token, as if all image tokens had entered."""
+        assert self.fed is not None
+        return self.fed if self.offset is None else self.fed + self.offset
 
     def note(
         self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
@@ -190,17 +212,16 @@ class SparseContextCache(Cache):
 
     def reserve_step(self) -> None:
         """Room for one more token in a static cache; before a step, outside any graph."""
-        grown = [
-            track.reserve_step() for track in (self.dense, self.sparse) if isinstance(track, StaticTrack)
-        ]
-        if any(grown):
+        if any([track.reserve_step() for track in self.static_tracks()]):
             for layer in self.layers:
                 layer.grow()
 
-    def static_tracks(self) -> tuple[StaticTrack, StaticTrack]:
-        """Both tracks of a static cache."""
-        assert isinstance(self.dense, StaticTrack) and isinstance(self.sparse, StaticTrack)
-        return self.dense, self.sparse
+    def static_tracks(self) -> list[StaticTrack]:
+        """Return the tracks of a static cache."""
+        return [track for track in self.tracks if isinstance(track, StaticTrack)]
+
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """See rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended; for caches that let tokens go."""
 
     def step_slots(self, layer_idx: int) -> torch.Tensor | None:
         """int64 [B]: where a layer's new tokens lie during a single-token step; None during any other call."""
@@ -210,9 +231,8 @@ class SparseContextCache(Cache):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that a decode step reads and writes."""
         buffers = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-        return [
-            length for length in (self.dense.lengths, self.sparse.lengths) if length is not None
-        ] + buffers
+        held = [track.lengths for track in self.tracks] + [self.fed]
+        return [length for length in held if length is not None] + buffers
 
     def addresses(self) -> tuple[tuple[int, torch.Size], ...]:
         """Where `tensors` lie, and their shapes; another answer ends a captured step's life."""
@@ -224,7 +244,7 @@ class SparseContextCache(Cache):
 
     def kept_lengths(self) -> torch.Tensor:
         """int64 [L, B]: tokens held per layer and sample."""
-        if self.dense.lengths is None or self.sparse.lengths is None:
+        if self.fed is None:
             return torch.zeros(len(self.layers), 0, dtype=torch.int64)
         return torch.stack([layer.track.lengths for layer in self.layers])
 
@@ -240,12 +260,14 @@ class SparseContextCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: sample b continues from sample `beam_idx[b]`."""
-        for part in (self.dense, self.sparse, *self.layers):
+        for part in (*self.tracks, *self.layers):
             part.index(beam_idx)
         self._output_keep = [keep.index_select(0, beam_idx.to(keep.device)) for keep in self._output_keep]
-        for name in ("removed", "moved_up", "images_kept"):
+        for name in ("fed", "offset", "moved_up", "images_kept"):
             if (value := getattr(self, name)) is not None:
-                setattr(self, name, value.index_select(0, beam_idx.to(value.device)))
+                chosen = value.index_select(0, beam_idx.to(value.device))
+                in_place = self.static and name == "fed" and chosen.shape == value.shape
+                setattr(self, name, value.copy_(chosen) if in_place else chosen)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples `indices` (int64) only."""
@@ -253,15 +275,15 @@ class SparseContextCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sample becomes `repeats` samples in a row."""
-        if self.dense.lengths is not None:
-            rows = torch.arange(self.dense.lengths.shape[0], device=self.dense.lengths.device)
+        if self.fed is not None:
+            rows = torch.arange(self.fed.shape[0], device=self.fed.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything, to serve another prompt."""
         for layer in self.layers:
             layer.reset()
-        for track in (self.dense, self.sparse):
+        for track in self.tracks:
             track.reset()
         self._forget()
 

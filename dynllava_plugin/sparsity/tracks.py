@@ -1,4 +1,4 @@
-"""Who holds how many tokens, and where the next ones go: the bookkeeping of a ragged cache, one track for each kind of layer.
+"""Who holds how many tokens, and where the next ones go: the bookkeeping of a ragged cache, one track for each segment of layers.
 
 A track plans, once a forward call, where new keys and values go; its layers carry the plan out. Sample b owns the slots
 0..lengths[b]-1. No step loops over samples.
@@ -6,6 +6,7 @@ A track plans, once a forward call, where new keys and values go; its layers car
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,14 @@ MASK_ALIGNMENT = 8  # slots
 STATIC_GROWTH_STEP = 256  # slots; a static cache's growth also costs a new capture
 
 
-def packing_order(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L] bool -> (int64 [B, n] columns of the kept tokens in order, first ones first; int64 [B] counts).
+def packing_order(keep: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """Return int64 [B, n], the columns of the kept tokens of `keep` bool [B, L] in order, first ones first.
 
-    n is the largest count. Rows with fewer kept tokens end in columns that are not kept.
+    n is `width`, the largest count, read from the device where it isn't given. Rows with fewer kept tokens end in columns
+    that are not kept.
     """
-    counts = keep.sum(1)
-    order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : int(counts.max())], counts
+    width = int(keep.sum(1).max()) if width is None else width
+    return keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Chunk:
 
 
 class ContextTrack:
-    """How many tokens each sample holds in one kind of layer, and where the tokens of this call go."""
+    """How many tokens each sample holds in one segment of layers, and where the tokens of this call go."""
 
     def __init__(self, growth_step: int = GROWTH_STEP) -> None:
         self.growth_step = growth_step
@@ -64,16 +65,19 @@ class ContextTrack:
         self.bound = 0  # host-side upper bound of lengths, so that a step needs no device synchronisation
         self.capacity = 0  # slots of the layers' buffers
         self.plan: Prefill | Step | Chunk | None = None
+        self.held: list[int] | None = None  # `lengths` on the host, where they were read for this call
         self._pending: torch.Tensor | None = None
         self._pending_bound = 0
 
-    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
         """Plan the call for new tokens.
 
         Parameters
         ----------
         keep : bool [B, q]
             Tokens that stay as context; padding, at either end, is False.
+        counts : sequence of int, optional
+            How many of each sample, where the host knows; read from the device otherwise.
 
         Returns
         -------
@@ -81,26 +85,28 @@ class ContextTrack:
         where everything may be seen.
         """
         if self.lengths is None:
-            everything = bool(keep.all())
-            order, counts = packing_order(keep)
-            self.plan = Prefill(order=None if everything else order)
-            self._pending, self._pending_bound = counts, order.shape[1]
-            self.capacity = order.shape[1] + self.growth_step
+            counts = keep.sum(1).tolist() if counts is None else counts
+            width = max(counts)
+            everything = min(counts) == keep.shape[1]
+            self.plan = Prefill(order=None if everything else packing_order(keep, width))
+            self._pending, self._pending_bound = keep.sum(1), width
+            self.capacity = width + self.growth_step
             return None
         if keep.shape[1] == 1:
             return self._begin_step(self.lengths, keep[:, 0])
         return self._begin_chunk(self.lengths, keep)
 
     def _begin_step(self, lengths: torch.Tensor, keep: torch.Tensor) -> torch.Tensor | None:
-        # Reading a length is free on the CPU; elsewhere the bound is refreshed only when the buffers would grow.
-        exact = lengths.device.type == "cpu"
-        if exact or self.bound >= self.capacity:
+        # Where the lengths were read for this call the bound is exact; else it is refreshed when the buffers would grow.
+        if self.held is not None:
+            self.bound = max(self.held)
+        elif self.bound >= self.capacity:
             self.bound = int(lengths.max())
         bound = self.bound + 1
         self._reserve(bound)
         self.plan = Step(lengths, bound, torch.arange(len(lengths), device=lengths.device))
         self._pending, self._pending_bound = lengths + keep, bound
-        if exact and int(lengths.min()) == self.bound:
+        if self.held is not None and min(self.held) == self.bound:
             return None
         return (torch.arange(bound, device=lengths.device) <= lengths[:, None])[:, None, None]
 
@@ -126,7 +132,7 @@ class ContextTrack:
     def commit(self) -> None:
         """Advance the lengths after every layer has carried out the plan."""
         self.lengths, self.bound = self._pending, self._pending_bound
-        self.plan = self._pending = None
+        self.plan = self._pending = self.held = None
 
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
@@ -137,9 +143,9 @@ class ContextTrack:
 class StaticTrack(ContextTrack):
     """A track whose single-token steps have one shape and touch no host value: they see `capacity` slots behind a mask."""
 
-    def begin(self, keep: torch.Tensor) -> torch.Tensor | None:
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
         """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
-        mask = super().begin(keep)
+        mask = super().begin(keep, counts)
         self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return mask
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 
 _READY = "_is_hf_initialized"  # transformers' mark of tensors and modules that initialisation leaves alone
 

@@ -17,7 +17,7 @@ from dynllava_plugin.model.checkpoints.loading import load_model, load_without_p
 from dynllava_plugin.model.checkpoints.processors import TOKENIZER_FILES
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 from dynllava_plugin.model.checkpoints.weights import our_name
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 
 DYNAMIC, PUBLISHED = "dynamic", "published"
 CLIP_FOLDER = "clip"

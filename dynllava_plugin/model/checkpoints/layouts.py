@@ -19,7 +19,9 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
-from dynllava_plugin.model.configuration import DynamicLlamaConfig, DynamicLlavaConfig
+from dynllava_plugin.model.configuration import fresh_sparsity
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
+from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 logger = logging.getLogger(__name__)
@@ -84,18 +86,6 @@ def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     except Exception as error:  # transformers checks the types of fields, each its own way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{directory / 'config.json'}: {reason}") from None
-
-
-def fresh_sparsity(hidden_size: int) -> SparsityConfig:
-    """Settings for a checkpoint without predictors: the paper's, with predictors that fit a small LLM.
-
-    The paper's width 512 (8 heads, MLP 2048) from `hidden_size` 1024 on; below, the largest power of two up
-    to half of `hidden_size` (at least 16), 4 heads and an MLP of four times the width: 192 -> 64.
-    """
-    if hidden_size >= 1024:
-        return SparsityConfig()
-    width = max(16, 2 ** ((hidden_size // 2).bit_length() - 1))
-    return SparsityConfig(predictor_dim=width, predictor_heads=4, predictor_ffn_dim=4 * width)
 
 
 def _from_own(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:

@@ -36,8 +36,7 @@ from dynllava_plugin.model.checkpoints.weights import (
     read_vision_weights,
     read_weights,
 )
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
-from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from dynllava_plugin.policies.registry import check_policy, policy_changes

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

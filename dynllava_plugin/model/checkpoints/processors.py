@@ -12,7 +12,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, LLAVA_HF, OWN, vision_folder
 from dynllava_plugin.model.checkpoints.sources import read_json
 from dynllava_plugin.model.checkpoints.tokenizers import original_spacing, read_original_tokenizer
-from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 

@@ -1,26 +1,45 @@
-"""LLaVA's vision side where a policy reduces patches before the projector."""
+"""LLaVA-1.5: with a Llama, Qwen2 or Mistral LLM; the vision side where a policy reduces patches before the projector."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.models.llava.modeling_llava import LlavaModel
+from transformers import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Patches, Policy, TokenLayout
+from dynllava_plugin.model.configuration import SparseVLMConfig
+from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
+from dynllava_plugin.model.families.registration import register_family
+from dynllava_plugin.model.marks import EXTRA
+from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.policies.base import Patches, Policy
 
-EXTRA = 2  # channels behind the features of a reduced image: 1 where the token stays, and its score
+
+class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
+    """LLaVA-1.5's config with `sparsity`.
+
+    Parameters
+    ----------
+    image_aspect_ratio : "pad" | "square"
+        "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
+    placeholder_tokens : int
+        Last rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+    """
+
+    model_type = "dynamic_llava"
+
+    image_aspect_ratio: str = "pad"
+    placeholder_tokens: int = 0
 
 
 class DynamicLlavaModel(LlavaModel):
-    """`LlavaModel` whose image features may be fewer: they stay N rows an image, each with a mark of whether it counts.
+    """`LlavaModel` whose image features may be fewer: they stay N rows an image, each with a mark of whether it counts."""
 
-    `generate` encodes images before the first forward call and repeats the result for each beam, so that what the
-    vision side decides has to travel with the features.
-    """
+    config_class = DynamicLlavaConfig
 
     def get_image_features(
         self,
@@ -73,39 +92,6 @@ class DynamicLlavaModel(LlavaModel):
         return outputs
 
 
-def reduce_images(
-    policy: Policy, features: torch.Tensor, layout: TokenLayout, question: Callable[[], torch.Tensor]
-) -> torch.Tensor:
-    """Image features [M, N, d] or [M, N, d + EXTRA] -> [M, N, d]; notes in `layout` which places stay empty."""
-    assert layout.image_mask is not None
-    if policy.reduces_patches:
-        tokens, keep, score = features[..., :-EXTRA], features[..., -2] > 0.5, features[..., -1]
-    else:
-        reduced = policy.reduce_tokens(features, question)
-        tokens, keep, score = reduced.tokens, reduced.keep, reduced.score
-    layout.packed_positions = policy.packed_positions
-    layout.removed = torch.zeros_like(layout.image_mask).masked_scatter(layout.image_mask, ~keep)
-    layout.image_score = score
-    return tokens
-
-
-def mean_question(
-    embeds: torch.Tensor, layout: TokenLayout, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """float32 [M, d]: for each image the mean embedding of its sample's prompt text behind the last image, else of all of it."""
-    assert layout.image_mask is not None
-    text = ~layout.image_mask
-    if attention_mask is not None:
-        text &= attention_mask[:, -text.shape[1] :].bool()
-    columns = torch.arange(text.shape[1], device=text.device)
-    text = text & layout.before_output(columns)
-    behind = text & (columns > torch.where(layout.image_mask, columns, -1).amax(1, keepdim=True))
-    chosen = torch.where(behind.any(1, keepdim=True), behind, text)[..., None]
-    means = (embeds.float() * chosen).sum(1) / chosen.sum(1).clamp(min=1)  # [B, d]
-    images = layout.image_mask.sum(1) // layout.tokens_per_image
-    return means.repeat_interleave(images, 0)
-
-
 def _encoder_layers(tower: Any, policy: Policy) -> Any:
     encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
     layers = getattr(encoder, "layers", None)
@@ -136,3 +122,16 @@ def _queries_and_keys(attention: Any, policy: Policy) -> Iterator[dict[str, torc
     finally:
         for handle in handles:
             handle.remove()
+
+
+class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGeneration):
+    """LLaVA-1.5 with dynamic vision-language context sparsification (arXiv 2412.00876)."""
+
+    config: DynamicLlavaConfig
+    config_class = DynamicLlavaConfig
+    model_class = DynamicLlavaModel
+    image_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    has_class_token = True
+
+
+register_family(DynamicLlavaForConditionalGeneration, LlavaConfig)

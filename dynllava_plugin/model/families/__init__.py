@@ -1,0 +1,1 @@
+"""The supported families, one short file each, which says only what differs."""

@@ -1,0 +1,38 @@
+"""LLaVA-OneVision: an image is its tiles and newline tokens; videos are refused."""
+
+from __future__ import annotations
+
+from transformers import LlavaOnevisionConfig
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+)
+
+from dynllava_plugin.model.configuration import SparseVLMConfig
+from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
+from dynllava_plugin.model.families.registration import register_family
+from dynllava_plugin.model.modeling import SparseVLM
+
+
+class DynamicLlavaOnevisionConfig(SparseVLMConfig, LlavaOnevisionConfig):
+    """LlavaOnevision's config with `sparsity`."""
+
+    model_type = "dynamic_llava_onevision"
+
+
+class DynamicLlavaOnevisionForConditionalGeneration(SparseVLM, LlavaOnevisionForConditionalGeneration):
+    """LlavaOnevision with gates between its LLM's layers."""
+
+    config: DynamicLlavaOnevisionConfig
+    config_class = DynamicLlavaOnevisionConfig
+    model_class = LlavaOnevisionModel
+    image_inputs = (
+        "pixel_values",
+        "image_sizes",
+        "batch_num_images",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+
+
+register_family(DynamicLlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig)

@@ -1,0 +1,75 @@
+"""Position ids on three axes (M-RoPE), as Qwen2.5-VL and Qwen3-VL have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerationMixin
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.sparsity.cache import SparseContextCache
+
+
+class TurnedPositions(SparseVLM):
+    """A family whose images turn on three axes: positions come from the images' grids, later ones from the cache's offset."""
+
+    image_inputs = ("pixel_values", "image_grid_thw")
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As `SparseGeneration.generate`."""
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = self._token_types(ids)
+        return super().generate(inputs, **kwargs)
+
+    def positions(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: SparseContextCache | None,
+        images: dict[str, Any],
+        has_images: bool,
+    ) -> torch.Tensor | None:
+        """Return int64 [3, B, L] of a call with images; None of one without, whose decoder counts on.
+
+        Raises
+        ------
+        UserError
+            Encoded images without their grids.
+        """
+        if not has_images or input_ids is None:
+            return None
+        grid = images.get("image_grid_thw")
+        if grid is None:
+            raise UserError("image_grid_thw: missing; the positions of image tokens are made of it")
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        positions, _ = self.model.get_rope_index(  # type: ignore[operator]
+            input_ids,
+            mm_token_type_ids=self._token_types(input_ids),
+            image_grid_thw=grid,
+            attention_mask=mask,
+        )
+        return positions if cache is None or cache.fed is None else positions + cache.next_positions()
+
+    def _token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids == self.config.image_token_id).int()
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """As the stock class's, but behind a cache by that cache's offset, not by the module's last call's."""
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, SparseContextCache) or not cache.seen:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[misc]
+        text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+        ids, grid = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("image_grid_thw")
+        if grid is not None:
+            turned, _ = self.model.get_rope_index(  # type: ignore[operator]
+                ids, mm_token_type_ids=self._token_types(ids), image_grid_thw=grid,
+                attention_mask=model_kwargs.get("attention_mask"),
+            )  # fmt: skip
+        else:
+            turned = (text if cache.offset is None else text + cache.offset).expand(3, -1, -1)
+        return torch.cat([text.expand(turned.shape[1:])[None], turned])

@@ -1,0 +1,171 @@
+"""Which tokens of a call are what, read once from its inputs; and image features put into their places."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.marks import EXTRA
+from dynllava_plugin.policies import Policy, TokenLayout
+
+
+def valid_columns(
+    attention_mask: torch.Tensor | None, batch: int, length: int, seen: int, device: torch.device
+) -> torch.Tensor:
+    """Return bool [B, L], False on padding, of the call's `length` columns behind `seen` cached ones.
+
+    Raises
+    ------
+    UserError
+        An attention mask of another shape.
+    """
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if attention_mask.shape != (batch, seen + length):
+        raise UserError(
+            f"attention_mask: shape {tuple(attention_mask.shape)}, expected {(batch, seen + length)} "
+            f"({seen} cached columns and {length} new ones)"
+        )
+    return attention_mask[:, seen:].bool()
+
+
+def output_columns(
+    valid: torch.Tensor, seen: int, prompt_length: int | None, output_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int]:
+    """Return which columns bool [B, L] of a call at inference are output text (None: none), and the first that may be.
+
+    `prompt_length` and `output_mask` are as in `forward`.
+    """
+    batch, length = valid.shape
+    if prompt_length is None:
+        prompt_length = seen if seen and length == 1 else seen + length
+    start, mask = max(prompt_length - seen, 0), None
+    if start < length:
+        mask = (torch.arange(length, device=valid.device) >= start).expand(batch, -1)
+    if output_mask is not None and not seen:
+        # The prompt's own output text; behind it, where nothing is cached, what was generated so far.
+        earlier = torch.zeros(batch, length, dtype=torch.bool, device=valid.device)
+        earlier[:, : output_mask.shape[1]] = output_mask.bool()
+        return (earlier if mask is None else mask | earlier), 0
+    return mask, start
+
+
+def read_layout(
+    valid: torch.Tensor,
+    image_mask: torch.Tensor | None,
+    features: Sequence[torch.Tensor] | None,
+    output: tuple[torch.Tensor | None, int],
+    policy: Policy,
+    training: bool,
+) -> TokenLayout:
+    """Return the layout of a call's tokens; the host reads its counts here, once.
+
+    Parameters
+    ----------
+    valid : bool [B, L]
+    image_mask : bool [B, L], optional
+        Places of image tokens.
+    features : sequence of M tensors [N_i, d], optional
+        The call's images, in the order of their places.
+    output : (bool [B, L] or None, int)
+        Output text and its first column, as `output_columns` gives them.
+    policy : Policy
+        In force; one that uses chance gets a seed an image.
+    training : bool
+        One image without a place may stand in for none: every process of a sharded run has to go through the same
+        modules, whatever its samples.
+
+    Raises
+    ------
+    UserError
+        Image places and images that don't match, in number or from sample to sample.
+    """
+    places = torch.zeros_like(valid) if image_mask is None else image_mask
+    facts = torch.stack([valid.sum(1), valid[:, -1].long(), places.sum(1)])
+    counts, ends, per_row = facts.tolist()
+    lengths = [] if features is None else [len(image) for image in features]
+    if training and len(lengths) == 1 and not any(per_row):
+        lengths = []
+    rows = _rows_of_images(per_row, lengths)
+    seeds = None
+    if features is not None and policy.image_seed is not None:
+        seeds = tuple(_image_seed(image, policy.image_seed) for image in features)
+    marks = None
+    if features is not None and policy.reduces_patches and not training:
+        marks = torch.cat([image[:, -EXTRA:] for image in features])
+    return TokenLayout(
+        image_mask=image_mask if features is not None else None,
+        image_lengths=tuple(lengths),
+        image_rows=tuple(rows),
+        image_index=None if features is None else places.flatten().nonzero()[:, 0],
+        output_mask=output[0],
+        output_start=output[1],
+        counts=tuple(counts),
+        ends_real=all(ends),
+        image_seeds=seeds,
+        image_marks=marks,
+    )
+
+
+def _rows_of_images(places: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Return the sample of each image, from the samples' image places and the images' tokens."""
+    if sum(places) != sum(lengths):
+        images = f"{len(lengths)} images with {sum(lengths)} tokens in all"
+        if len(set(lengths)) == 1:
+            images = f"{len(lengths)} images of {lengths[0]} tokens"
+        elif not lengths:
+            images = "no image (pixel_values)"
+        raise UserError(
+            f"input_ids: {sum(places)} image tokens for {images}; give as many <image> places as images"
+        )
+    rows, row, left = [], 0, list(places)
+    for image, length in enumerate(lengths):
+        while row < len(left) and not left[row]:
+            row += 1
+        if left[row] < length:
+            raise UserError(
+                f"sample {row}: {left[row]} image tokens are left for image {image}, which has {length}; "
+                "give each sample as many <image> places as it has images"
+            )
+        left[row] -= length
+        rows.append(row)
+    return rows
+
+
+def place_images(
+    embeds: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    layout: TokenLayout,
+    policy: Policy,
+    training: bool,
+) -> torch.Tensor:
+    """Return token embeddings [B, L, d] with the features of M images [N_i, d (+ EXTRA)] in their places.
+
+    Raises
+    ------
+    UserError
+        Features that were encoded under another policy.
+    """
+    width = embeds.shape[-1]
+    wanted = width + (EXTRA if policy.reduces_patches and not training else 0)
+    if any(image.shape[-1] != wanted for image in features):
+        found = next(image.shape[-1] for image in features if image.shape[-1] != wanted)
+        raise UserError(
+            f"mm_encoder_outputs: image features {found} wide, {policy.name} needs {wanted}; "
+            "encode the images under the policy that is in force"
+        )
+    flat = torch.cat(tuple(features))[:, :width].to(embeds)
+    if not layout.image_lengths:  # an image that stands in for none: in the graph, in no place
+        return embeds.masked_scatter(layout.image_mask[..., None], flat)  # type: ignore[index]
+    embeds = embeds.clone()
+    embeds.view(-1, width)[layout.image_index] = flat  # on a CPU much faster than masked_scatter
+    return embeds
+
+
+def _image_seed(features: torch.Tensor, seed: int) -> int:
+    """A seed from an image's features [N, d], rounded so that an image has the same one in every batch."""
+    summary = (features.detach().float().mean(0)[:4] * 512).round().to(torch.int32).cpu()
+    return zlib.crc32(summary.numpy().tobytes(), seed & 0xFFFFFFFF)
