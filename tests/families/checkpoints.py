@@ -8,6 +8,7 @@ wide, 4 heads on 2 of keys and values; images of 28 to 84 pixels have 4 to about
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -415,9 +416,28 @@ def sample_batch(
     `sizes[i]` are the (width, height) of the images of sample i, none, one or several; `questions[i]` its question.
     A template that writes "<s>" itself gets no second one, as in the processor's own `apply_chat_template(tokenize=True)`.
     """
-    texts = [prompt_of(processor, q, len(of)) for q, of in zip(questions, sizes, strict=True)]
-    numbers = iter(range(1000 * seed, 1000 * (seed + 1)))
-    images = [[picture(size, next(numbers)) for size in of] for of in sizes]
+    samples = range(len(questions))
+    return _process(family, processor, [(i, sizes[i], questions[i]) for i in samples], seed)
+
+
+def sample_of(
+    family: str,
+    processor: Any,
+    sizes: Sequence[Sequence[tuple[int, int]]],
+    questions: Sequence[str],
+    index: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sample `index` of the same `sample_batch` alone: its text, its images, no padding of either."""
+    return _process(family, processor, [(index, sizes[index], questions[index])], seed)
+
+
+def _process(
+    family: str, processor: Any, samples: list[tuple[int, Sequence[tuple[int, int]], str]], seed: int
+) -> dict[str, Any]:
+    assert processor.image_token == FAMILIES[family].image_token, f"not a processor of {family}"
+    texts = [prompt_of(processor, question, len(of)) for _, of, question in samples]
+    images = [_pictures(of, index, seed) for index, of, _ in samples]
     bos = processor.tokenizer.bos_token
     doubled = bos is not None and texts[0].startswith(bos)
     more: dict[str, Any] = {"images": images} if any(images) else {}
@@ -430,3 +450,29 @@ def sample_batch(
         **more,
     )
     return dict(batch)
+
+
+def _pictures(sizes: Sequence[tuple[int, int]], index: int, seed: int) -> list[Image.Image]:
+    """The images of sample `index`, the same ones in a batch and alone."""
+    return [picture(size, 10_000 * seed + 100 * index + number) for number, size in enumerate(sizes)]
+
+
+def image_places(
+    family: str, processor: Any, sizes: Sequence[tuple[int, int]], inputs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Where each image of one unpadded sample stands: a tensor of places an image, in order.
+
+    Counted by the processor with an end-of-text token between the images: neighbours may touch (OneVision), and one
+    image may be several stretches (Mistral3's rows).
+    """
+    if not sizes:
+        return []
+    image, end = FAMILIES[family].image_token, processor.tokenizer.eos_token
+    pictures = _pictures(sizes, 0, 0)
+    ids = processor(images=[pictures], text=[end.join([image] * len(sizes))], return_tensors="pt")[
+        "input_ids"
+    ][0]
+    number = _id(processor.tokenizer, image)
+    borders = [0, *(ids == processor.tokenizer.eos_token_id).nonzero()[:, 0].tolist(), len(ids)]
+    counts = [int((ids[a:b] == number).sum()) for a, b in itertools.pairwise(borders)]
+    return list((inputs["input_ids"][0] == number).nonzero()[:, 0].split(counts))
