@@ -14,13 +14,7 @@ TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {}  # stock model_type of an L
 
 
 class SparseTextConfig:
-    """To stand before a stock text config in a class's bases, which declares ``sparsity: Any = None``.
-
-    Raises
-    ------
-    UserError
-        Layers that see a window of the context only.
-    """
+    """To stand before a stock text config in a class's bases, which declares ``sparsity: Any = None``."""
 
     sparsity: Any
 
@@ -30,21 +24,10 @@ class SparseTextConfig:
             self.sparsity = fresh_sparsity(self.hidden_size)  # type: ignore[attr-defined]
         elif isinstance(self.sparsity, dict):
             self.sparsity = SparsityConfig.from_dict(self.sparsity)
-        self._refuse_windows()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config JSON-ready; `sparsity` as a plain dict."""
         return {**super().to_dict(), "sparsity": self.sparsity.to_dict()}  # type: ignore[misc]
-
-    def _refuse_windows(self) -> None:
-        window = getattr(self, "sliding_window", None)
-        types = getattr(self, "layer_types", None)
-        windowed = window is not None if types is None else any(kind != "full_attention" for kind in types)
-        if windowed and (window is None or window < self.max_position_embeddings):  # type: ignore[attr-defined]
-            raise UserError(
-                f"sliding_window: {window}: layers that see a part of the context only are not supported; "
-                "a checkpoint without a window (null) is"
-            )
 
 
 class SparseVLMConfig:
@@ -86,6 +69,18 @@ def sparse_text_config(stock: Any) -> Any:
     values = stock.to_dict()
     values.pop("model_type")
     return kind.from_dict(values)
+
+
+def check_layers(config: Any) -> None:
+    """Raise `UserError` for a text config with layers that see a window of the context only, or a gate outside the model."""
+    config.sparsity.validate(config.num_hidden_layers)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    windowed = window is not None if types is None else any(kind != "full_attention" for kind in types)
+    if windowed and (window is None or window < config.max_position_embeddings):
+        raise UserError(
+            f"sliding_window: {window}: layers that see a part of the context only are not supported; "
+            "a checkpoint without a window (null) is"
+        )
 
 
 def fresh_sparsity(hidden_size: int) -> SparsityConfig:

@@ -12,6 +12,7 @@ from torch import nn
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import SparseCall, additive, context_mask, use_sparse_attention
 from dynllava_plugin.model.attention_rows import WatchLastPromptToken
+from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
 from dynllava_plugin.model.outputs import SparseDecoderOutput
 from dynllava_plugin.model.packing import Tokens, at_columns, last_column, present_tokens
@@ -38,7 +39,7 @@ class SparseDecoder(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        config.sparsity.validate(config.num_hidden_layers)
+        check_layers(config)
         self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
         self.text_predictor = (
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None

@@ -1,1 +1,17 @@
-"""The supported families, one short file each, which says only what differs."""
+"""The supported families, one short file each, which says only what differs.
+
+`FAMILIES` has them by the `model_type` of their stock config; importing this package registers them with transformers.
+"""
+
+from dynllava_plugin.model.families import (  # noqa: F401
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    mistral3,
+    qwen2_5_vl,
+    qwen3_vl,
+)
+from dynllava_plugin.model.families.registration import FAMILIES
+
+__all__ = ["FAMILIES"]
