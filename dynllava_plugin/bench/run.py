@@ -123,7 +123,7 @@ def held_bytes(cache: SparseContextCache, subject: Subject) -> dict[str, Any]:
         "cache_bytes": cache.num_bytes(),
         "resident_bytes": resident_bytes(t for t in cache.tensors() if t.dim() == 4),
         "needed_bytes": int(lengths.sum()) * token,
-        "growth_bytes": lengths.numel() * cache.dense.growth_step * token,
+        "growth_bytes": lengths.numel() * cache.tracks[0].growth_step * token,
     }
 
 

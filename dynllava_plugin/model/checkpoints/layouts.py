@@ -19,7 +19,8 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
-from dynllava_plugin.model.configuration import fresh_sparsity
+from dynllava_plugin.model.checkpoints.stock import family_of, read_family_config, unknown_family
+from dynllava_plugin.model.configuration import TEXT_CONFIGS, fresh_sparsity
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -27,6 +28,7 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 logger = logging.getLogger(__name__)
 
 OWN, LLAVA_HF, ORIGINAL, PUBLISHED = "own", "llava-hf", "original", "published"
+FAMILY = "family"  # another family's, stock or our own
 
 # Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*,
 # similar_postive_num, instruct_*, ...) belongs to experiments that the method does not use.
@@ -70,15 +72,17 @@ def layout_of(directory: Path, values: dict[str, Any]) -> str:
         return LLAVA_HF
     if kind in ("llava", "llava_llama", "dynamic_llava_llama") and "mm_vision_tower" in values:
         return PUBLISHED if "sparse_config" in values else ORIGINAL
-    raise UserError(
-        f"{directory / 'config.json'}: model_type {kind!r} is not a layout this package reads"
-        " (llava-hf, original LLaVA-1.5, published Dynamic-LLaVA, or its own)"
-    )
+    if kind != "llava" and family_of(values) is not None:
+        return FAMILY
+    raise unknown_family(directory / "config.json", kind)
 
 
 def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     """config.json of any layout as a `DynamicLlavaConfig`, its vocabulary as published."""
-    readers = {OWN: _from_own, LLAVA_HF: _from_llava_hf, ORIGINAL: _from_original, PUBLISHED: _from_original}
+    readers = {
+        OWN: _from_own, LLAVA_HF: _from_llava_hf, ORIGINAL: _from_original, PUBLISHED: _from_original,
+        FAMILY: lambda directory, values: read_family_config(directory / "config.json", values),
+    }  # fmt: skip
     try:
         return readers[layout_of(directory, values)](directory, values)
     except UserError:
@@ -97,13 +101,13 @@ def _from_own(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
 
 def _from_llava_hf(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     text = {"model_type": "llama", **values["text_config"]}
-    if text["model_type"] != "llama":
+    kind = TEXT_CONFIGS.get(text.pop("model_type"))
+    if kind is None:
         raise UserError(
-            f"{directory / 'config.json'}: the LLM is a {text['model_type']}, only llama is supported"
+            f"{directory / 'config.json'}: the LLM is a {values['text_config']['model_type']}, supported are "
+            f"{', '.join(sorted(TEXT_CONFIGS))}"
         )
-    text.pop("model_type")
-    text_config = DynamicLlamaConfig.from_dict(text)
-    text_config.sparsity = fresh_sparsity(text_config.hidden_size)
+    text_config = kind.from_dict(text)
     rest = {
         key: value
         for key, value in values.items()

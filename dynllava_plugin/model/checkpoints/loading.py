@@ -17,6 +17,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter, merge_adapter
 from dynllava_plugin.model.checkpoints.building import empty_model, fill
 from dynllava_plugin.model.checkpoints.layouts import (
+    FAMILY,
     LLAVA_HF,
     ORIGINAL,
     OWN,
@@ -28,6 +29,7 @@ from dynllava_plugin.model.checkpoints.layouts import (
 from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.model.checkpoints.stock import read_family_model, read_family_processor
 from dynllava_plugin.model.checkpoints.weights import (
     PREDICTORS,
     VISION,
@@ -36,8 +38,10 @@ from dynllava_plugin.model.checkpoints.weights import (
     read_vision_weights,
     read_weights,
 )
+from dynllava_plugin.model.configuration import PREFIX
+from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 
@@ -53,14 +57,15 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     **sparsity_overrides: Any,
-) -> tuple[DynamicLlavaForConditionalGeneration, DynamicLlavaProcessor]:
-    """A checkpoint of any layout as a Dynamic-LLaVA and its processor.
+) -> tuple[SparseVLM, Any]:
+    """Load a checkpoint of any family and layout: its model with gates between the LLM's layers, and its processor.
 
     Parameters
     ----------
     path_or_hub_id : str or Path
-        A folder, a hub id, or ``"tiny"`` (the bundled model). Published Dynamic-LLaVA, original LLaVA-1.5,
-        llava-hf and this package's own layout are told apart by their config.json. A folder with a LoRA adapter
+        A folder, a hub id, or ``"tiny"`` (the bundled model). Stock checkpoints of LLaVA-NeXT, LLaVA-OneVision,
+        Qwen2.5-VL, Qwen3-VL, InternVL (transformers' layout) and Mistral3; LLaVA-1.5 as published Dynamic-LLaVA, original,
+        llava-hf; and what `save_pretrained` wrote. They are told apart by their config.json. A folder with a LoRA adapter
         (and predictors) is merged into the checkpoint that it names.
     device : str or torch.device, optional
         Default: the GPU where there is one, else the CPU.
@@ -74,9 +79,10 @@ def load_model(
 
     Returns
     -------
-    model : DynamicLlavaForConditionalGeneration
-        In eval mode. A layout without predictors gets fresh ones, said in one line of the log.
-    processor : DynamicLlavaProcessor
+    model : the family's class, e.g. DynamicLlavaForConditionalGeneration
+        In eval mode. A checkpoint without predictors gets fresh ones, said in one line of the log.
+    processor : DynamicLlavaProcessor for LLaVA-1.5, the family's own processor otherwise
+        Padding on the left.
 
     Raises
     ------
@@ -85,6 +91,9 @@ def load_model(
         damaged weights, a setting out of range.
     """
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
+    if checkpoint.layout == FAMILY:
+        processor = read_family_processor(checkpoint.directory)
+        return checkpoint.model(device, dtype, attn_implementation), processor
     processor = read_processor(
         checkpoint.directory, checkpoint.layout, checkpoint.values, checkpoint.config, checkpoint.tokenizer
     )
@@ -98,7 +107,7 @@ def load_without_processor(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     **sparsity_overrides: Any,
-) -> DynamicLlavaForConditionalGeneration:
+) -> SparseVLM:
     """`load_model` without the processor: also reads a checkpoint that has no tokenizer."""
     return _Checkpoint(path_or_hub_id, sparsity_overrides).model(device, dtype, attn_implementation)
 
@@ -139,7 +148,8 @@ class _Checkpoint:
         text: Any = self.config.text_config
         text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
         self.policy = check_policy(text.sparsity, text.num_hidden_layers)
-        self.tokenizer = read_tokenizer(self.directory, self.layout)
+        FAMILIES[self.config.model_type.removeprefix(PREFIX)].check_family(self.policy)
+        self.tokenizer = None if self.layout == FAMILY else read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
             _add_placeholders(self.directory, self.config, self.tokenizer)
 
@@ -148,9 +158,16 @@ class _Checkpoint:
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
         attn_implementation: str | None,
-    ) -> DynamicLlavaForConditionalGeneration:
-        """The model with the checkpoint's weights."""
+    ) -> SparseVLM:
+        """Return the model with the checkpoint's weights."""
         target = find_device(device)
+        if self.layout == FAMILY:
+            wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
+            with _quiet_transformers():
+                model, fresh = read_family_model(self.directory, self.config, wanted, attn_implementation)
+            self._warn_of_fresh_predictors(fresh)
+            torch.nn.Module.to(model, target)
+            return model.eval()
         if not is_adapter(self.directory):
             read_ahead(self.directory)
         tensors = self._weights()
@@ -162,18 +179,22 @@ class _Checkpoint:
         fresh = self.layout in (ORIGINAL, LLAVA_HF)
         optional = [name for name in expected if self._may_be_absent(name, fresh)]
         check_weights(self.directory, tensors, expected, optional)
-        if fresh and self.policy.predictors:
-            logger.warning(
-                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them (or take mode='full')",
-                self.name,
-                self.policy.name,
-            )
+        self._warn_of_fresh_predictors(fresh)
         with _quiet_transformers():
             model = fill(model, tensors, number_type, attn_implementation)
         model.config.name_or_path = str(self.directory)
         model.generation_config = self._generation_config()
         torch.nn.Module.to(model, target)
         return model.eval()
+
+    def _warn_of_fresh_predictors(self, fresh: bool) -> None:
+        if fresh and self.policy.predictors:
+            logger.warning(
+                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
+                "(or take mode='full' or a training-free policy, e.g. policy='fastv')",
+                self.name,
+                self.policy.name,
+            )
 
     def empty(self, dtype: torch.dtype, attention: str | None) -> DynamicLlavaForConditionalGeneration:
         """The model without its weights."""

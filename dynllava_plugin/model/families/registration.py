@@ -20,7 +20,16 @@ def register_family(model: Any, stock_config: Any) -> None:
     if model.model_class.config_class is config:
         AutoModel.register(config, model.model_class)
     AutoModelForImageTextToText.register(config, model)
-    renames = get_checkpoint_conversion_mapping(stock_config.model_type)
-    if renames:
-        register_checkpoint_conversion_mapping(config.model_type, renames, overwrite=True)
+    _rename_as(config.model_type, stock_config.model_type)
+    for ours in (model, model.model_class):
+        stock = next(base for base in ours.__mro__ if base.__module__.startswith("transformers.models."))
+        if stock is not ours:
+            _rename_as(ours.__name__, stock.__name__)
     FAMILIES[stock_config.model_type] = model
+
+
+def _rename_as(ours: str, stock: str) -> None:
+    """Give a class or model_type of ours the renames that transformers has for a stock one."""
+    renames = get_checkpoint_conversion_mapping(stock)
+    if renames:
+        register_checkpoint_conversion_mapping(ours, renames, overwrite=True)
