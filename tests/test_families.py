@@ -80,7 +80,9 @@ def batch_for(family: str, sizes: Any, seed: int = 0) -> tuple[dict, list[dict],
 
 
 @torch.no_grad()
-def step_by_step(model: Any, batch: dict, answers: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+def step_by_step(
+    model: Any, batch: dict, answers: torch.Tensor, cache: Any = None
+) -> tuple[torch.Tensor, Any]:
     """[B, T, V] logits before each answer token, fed one by one behind the cache; and the cache."""
     out = model(**batch, use_cache=True, past_key_values=cache, logits_to_keep=1)
     mask, logits = batch["attention_mask"], [out.logits[:, -1]]
@@ -153,7 +155,9 @@ def test_batch_single_cached_uncached_and_scored_agree(family, text, shapes):
 
 
 @every_family
-@pytest.mark.parametrize("text", ["image_text,keep=0.4", "fastv,k=2,keep=0.3", "divprune,keep=0.4,positions=original"])
+@pytest.mark.parametrize(
+    "text", ["image_text,keep=0.4", "fastv,k=2,keep=0.3", "divprune,keep=0.4,positions=original"]
+)
 @torch.no_grad()
 def test_cached_decoding_is_what_the_masking_oracle_says(family, text):
     """Decisions as the model tells them, logits as a stock model with masks gives them, one sample, no cache."""
@@ -204,7 +208,9 @@ def test_the_predictor_and_fastv_decide_as_computed_from_the_stock_model(family)
             logits = predictor(hidden[places][None])[0]
             score, count = logits[:, 0] - logits[:, 1], len(places)
             for found, ranked, rate in ((learned, score, 0.4), (fastv, rows[places], 0.3)):
-                expected = sorted(ranked.argsort(descending=True)[: max(1, math.floor(rate * count))].tolist())
+                expected = sorted(
+                    ranked.argsort(descending=True)[: max(1, math.floor(rate * count))].tolist()
+                )
                 assert found[row, start : start + count].nonzero()[:, 0].tolist() == expected
             start += count
         assert not learned[row, start:].any()
@@ -254,7 +260,9 @@ def test_generate_in_all_its_forms(family):
     options = dict(max_new_tokens=5, min_new_tokens=5)
     greedy = model.generate(**batch, do_sample=False, **options)
     assert torch.equal(greedy, model.generate(**batch, do_sample=False, use_cache=False, **options))
-    assert torch.equal(greedy, model.generate(**batch, do_sample=False, cache_implementation="static", **options))
+    assert torch.equal(
+        greedy, model.generate(**batch, do_sample=False, cache_implementation="static", **options)
+    )
     width = batch["input_ids"].shape[1]
     for row, sample in enumerate(alone):
         own = model.generate(**sample, do_sample=False, **options)
@@ -263,7 +271,9 @@ def test_generate_in_all_its_forms(family):
     several = model.generate(**batch, do_sample=True, num_return_sequences=2, **options)
     assert several.shape[0] == 2 * len(SIZES)
     beams = model.generate(**batch, do_sample=False, num_beams=2, **options)
-    assert torch.equal(beams[1, -5:], model.generate(**alone[1], do_sample=False, num_beams=2, **options)[0, -5:])
+    assert torch.equal(
+        beams[1, -5:], model.generate(**alone[1], do_sample=False, num_beams=2, **options)[0, -5:]
+    )
 
 
 @every_family
