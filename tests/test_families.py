@@ -312,21 +312,24 @@ def test_what_a_family_cannot_do_is_one_line(family):
     fewer["input_ids"][places[0][0], places[0][1]] = ids[0, -1]
     with pytest.raises(UserError, match="image tokens"):
         model(**fewer)
-    with pytest.raises(UserError, match="layer 4 is outside the model, which has layers 0..3"):
+    with pytest.raises(UserError, match=r"layer 4 is outside the model, which has layers 0\.\.3"):
         model.set_sparsity(policy="fastv,k=4")
     if not model.has_class_token:
         with pytest.raises(UserError, match="visionzip looks at the class token of a CLIP vision tower"):
             model.set_sparsity(policy="visionzip")
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "mistral3"])
-def test_missing_sizes_are_one_line(family):
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen3_vl"])
+def test_sizes_that_are_missing_or_of_other_pictures_are_one_line(family):
     model = model_of(family)
     model.set_sparsity(mode="full")
     batch, _, _ = batch_for(family, SIZES)
-    del batch["image_sizes"]
-    with pytest.raises(UserError, match="image_sizes is missing"):
-        model(**batch)
+    name = model.image_inputs[1]
+    with pytest.raises(UserError, match=f"{name}: missing"):
+        model(**{key: value for key, value in batch.items() if key != name})
+    other = batch[name] * 3
+    with pytest.raises(UserError, match=f"pixel_values: do not fit {name}|image tokens"):
+        model(**{**batch, name: other})
 
 
 def test_print_tells_the_policy():

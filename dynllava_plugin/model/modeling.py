@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -315,16 +316,27 @@ class SparseVLM(SparseGeneration, SparseScoring):
         UserError
             An argument that is missing, or pixels that don't fit the others.
         """
+        encode = self.model.get_image_features
         given = {name: images[name] for name in self.image_inputs if images.get(name) is not None}
+        needed = [
+            name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        ]  # fmt: skip
+        for name in (*needed, *(["image_grid_thw"] if "image_grid_thw" in self.image_inputs else [])):
+            if name not in given:
+                raise UserError(f"{name}: missing; pass everything that the checkpoint's processor returns")
         try:
-            return self.model.get_image_features(**given, return_dict=True)
-        except UserError:
+            return encode(**given, return_dict=True)
+        except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            missing = [name for name in self.image_inputs[:2] if images.get(name) is None]
-            reason = f"{missing[0]} is missing" if missing else " ".join(str(error).split())[:160]
+        except (ValueError, RuntimeError, IndexError) as error:
+            if (
+                not needed[1:] and "image_grid_thw" not in self.image_inputs
+            ):  # nothing that pixels could disagree with
+                raise
+            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"pixel_values: the images can't be encoded ({reason}); pass what the checkpoint's processor returns"
+                f"pixel_values: do not fit {self.image_inputs[1]} ({reason}); pass both as the checkpoint's processor "
+                "returns them"
             ) from error
 
 

@@ -34,11 +34,19 @@ def fill(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype,
     attention: str | None,
+    device: torch.device | None = None,
+    quantization: Any = None,
 ) -> DynamicLlavaForConditionalGeneration:
-    """`empty_model`'s answer with `tensors` as its parameters; missing ones are drawn as transformers draws them."""
-    if _spread_over_processes():
+    """`empty_model`'s answer with `tensors` as its parameters; missing ones are drawn as transformers draws them.
+
+    With a `quantization` config the parameters are made of fewer bits on `device`, by transformers' own loader.
+    """
+    if _spread_over_processes() or quantization is not None:
+        options = _options(attention)
+        if quantization is not None:
+            options |= {"quantization_config": quantization, "device_map": {"": device}}
         return type(model).from_pretrained(
-            None, config=model.config, state_dict=tensors, dtype=dtype, **_options(attention)
+            None, config=model.config, state_dict=tensors, dtype=dtype, **options
         )
     final = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     model.load_state_dict(final, strict=False, assign=True)

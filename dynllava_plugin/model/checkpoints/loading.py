@@ -28,6 +28,7 @@ from dynllava_plugin.model.checkpoints.layouts import (
 )
 from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
+from dynllava_plugin.model.checkpoints.quantization import find_quantization
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.stock import read_family_model, read_family_processor
 from dynllava_plugin.model.checkpoints.weights import (
@@ -56,6 +57,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
     **sparsity_overrides: Any,
 ) -> tuple[SparseVLM, Any]:
     """Load a checkpoint of any family and layout: its model with gates between the LLM's layers, and its processor.
@@ -73,6 +75,8 @@ def load_model(
         Default: the checkpoint's.
     attn_implementation : str, optional
         ``"eager"``, ``"sdpa"`` or ``"flash_attention_2"``; default: transformers' choice.
+    quantization : "8bit" | "4bit", optional
+        Weights of so many bits, through bitsandbytes; predictors and output matrix stay as they are.
     **sparsity_overrides
         Fields of `SparsityConfig`, e.g. ``mode="full"`` or ``vision_keep_rate=0.1``; or a policy with its arguments,
         ``policy="fastv", k=3, r=0.75`` (also as one text, ``policy="fastv,k=3,r=0.75"``).
@@ -93,11 +97,11 @@ def load_model(
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
     if checkpoint.layout == FAMILY:
         processor = read_family_processor(checkpoint.directory)
-        return checkpoint.model(device, dtype, attn_implementation), processor
+        return checkpoint.model(device, dtype, attn_implementation, quantization), processor
     processor = read_processor(
         checkpoint.directory, checkpoint.layout, checkpoint.values, checkpoint.config, checkpoint.tokenizer
     )
-    return checkpoint.model(device, dtype, attn_implementation), processor
+    return checkpoint.model(device, dtype, attn_implementation, quantization), processor
 
 
 def load_without_processor(
@@ -106,10 +110,12 @@ def load_without_processor(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
     **sparsity_overrides: Any,
 ) -> SparseVLM:
     """`load_model` without the processor: also reads a checkpoint that has no tokenizer."""
-    return _Checkpoint(path_or_hub_id, sparsity_overrides).model(device, dtype, attn_implementation)
+    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
+    return checkpoint.model(device, dtype, attn_implementation, quantization)
 
 
 def check_settings(
@@ -118,6 +124,7 @@ def check_settings(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
     **sparsity_overrides: Any,
 ) -> None:
     """What `load_model` would say of its arguments, from the checkpoint's config: no weights are read or fetched.
@@ -130,6 +137,7 @@ def check_settings(
     find_device(device)
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides, weights=False)
     number_type = find_dtype(dtype, checkpoint.config, torch.float32)
+    find_quantization(quantization, number_type)
     if attn_implementation is not None:
         with _quiet_transformers():
             checkpoint.empty(number_type, attn_implementation)
@@ -158,15 +166,18 @@ class _Checkpoint:
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
         attn_implementation: str | None,
+        quantization: str | None = None,
     ) -> SparseVLM:
         """Return the model with the checkpoint's weights."""
         target = find_device(device)
         if self.layout == FAMILY:
             wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
+            bits = find_quantization(quantization, wanted)
             with _quiet_transformers():
-                model, fresh = read_family_model(self.directory, self.config, wanted, attn_implementation)
+                model, fresh = read_family_model(
+                    self.directory, self.config, wanted, attn_implementation, target, bits
+                )
             self._warn_of_fresh_predictors(fresh)
-            torch.nn.Module.to(model, target)
             return model.eval()
         if not is_adapter(self.directory):
             read_ahead(self.directory)
@@ -181,10 +192,12 @@ class _Checkpoint:
         check_weights(self.directory, tensors, expected, optional)
         self._warn_of_fresh_predictors(fresh)
         with _quiet_transformers():
-            model = fill(model, tensors, number_type, attn_implementation)
+            bits = find_quantization(quantization, number_type)
+            model = fill(model, tensors, number_type, attn_implementation, target, bits)
         model.config.name_or_path = str(self.directory)
         model.generation_config = self._generation_config()
-        torch.nn.Module.to(model, target)
+        if quantization is None:  # quantised layers are where they belong
+            torch.nn.Module.to(model, target)
         return model.eval()
 
     def _warn_of_fresh_predictors(self, fresh: bool) -> None:

@@ -64,9 +64,10 @@ def read_family_model(
     config: Any,
     dtype: torch.dtype | None,
     attention: str | None,
+    device: torch.device,
     quantization: QuantizationConfigMixin | None = None,
 ) -> tuple[Any, bool]:
-    """Return the model of a folder and whether its predictors are fresh.
+    """Return the model of a folder on `device` and whether its predictors are fresh.
 
     Raises
     ------
@@ -76,7 +77,7 @@ def read_family_model(
     family = FAMILIES[config.model_type.removeprefix(PREFIX)]
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantization is not None:
-        options["quantization_config"] = quantization
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         model, info = family.from_pretrained(
             directory, config=config, dtype=dtype or "auto", output_loading_info=True, **options
@@ -104,6 +105,8 @@ def read_family_model(
         raise UserError(
             f"{directory}: weights do not fit the model: {len(extra)} not part of the model ({', '.join(extra[:3])})"
         )
+    if quantization is None:
+        torch.nn.Module.to(model, device)
     return model, bool(fresh)
 
 
