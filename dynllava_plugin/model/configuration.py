@@ -39,11 +39,23 @@ class SparseVLMConfig:
         An LLM of a kind that isn't supported.
     """
 
+    model_type: str
     text_config: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.text_config = sparse_text_config(self.text_config)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the stock config's; takes the stock family's config.json too, and no other family's."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found not in (cls.model_type, cls.model_type.removeprefix(PREFIX)):
+            raise UserError(
+                f"config.json: model_type {found!r} is not of {cls.__name__}; dynllava_plugin.load_model finds the class"
+            )
+        values = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return super().from_dict(values, **kwargs)  # type: ignore[misc]
 
     @property
     def sparsity(self) -> SparsityConfig:

@@ -51,7 +51,7 @@ def read_family_config(file: Path, values: dict[str, Any]) -> Any:
     if family is None:
         raise unknown_family(file, values.get("model_type"))
     try:
-        return family.config_class.from_dict({k: v for k, v in values.items() if k != "model_type"})  # type: ignore[attr-defined]
+        return family.config_class.from_dict(values)  # type: ignore[attr-defined]
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # transformers checks the types of fields, each its own way
