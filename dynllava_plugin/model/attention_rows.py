@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dynllava_plugin.policies import TokenLayout
@@ -24,11 +26,13 @@ class WatchLastPromptToken:
 
     @classmethod
     def of(
-        cls, layer: int | None, start: int, end: int, valid: torch.Tensor, layout: TokenLayout
+        cls, layers: Sequence[int], start: int, end: int, valid: torch.Tensor, layout: TokenLayout
     ) -> WatchLastPromptToken | None:
         """Return one for a segment of layers start..end - 1 with images, whose policy asks for a layer of it; else None."""
-        if layer is None or not start <= layer < end or not layout.image_lengths:
+        asked = [layer for layer in layers if start <= layer < end]
+        if not asked or not layout.image_lengths:
             return None
+        layer = asked[-1]
         columns = torch.arange(valid.shape[1], device=valid.device)
         return cls(layer, valid, torch.where(valid & layout.before_output(columns), columns, 0).amax(1))
 

@@ -12,6 +12,7 @@ from torch import nn
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import SparseCall, additive, context_mask, use_sparse_attention
 from dynllava_plugin.model.attention_rows import WatchLastPromptToken
+from dynllava_plugin.model.call_settings import call_settings
 from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
 from dynllava_plugin.model.outputs import SparseDecoderOutput
@@ -104,7 +105,7 @@ class SparseDecoder(nn.Module):
         rotary = None
         ends = _segment_ends(policy, len(self.layers))
         for index, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
-            watch = WatchLastPromptToken.of(policy.attention_layer, start, end, tokens.valid, tokens.layout)
+            watch = WatchLastPromptToken.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
             if start < end:
                 call.watch = watch
                 mask = self._mask(tokens, cache, start, seen, last_only)
@@ -178,11 +179,12 @@ class SparseDecoder(nn.Module):
 
     @property
     def policy(self) -> Policy:
-        """Who decides what stays, by the settings in force."""
-        settings = self.config.sparsity
-        if self._policy is None or self._policy[0] != settings:
-            self._policy = copy.deepcopy(settings), policy_of(settings)
-        return self._policy[1]
+        """Who decides what stays: by the settings of this call (`policy_in_force`), else the model's."""
+        settings = call_settings(self) or self.config.sparsity
+        held = self._policy
+        if held is None or held[0] != settings:
+            held = self._policy = copy.deepcopy(settings), policy_of(settings)
+        return held[1]
 
     def new_cache(self) -> SparseContextCache:
         """Return an empty KV cache for this model."""

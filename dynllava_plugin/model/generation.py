@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.call_settings import settings_of_call
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.policies import Policy
@@ -32,6 +34,7 @@ class SparseGeneration(nn.Module):
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
+        `policy="fastv,k=3"` is this call's policy, whatever the model's is or becomes meanwhile.
         `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA; with
         `compile_config` (transformers' `CompileConfig`) compiled, too.
 
@@ -40,6 +43,26 @@ class SparseGeneration(nn.Module):
         UserError
             Assisted decoding or prefill in chunks, which drop other tokens than the method does.
         """
+        policy = kwargs.pop("policy", None)
+        with self.policy_in_force(policy):
+            return self._generate(inputs, **kwargs)
+
+    def policy_in_force(self, policy: str | None = None) -> AbstractContextManager[None]:
+        """Return a context in which this thread's calls of the model run under `policy`, the model's own where None.
+
+        Other threads, and `set_sparsity` meanwhile, change nothing in it.
+
+        Raises
+        ------
+        UserError
+            An unknown policy, or one that the model can't run.
+        """
+        settings = self.model.language_model.config.sparsity
+        if policy is not None:
+            settings = self.checked(settings, {"policy": policy})
+        return settings_of_call(self.model.language_model, copy.deepcopy(settings))
+
+    def _generate(self, inputs: torch.Tensor | None, **kwargs: Any) -> Any:
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
@@ -123,5 +146,5 @@ class SparseGeneration(nn.Module):
         batch = input_ids.shape
         turned = turned.expand(*turned.shape[:-2], *batch)
         inputs = input_ids, valid, turned.contiguous(), text.expand(batch).contiguous()
-        logits, keep = cache.run(step, self.config.sparsity, *inputs)
+        logits, keep = cache.run(step, policy, *inputs)
         return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)

@@ -192,7 +192,12 @@ class SparseVLM(SparseGeneration, SparseScoring):
             An unknown setting or policy, a value out of range, a policy that this family can't run, or a predictor size,
             which the weights fix.
         """
-        current = self.config.sparsity
+        settings = self.checked(self.config.sparsity, changes)
+        self.config.text_config.sparsity = settings
+        return settings
+
+    def checked(self, current: SparsityConfig, changes: dict[str, Any]) -> SparsityConfig:
+        """Return `current` settings with `changes`, which fit this model, or raise `UserError`."""
         for name in FIXED:
             if name in changes and changes[name] != getattr(current, name):
                 raise UserError(
@@ -201,7 +206,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
         settings = current.replace(**policy_changes(changes))
         policy = check_policy(settings, self.config.text_config.num_hidden_layers)
         self.check_family(policy)
-        self.config.text_config.sparsity = settings
         return settings
 
     @classmethod

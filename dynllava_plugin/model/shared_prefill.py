@@ -60,7 +60,7 @@ def share_prefill(
     """
     is_image = input_ids == model.config.image_token_id
     policy = model.model.language_model.policy
-    if policy.reads_question or policy.sequential or policy.attention_layer is not None:
+    if policy.reads_question or policy.sequential or policy.attention_layers:
         return None
     if not bool(is_image.any(1).all()) or bool(is_image[:, -1].any()):
         return None

@@ -114,9 +114,9 @@ class Policy:
         return int(getattr(self, "seed", 0)) if self.uses_chance else None
 
     @property
-    def attention_layer(self) -> int | None:
-        """The layer whose last prompt row `Gate.attention` is, before the gate; None where it isn't needed."""
-        return None
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose last prompt row `Gate.attention` is at the gate behind them; empty where no gate needs it."""
+        return ()
 
     @property
     def cache_rule(self) -> object:

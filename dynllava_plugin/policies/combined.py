@@ -95,9 +95,9 @@ class Combined(Policy):
         return self._image.image_seed
 
     @property
-    def attention_layer(self) -> int | None:
+    def attention_layers(self) -> tuple[int, ...]:
         """As the image policy's."""
-        return self._image.attention_layer
+        return self._image.attention_layers
 
     @property
     def cache_rule(self) -> object:

@@ -27,9 +27,9 @@ class FastV(ImagePolicy):
     r: float | None = None
 
     @property
-    def attention_layer(self) -> int:
+    def attention_layers(self) -> tuple[int, ...]:
         """The layer before."""
-        return self.k - 1
+        return (self.k - 1,)
 
     def kept_tokens(self, total: int) -> int:
         """floor((1 - r) * total), at least one."""

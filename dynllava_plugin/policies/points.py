@@ -102,7 +102,7 @@ class Gate:
     image_predictor, text_predictor : modules
         The checkpoint's.
     attention : float32 [B, L], optional
-        The last prompt token's attention in layer `attention_layer`, mean over heads; None where no one asked.
+        The last prompt token's attention in a layer of `attention_layers` before this gate, mean over heads; None where no one asked.
     layer : int
         The layer whose input this is.
     group : list of int, optional
