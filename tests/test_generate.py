@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.generation import default_cache
 from dynllava_plugin.model.static_decoding import StaticCache
+from dynllava_plugin.policies import policy_of
+from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.tiny_random import EOS, batch_of, random_model, random_sample
 
 MODEL = random_model()
@@ -176,6 +181,38 @@ def test_what_would_drop_other_tokens_is_refused(batch, name, value):
         setattr(settings, name, value)
         with pytest.raises(UserError, match=name):
             MODEL.generate(**batch, max_new_tokens=2, generation_config=settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"policy": "h2o,r=0.5"}])
+def test_a_cache_is_freed_when_generate_returns(batch, options, monkeypatch):
+    """By reference counts alone: on a GPU its memory would wait for Python's cyclic collector otherwise."""
+    made, new_cache = [], MODEL.new_cache
+
+    def watched(*args, **kwargs):
+        cache = new_cache(*args, **kwargs)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(MODEL, "new_cache", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        MODEL.generate(**batch, max_new_tokens=4, **options)
+        assert made and all(reference() is None for reference in made)
+    finally:
+        gc.enable()
+
+
+def test_captured_steps_are_the_default_where_there_is_cuda():
+    cuda, policies = (
+        torch.device("cuda"),
+        {name: policy_of(SparsityConfig(policy=name)) for name in ("image", "h2o")},
+    )
+    assert (
+        default_cache(cuda, policies["image"]) == "static"
+        and default_cache(cuda, policies["h2o"]) == "dynamic"
+    )
+    assert default_cache(torch.device("cpu"), policies["image"]) == "dynamic"
 
 
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (3, 1), (8, 1), (4, 16), (5, 16)])

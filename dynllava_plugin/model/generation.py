@@ -35,7 +35,8 @@ class SparseGeneration(nn.Module):
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
         `policy="fastv,k=3"` is this call's policy, whatever the model's is or becomes meanwhile.
-        `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA; with
+        `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA, which is the
+        default there; "dynamic" doesn't. With
         `compile_config` (transformers' `CompileConfig`) compiled, too.
 
         Raises
@@ -86,19 +87,20 @@ class SparseGeneration(nn.Module):
         if use_cache is not False and kwargs.get("past_key_values") is None:
             compiling = kwargs.pop("compile_config", None)
             kwargs["past_key_values"] = self.new_cache(
-                implementation or "dynamic", compiling.to_dict() if compiling is not None else None
+                implementation, compiling.to_dict() if compiling is not None else None
             )
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def new_cache(
-        self, implementation: str = "dynamic", compile_options: dict[str, Any] | None = None
+        self, implementation: str | None = None, compile_options: dict[str, Any] | None = None
     ) -> SparseContextCache:
         """An empty KV cache, to hand to `forward` or `generate`.
 
         Parameters
         ----------
-        implementation : "dynamic" | "static"
-            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA.
+        implementation : "dynamic" | "static", optional
+            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA. The default on CUDA, unless the
+            policy lets tokens go later; dynamic elsewhere.
         compile_options : dict, optional
             Arguments of `torch.compile` for a static cache's steps.
 
@@ -108,6 +110,8 @@ class SparseGeneration(nn.Module):
             Another implementation.
         """
         llm = self.model.language_model
+        if implementation is None:
+            implementation = default_cache(self.device, llm.policy)
         if implementation == "static":
             if llm.policy.sequential:
                 raise UserError(
@@ -136,8 +140,12 @@ class SparseGeneration(nn.Module):
         if cache.moved_up is not None:
             text, turned = text - cache.moved_up, turned - cache.moved_up
 
-        def step(
-            input_ids: torch.Tensor, valid: torch.Tensor, position_ids: torch.Tensor, text: torch.Tensor
+        def step(  # the cache is an argument: one that its cache holds on to would keep it alive
+            cache: StaticCache,
+            input_ids: torch.Tensor,
+            valid: torch.Tensor,
+            position_ids: torch.Tensor,
+            text: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor]:
             embeds = self.get_input_embeddings()(input_ids)
             hidden, keep = llm.static_step(embeds, valid, position_ids, text, cache, policy)
@@ -148,3 +156,8 @@ class SparseGeneration(nn.Module):
         inputs = input_ids, valid, turned.contiguous(), text.expand(batch).contiguous()
         logits, keep = cache.run(step, policy, *inputs)
         return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
+
+
+def default_cache(device: torch.device, policy: Policy) -> str:
+    """Return which cache a policy's decoding is fastest with: captured steps where there is CUDA and the policy allows them."""
+    return "static" if device.type == "cuda" and not policy.sequential else "dynamic"

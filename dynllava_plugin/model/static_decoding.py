@@ -16,9 +16,9 @@ import torch
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 CAPTURE_THEMSELVES = ("reduce-overhead", "max-autotune")  # torch.compile's modes with CUDA graphs
-# int64 [B, 1] tokens, bool [B, 1] False on padding, int64 [B, 1] or [3, B, 1] positions, int64 [B, 1] places in the text
+# the cache, int64 [B, 1] tokens, bool [B, 1] False on padding, int64 [B, 1] or [3, B, 1] positions, int64 [B, 1] places in the text
 # -> logits [B, 1, V], bool [B, 1] decisions
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class StaticCache(SparseContextCache):
@@ -53,7 +53,7 @@ class StaticCache(SparseContextCache):
 
     @torch.no_grad()
     def run(self, step: Step, settings: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs of `step(*inputs)`, which may be captured: it must be the same for equal `settings`."""
+        """Return the outputs of `step(self, *inputs)`, which may be captured: it must be the same for equal `settings`."""
         if self._step is None or self._settings != settings:
             self._step = step if self.compile_options is None else torch.compile(step, **self.compile_options)
             self._settings, self._graph = settings, None
@@ -66,7 +66,7 @@ class StaticCache(SparseContextCache):
         else:
             if self.compile_options is not None:
                 self._pin_addresses()
-            logits, keep = self._step(*inputs)
+            logits, keep = self._step(self, *inputs)
         logits, keep = logits.clone(), keep.clone()  # a graph writes the next step's over them
         self.note(1, keep)
         return logits, keep
@@ -99,14 +99,14 @@ class _Graph:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, which a capture may not do
-                    step(*self.inputs)
+                    step(cache, *self.inputs)
                     # What a trial step wrote lies behind the lengths again.
                     for length, value in zip(lengths, before, strict=True):
                         length.copy_(value)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=stream):
-                self.logits, self.keep = step(*self.inputs)
+                self.logits, self.keep = step(cache, *self.inputs)
         self.addresses = cache.addresses()
 
     def fits(self, cache: StaticCache, inputs: tuple[torch.Tensor, ...]) -> bool:
