@@ -38,6 +38,10 @@ class DynamicLlavaConfig(LlavaConfig):
         "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
     placeholder_tokens : int
         Last rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+    projector_type : str
+        "mlp2x_gelu" (LLaVA-1.5's), "linear", "mlpNx_gelu", "identity" or "tokenpacker".
+    tokenpacker_scale : int, optional
+        Patches a side that a TokenPacker makes one token of.
     """
 
     model_type = "dynamic_llava"
@@ -48,6 +52,8 @@ class DynamicLlavaConfig(LlavaConfig):
 
     image_aspect_ratio: str = "pad"
     placeholder_tokens: int = 0
+    projector_type: str = "mlp2x_gelu"
+    tokenpacker_scale: int | None = None
 
     @property
     def sparsity(self) -> SparsityConfig:

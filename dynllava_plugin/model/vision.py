@@ -1,4 +1,4 @@
-"""LLaVA's vision side where a policy reduces patches before the projector."""
+"""LLaVA's vision side: its projectors, and what happens where a policy reduces patches before them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_projector, tower_states
 from dynllava_plugin.policies.base import Patches, Policy, TokenLayout
 
 EXTRA = 2  # channels behind the features of a reduced image: 1 where the token stays, and its score
@@ -22,6 +23,12 @@ class DynamicLlavaModel(LlavaModel):
     vision side decides has to travel with the features.
     """
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.projector_type != STOCK:
+            self.multi_modal_projector = build_projector(config)
+            self.post_init()
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -31,6 +38,12 @@ class DynamicLlavaModel(LlavaModel):
     ) -> Any:
         """As `LlavaModel`; where the policy reduces patches, `pooler_output` is M tensors [N, d + EXTRA]."""
         policy = self.language_model.policy
+        if self.config.projector_type == TOKENPACKER:
+            if policy.reduces_patches:
+                raise UserError(
+                    f"{policy.name}: drops patches before the projector, but a TokenPacker needs all of them"
+                )
+            return self._packed_features(pixel_values, **kwargs)
         if not policy.reduces_patches:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -70,6 +83,15 @@ class DynamicLlavaModel(LlavaModel):
         if reduced.score is not None:
             rows[..., -1] = reduced.score.to(rows.dtype)
         outputs.pooler_output = list(rows)
+        return outputs
+
+    def _packed_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """As `LlavaModel.get_image_features`, of a TokenPacker, which reads several hidden states."""
+        outputs = self.vision_tower(
+            pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
+        )
+        states = tower_states(outputs.hidden_states, self.config.vision_feature_layer)
+        outputs.pooler_output = list(self.multi_modal_projector(*states))
         return outputs
 
 

@@ -24,8 +24,11 @@ CLIP_FOLDER = "clip"
 SHARD = 5 * 10**9  # bytes
 # This package's names -> the published ones, applied top to bottom.
 PUBLISHED_NAMES = (
-    (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
-    (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    *(
+        (rf"^model\.multi_modal_projector\.linear_{index + 1}\.", f"model.mm_projector.{2 * index}.")
+        for index in range(9)
+    ),
+    (r"^model\.multi_modal_projector\.", "model.mm_projector."),
     (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.language_model\.image_predictor\.norm\.", "model.image_score_predictor.down_mlp.0."),
     (r"^model\.language_model\.image_predictor\.in_proj\.", "model.image_score_predictor.down_mlp.1."),
@@ -188,7 +191,8 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
         "use_cache": True,
         "image_aspect_ratio": config.image_aspect_ratio,
         "mm_hidden_size": vision.hidden_size,
-        "mm_projector_type": "mlp2x_gelu",
+        "mm_projector_type": config.projector_type,
+        **({"scale_factor": config.tokenpacker_scale} if config.tokenpacker_scale else {}),
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "cls_patch" if full else "patch",

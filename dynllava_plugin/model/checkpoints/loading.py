@@ -37,6 +37,7 @@ from dynllava_plugin.model.checkpoints.weights import (
     read_weights,
 )
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.projectors import PACKED_STATES, TOKENPACKER
 from dynllava_plugin.model.modeling import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
@@ -181,7 +182,7 @@ class _Checkpoint:
         try:
             return empty_model(self.config, dtype, attention)
         except (ImportError, ValueError) as error:
-            if attention is None:
+            if attention is None or isinstance(error, UserError):
                 raise
             raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
 
@@ -252,6 +253,8 @@ def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
     if not isinstance(used, int):
         return False
     last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
+    if config.projector_type == TOKENPACKER:
+        last = max(last, *PACKED_STATES)
     layer = re.search(r"encoder\.layers\.(\d+)\.", name)
     return int(layer.group(1)) >= last if layer else ".post_layernorm." in name
 

@@ -9,10 +9,11 @@ from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.clip import CLIPImageProcessor
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, LLAVA_HF, OWN, vision_folder
+from dynllava_plugin.model.checkpoints.layouts import LLAVA_HF, OWN, is_clip_l_336, vision_folder
 from dynllava_plugin.model.checkpoints.sources import read_json
 from dynllava_plugin.model.checkpoints.tokenizers import original_spacing, read_original_tokenizer
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
+from dynllava_plugin.model.families.projectors import packed_side
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
@@ -61,7 +62,8 @@ def read_processor(
     vision: Any = config.vision_config
     settings = {
         "image_aspect_ratio": config.image_aspect_ratio,
-        "patch_size": vision.patch_size,
+        # Pixels a side of one token: a TokenPacker's block of patches is one.
+        "patch_size": vision.patch_size * packed_side(config),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLIP's class token, which the "default" strategy takes off again
     }
@@ -105,7 +107,7 @@ def _image_processor(directory: Path, values: dict[str, Any]) -> Any:
     """The checkpoint's own preprocessor, else its vision tower's, else CLIP ViT-L/14-336's."""
     if (directory / "preprocessor_config.json").is_file():
         return _whole(AutoImageProcessor, directory)
-    if values.get("mm_vision_tower") == CLIP_L_336 and not (directory / CLIP_L_336).is_dir():
+    if is_clip_l_336(directory, values):
         return CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     folder = vision_folder(directory, values, weights=False)
     if not (folder / "preprocessor_config.json").is_file():

@@ -21,8 +21,11 @@ RENAMES = (
     (r"^language_model\.(model\.)?", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
     # original LLaVA-1.5 and published Dynamic-LLaVA
-    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    *(
+        (rf"^model\.mm_projector\.{2 * index}\.", f"model.multi_modal_projector.linear_{index + 1}.")
+        for index in range(9)
+    ),
+    (r"^model\.mm_projector\.", "model.multi_modal_projector."),
     (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
     (r"^model\.image_score_predictor\.", "model.language_model.image_predictor."),
