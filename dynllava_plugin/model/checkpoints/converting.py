@@ -14,7 +14,7 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, CLIP_L_336_CONFIG, PUBLISHED_SETTINGS
 from dynllava_plugin.model.checkpoints.loading import load_model, load_without_processor
-from dynllava_plugin.model.checkpoints.processors import TOKENIZER_FILES
+from dynllava_plugin.model.checkpoints.processors import has_tokenizer, tokenizer_folder
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 from dynllava_plugin.model.checkpoints.weights import our_name
 from dynllava_plugin.model.configuration import DynamicLlavaConfig
@@ -83,7 +83,8 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; convert into a new one")
     directory = find_checkpoint(source)
-    complete = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    texts = tokenizer_folder(directory)
+    complete = has_tokenizer(texts)
     if complete:
         model, processor = load_model(source, device="cpu")
     else:
@@ -94,7 +95,7 @@ def convert(
         if to == DYNAMIC:
             notes = _write_dynamic(model, processor, temporary)
         else:
-            notes = _write_published(model, processor, temporary, Path(tokenizer or directory))
+            notes = _write_published(model, processor, temporary, Path(tokenizer or texts))
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
