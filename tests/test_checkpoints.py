@@ -259,8 +259,8 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: fake.edit_config(folder, model_type="bert"), "model_type 'bert'"),
         (
-            lambda folder: fake.edit_config(folder, mm_projector_type="linear"),
-            "mm_projector_type is 'linear'",
+            lambda folder: fake.edit_config(folder, mm_projector_type="resampler"),
+            "projector 'resampler' is unknown",
         ),
         (lambda folder: fake.edit_config(folder, image_aspect_ratio="anyres"), "image_aspect_ratio 'anyres'"),
         (lambda folder: fake.edit_config(folder, vocab_size=300), "420 tokens, its model only 300"),

@@ -55,7 +55,7 @@ def peft_merged(flags: list[str], folder: Path) -> dict[str, torch.Tensor]:
 def test_another_kind_of_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "x"}')
     with pytest.raises(UserError, match=r"adapter_config.json: no r and no lora_alpha, so it isn't a LoRA's"):
-        merge_adapter(tmp_path, {})
+        merge_adapter(tmp_path, {}, torch.float32)
 
 
 def test_only_adapter_and_predictors_are_saved_and_both_moved(flags, trained):
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(flags, trained, tmp_path
 
 def test_another_base_is_refused(trained):
     with pytest.raises(UserError, match="no counterpart"):
-        merge_adapter(trained, {})
+        merge_adapter(trained, {}, torch.float32)
     base = load_file(Path(trained) / "adapter_model.safetensors")
     wrong = {
         name.removeprefix("base_model.model.").split(".lora_")[0] + ".weight": torch.zeros(2, 2)
@@ -118,7 +118,7 @@ def test_another_base_is_refused(trained):
         if "lora_A" in name
     }
     with pytest.raises(UserError, match="shape"):
-        merge_adapter(trained, wrong)
+        merge_adapter(trained, wrong, torch.float32)
 
 
 def test_in_image_mode_the_text_predictor_is_neither_trained_nor_saved(flags, tmp_path):

@@ -1,4 +1,4 @@
-"""A LoRA adapter with its predictors (peft's files), merged into the weights it was trained on."""
+"""A LoRA adapter (peft's files, this package's or the published code's), merged into the weights it was trained on."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.sources import read_json
-from dynllava_plugin.model.checkpoints.weights import PREDICTORS
+from dynllava_plugin.model.checkpoints.weights import IGNORED, PREDICTORS, our_name, read_file
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Beside an adapter of the published and the original code: projector, predictors, all that trained in full.
+TRAINED = "non_lora_trainables.bin"
 PREFIX = "base_model.model."
 # What would change the merge, with the value that doesn't.
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
@@ -32,8 +33,10 @@ def base_of(directory: Path) -> str:
     return str(base)
 
 
-def merge_adapter(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The base's tensors with the adapter's predictors, and W + scale * B A for each adapted matrix.
+def merge_adapter(
+    directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The base's tensors with what was trained in full, and W + scale * B A for each adapted matrix.
 
     Parameters
     ----------
@@ -41,6 +44,8 @@ def merge_adapter(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str
         The adapter's folder.
     tensors : dict
         The base's weights under this package's names; not changed.
+    dtype : torch.dtype
+        The model's: sums are taken in float32 and rounded to it once.
 
     Raises
     ------
@@ -60,30 +65,40 @@ def merge_adapter(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str
         )
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    try:
-        adapter = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{directory / WEIGHTS}: missing, truncated or not safetensors ({error})") from None
-    merged = dict(tensors)
-    for published, tensor in adapter.items():
-        name = published.removeprefix(PREFIX)
-        if PREDICTORS.match(name):
+    file = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{directory}: no {' nor '.join(WEIGHTS)} here")
+    merged = {**tensors, **(_read(directory / TRAINED) if (directory / TRAINED).is_file() else {})}
+    adapter = _read(file)
+    for name, tensor in adapter.items():
+        if PREDICTORS.match(name) and ".lora_" not in name:
             merged[name] = tensor
             continue
         found = re.fullmatch(r"(.+)\.lora_A\.weight", name)
         if found is None:
             if not name.endswith(".lora_B.weight"):
-                raise UserError(f"{directory / WEIGHTS}: {published} belongs to no LoRA and no predictor")
+                raise UserError(f"{file}: {name} belongs to no LoRA and no predictor")
             continue
-        target, second = f"{found[1]}.weight", adapter.get(f"{PREFIX}{found[1]}.lora_B.weight")
-        if target not in tensors or second is None:
-            raise UserError(f"{directory / WEIGHTS}: {published} has no counterpart in {base_of(directory)}")
-        weight = tensors[target]
+        target, second = f"{found[1]}.weight", adapter.get(f"{found[1]}.lora_B.weight")
+        if target not in merged or second is None:
+            raise UserError(f"{file}: {name} has no counterpart in {base_of(directory)}")
+        weight = merged[target]
         change = scale * (second.float() @ tensor.float())
         if change.shape != weight.shape:
             raise UserError(
-                f"{directory / WEIGHTS}: {published} changes a matrix of shape {list(change.shape)}, but that of "
+                f"{file}: {name} changes a matrix of shape {list(change.shape)}, but that of "
                 f"{base_of(directory)} is {list(weight.shape)}"
             )
-        merged[target] = (weight.float() + change).to(weight.dtype)
+        merged[target] = change.add_(weight).to(dtype)
     return merged
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors under this package's names, from names of a wrapped model: ``base_model.model.model.layers...``."""
+    tensors = {}
+    for name, tensor in read_file(file).items():
+        plain = name.removeprefix(PREFIX)
+        plain = plain.removeprefix("model.") if plain.startswith("model.model.") else plain
+        if not IGNORED.search(plain):
+            tensors[our_name(plain)] = tensor
+    return tensors

@@ -14,7 +14,7 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, CLIP_L_336_CONFIG, PUBLISHED_SETTINGS
 from dynllava_plugin.model.checkpoints.loading import load_model, load_without_processor
-from dynllava_plugin.model.checkpoints.processors import TOKENIZER_FILES
+from dynllava_plugin.model.checkpoints.processors import has_tokenizer, tokenizer_folder
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 from dynllava_plugin.model.checkpoints.weights import our_name
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
@@ -24,8 +24,11 @@ CLIP_FOLDER = "clip"
 SHARD = 5 * 10**9  # bytes
 # This package's names -> the published ones, applied top to bottom.
 PUBLISHED_NAMES = (
-    (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
-    (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    *(
+        (rf"^model\.multi_modal_projector\.linear_{index + 1}\.", f"model.mm_projector.{2 * index}.")
+        for index in range(9)
+    ),
+    (r"^model\.multi_modal_projector\.", "model.mm_projector."),
     (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.language_model\.image_predictor\.norm\.", "model.image_score_predictor.down_mlp.0."),
     (r"^model\.language_model\.image_predictor\.in_proj\.", "model.image_score_predictor.down_mlp.1."),
@@ -80,7 +83,8 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; convert into a new one")
     directory = find_checkpoint(source)
-    complete = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    texts = tokenizer_folder(directory)
+    complete = has_tokenizer(texts)
     if complete:
         model, processor = load_model(source, device="cpu")
     else:
@@ -91,7 +95,7 @@ def convert(
         if to == DYNAMIC:
             notes = _write_dynamic(model, processor, temporary)
         else:
-            notes = _write_published(model, processor, temporary, Path(tokenizer or directory))
+            notes = _write_published(model, processor, temporary, Path(tokenizer or texts))
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
@@ -188,7 +192,8 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
         "use_cache": True,
         "image_aspect_ratio": config.image_aspect_ratio,
         "mm_hidden_size": vision.hidden_size,
-        "mm_projector_type": "mlp2x_gelu",
+        "mm_projector_type": config.projector_type,
+        **({"scale_factor": config.tokenpacker_scale} if config.tokenpacker_scale else {}),
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "cls_patch" if full else "patch",

@@ -22,6 +22,7 @@ from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.stock import family_of, read_family_config, unknown_family
 from dynllava_plugin.model.configuration import TEXT_CONFIGS, fresh_sparsity
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
+from dynllava_plugin.model.families.projectors import check_projector, image_tokens
 from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
 from dynllava_plugin.sparsity.config import SparsityConfig
 
@@ -84,7 +85,10 @@ def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
         FAMILY: lambda directory, values: read_family_config(directory / "config.json", values),
     }  # fmt: skip
     try:
-        return readers[layout_of(directory, values)](directory, values)
+        config = readers[layout_of(directory, values)](directory, values)
+        if isinstance(config, DynamicLlavaConfig):
+            _check_projector(directory / "config.json", config)
+        return config
     except UserError:
         raise
     except Exception as error:  # transformers checks the types of fields, each its own way
@@ -119,11 +123,7 @@ def _from_llava_hf(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfi
 
 def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
     file = directory / "config.json"
-    _require(file, values, "mm_projector_type", "mlp2x_gelu", default="linear")
-    _require(file, values, "mm_use_im_start_end", False, default=False)
-    aspect = values.get("image_aspect_ratio", "square")
-    if aspect not in ("pad", "square"):
-        raise UserError(f"{file}: image_aspect_ratio {aspect!r} is not supported (pad or square)")
+    _refuse_what_is_not_done(file, values)
     strategy = {"patch": "default", "cls_patch": "full"}.get(values.get("mm_vision_select_feature", "patch"))
     if strategy is None:
         raise UserError(f"{file}: mm_vision_select_feature must be patch or cls_patch")
@@ -132,7 +132,6 @@ def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfi
         raise UserError(f"{file}: {missing[0]} is missing")
     text = {key: values[key] for key in LLAMA_FIELDS if values.get(key) is not None}
     vision = vision_config(directory, values)
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + (strategy == "full")
     if "sparse_config" in values:
         sparsity = _published_sparsity(file, values["sparse_config"])
     else:
@@ -143,21 +142,44 @@ def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfi
         "eos_token_id": values.get("eos_token_id", 2),
         "dtype": values.get("torch_dtype") or values.get("dtype"),
     }
-    return DynamicLlavaConfig(
+    config = DynamicLlavaConfig(
         text_config=DynamicLlamaConfig(**text, sparsity=sparsity),
         vision_config=vision,
-        image_seq_length=tokens,
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
-        image_aspect_ratio=aspect,
+        image_aspect_ratio=values.get("image_aspect_ratio") or "square",
+        projector_type=values.get("mm_projector_type", "linear"),
+        tokenpacker_scale=values.get("scale_factor"),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         **options,
     )
+    _check_projector(file, config)
+    config.image_seq_length = image_tokens(config)
+    return config
 
 
-def _require(file: Path, values: dict[str, Any], key: str, wanted: Any, default: Any) -> None:
-    found = values.get(key, default)
-    if found != wanted:
-        raise UserError(f"{file}: {key} is {found!r}, only {wanted!r} is supported")
+def _check_projector(file: Path, config: DynamicLlavaConfig) -> None:
+    try:
+        check_projector(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _refuse_what_is_not_done(file: Path, values: dict[str, Any]) -> None:
+    """`UserError` for a setting of the original code that would make another model than LLaVA-1.5."""
+    scales = values.get("s2_scales")
+    if values.get("s2", bool(scales)):
+        raise UserError(f"{file}: s2 (a tower run at several scales, {scales}) is not supported")
+    done = {
+        "mm_patch_merge_type": ("flat",),
+        "image_aspect_ratio": ("square", "pad"),
+        "mm_use_im_start_end": (False,),
+    }
+    for key, choices in done.items():
+        found = values.get(key)
+        if found is not None and found not in choices:
+            raise UserError(
+                f"{file}: {key} {found!r} is not supported, only {' and '.join(map(repr, choices))}"
+            )
 
 
 def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig:
@@ -181,7 +203,9 @@ def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Pat
     A name is looked for relative to the checkpoint first, then on the hub (`weights`: including its weights).
     """
     name = str(values.get("mm_vision_tower"))
-    if (directory / name / "config.json").is_file():
+    if is_clip_l_336(directory, values):
+        name = CLIP_L_336
+    elif (directory / name / "config.json").is_file():
         return directory / name
     try:
         return find_checkpoint(name, weights)
@@ -189,9 +213,16 @@ def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Pat
         raise UserError(f"{directory / 'config.json'}: mm_vision_tower: {error}") from None
 
 
+def is_clip_l_336(directory: Path, values: dict[str, Any]) -> bool:
+    """Whether `mm_vision_tower` is CLIP ViT-L/14-336: by its hub id, or as a folder of that name on another machine."""
+    name = str(values.get("mm_vision_tower"))
+    here = (directory / name).is_dir() or Path(name).expanduser().is_dir()
+    return Path(name).name == Path(CLIP_L_336).name and not here
+
+
 def vision_config(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The vision tower's config as a dict of `CLIPVisionConfig` fields."""
-    if values.get("mm_vision_tower") == CLIP_L_336 and not (directory / CLIP_L_336).is_dir():
+    if is_clip_l_336(directory, values):
         return dict(CLIP_L_336_CONFIG)
     folder = vision_folder(directory, values, weights=False)
     config = read_json(folder / "config.json")

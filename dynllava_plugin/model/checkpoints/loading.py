@@ -42,6 +42,7 @@ from dynllava_plugin.model.checkpoints.weights import (
 from dynllava_plugin.model.configuration import PREFIX
 from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.projectors import PACKED_STATES, TOKENPACKER
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from dynllava_plugin.policies.registry import check_policy, policy_changes
@@ -181,9 +182,8 @@ class _Checkpoint:
             return model.eval()
         if not is_adapter(self.directory):
             read_ahead(self.directory)
-        tensors = self._weights()
-        first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
-        number_type = find_dtype(dtype, self.config, first.dtype)
+        tensors = self._weights(dtype)
+        number_type = self._dtype(dtype, tensors)
         model = self.empty(number_type, attn_implementation)
         expected = model.state_dict()
         tensors = _with_rows(tensors, expected)
@@ -214,18 +214,35 @@ class _Checkpoint:
         try:
             return empty_model(self.config, dtype, attention)
         except (ImportError, ValueError) as error:
-            if attention is None:
+            if attention is None or isinstance(error, UserError):
                 raise
             raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _dtype(self, asked: str | torch.dtype | None, tensors: dict[str, torch.Tensor]) -> torch.dtype:
+        first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
+        return find_dtype(asked, self.config, first.dtype)
+
+    def _weights(self, dtype: str | torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors; where an adapter is merged, its matrices in the `dtype` of the model."""
         if is_adapter(self.directory):
-            base = _Checkpoint(base_of(self.directory), {})
-            return merge_adapter(self.directory, base._weights())
-        tensors = read_weights(self.directory)
+            tensors = self._base_weights(dtype)
+            tensors = merge_adapter(self.directory, tensors, self._dtype(dtype, tensors))
+        else:
+            tensors = read_weights(self.directory)
         if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
             tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))
         return tensors
+
+    def _base_weights(self, dtype: str | torch.dtype | None) -> dict[str, torch.Tensor]:
+        name = base_of(self.directory)
+        folder = find_checkpoint(name)
+        if (
+            self.layout in (ORIGINAL, PUBLISHED)
+            and read_json(folder / "config.json").get("model_type") == "llama"
+        ):
+            return read_weights(folder)  # the original code's adapters change an LLM without a vision side
+        text: Any = self.config.text_config
+        return _Checkpoint(name, {})._weights(dtype or self.config.dtype or text.dtype)
 
     def _may_be_absent(self, name: str, fresh_predictors: bool) -> bool:
         if name == "lm_head.weight":
@@ -285,6 +302,8 @@ def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
     if not isinstance(used, int):
         return False
     last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
+    if config.projector_type == TOKENPACKER:
+        last = max(last, *PACKED_STATES)
     layer = re.search(r"encoder\.layers\.(\d+)\.", name)
     return int(layer.group(1)) >= last if layer else ".post_layernorm." in name
 

@@ -9,10 +9,12 @@ from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.clip import CLIPImageProcessor
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, LLAVA_HF, OWN, vision_folder
-from dynllava_plugin.model.checkpoints.sources import read_json
+from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
+from dynllava_plugin.model.checkpoints.layouts import LLAVA_HF, OWN, is_clip_l_336, vision_folder
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.tokenizers import original_spacing, read_original_tokenizer
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
+from dynllava_plugin.model.families.projectors import packed_side
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
@@ -22,7 +24,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 def read_tokenizer(directory: Path, layout: str) -> Any:
     """A checkpoint's tokenizer with an image and a padding token; None where it has none, or is our own."""
-    if layout == OWN or not _has_tokenizer(directory):
+    directory = tokenizer_folder(directory)
+    if layout == OWN or not has_tokenizer(directory):
         return None
     try:
         if layout == LLAVA_HF and _is_sentencepiece(directory):
@@ -41,15 +44,24 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
     return tokenizer
 
 
-def _has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_folder(directory: Path) -> Path:
+    """Where a checkpoint's tokenizer is: under an adapter of the published code in its base, which it doesn't repeat."""
+    if has_tokenizer(directory) or not is_adapter(directory):
+        return directory
+    return tokenizer_folder(find_checkpoint(base_of(directory), weights=False))
 
 
 def read_processor(
     directory: Path, layout: str, values: dict[str, Any], config: DynamicLlavaConfig, tokenizer: Any
 ) -> DynamicLlavaProcessor:
     """The processor of any layout; `values` is the checkpoint's config.json, `config` what became of it."""
-    if not _has_tokenizer(directory):
+    texts = tokenizer_folder(directory)
+    if not has_tokenizer(texts):
         raise UserError(f"{directory}: no tokenizer here ({' or '.join(TOKENIZER_FILES)})")
     if layout == OWN:
         processor = _whole(AutoProcessor, directory)
@@ -61,7 +73,8 @@ def read_processor(
     vision: Any = config.vision_config
     settings = {
         "image_aspect_ratio": config.image_aspect_ratio,
-        "patch_size": vision.patch_size,
+        # Pixels a side of one token: a TokenPacker's block of patches is one.
+        "patch_size": vision.patch_size * packed_side(config),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         # CLIP's class token, which the "default" strategy takes off again.
         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
@@ -73,7 +86,7 @@ def read_processor(
             found.image_processor, tokenizer, chat_template=found.chat_template, spacing=spacing, **settings
         )
     return DynamicLlavaProcessor(
-        _image_processor(directory, values), tokenizer, spacing=original_spacing(directory), **settings
+        _image_processor(directory, values), tokenizer, spacing=original_spacing(texts), **settings
     )
 
 
@@ -106,7 +119,7 @@ def _image_processor(directory: Path, values: dict[str, Any]) -> Any:
     """The checkpoint's own preprocessor, else its vision tower's, else CLIP ViT-L/14-336's."""
     if (directory / "preprocessor_config.json").is_file():
         return _whole(AutoImageProcessor, directory)
-    if values.get("mm_vision_tower") == CLIP_L_336 and not (directory / CLIP_L_336).is_dir():
+    if is_clip_l_336(directory, values):
         return CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     folder = vision_folder(directory, values, weights=False)
     if not (folder / "preprocessor_config.json").is_file():

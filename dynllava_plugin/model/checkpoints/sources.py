@@ -11,8 +11,10 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 
 TINY = "tiny"
-# Never fetched: training_args.bin and other pickles; PyTorch weights only where there are no safetensors.
+# Never fetched: training_args.bin and other pickles; PyTorch weights only where there are no safetensors, or beside
+# an adapter.
 TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+WEIGHT_FILES = ["model*.safetensors", "adapter_model.safetensors", "non_lora_trainables.bin"]
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -51,9 +53,9 @@ def _download(hub_id: str, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=TEXT_FILES))
         if weights:
-            snapshot_download(hub_id, allow_patterns=["model*.safetensors", "adapter_model.safetensors"])
+            snapshot_download(hub_id, allow_patterns=WEIGHT_FILES)
             if not list(folder.glob("*.safetensors")):
-                snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
+                snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

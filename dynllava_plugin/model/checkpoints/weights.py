@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,8 +20,11 @@ RENAMES = (
     (r"^language_model\.(model\.)?", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
     # original LLaVA-1.5 and published Dynamic-LLaVA
-    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    *(
+        (rf"^model\.mm_projector\.{2 * index}\.", f"model.multi_modal_projector.linear_{index + 1}.")
+        for index in range(9)
+    ),
+    (r"^model\.mm_projector\.", "model.multi_modal_projector."),
     (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
     (r"^model\.image_score_predictor\.", "model.language_model.image_predictor."),
@@ -78,7 +80,7 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
-        for name, tensor in _read_file(path).items():
+        for name, tensor in read_file(path).items():
             if not IGNORED.search(name):
                 tensors[our_name(name)] = tensor
     return tensors
@@ -97,7 +99,7 @@ def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:
     """A vision tower's own checkpoint (or the vision half of a CLIP) under our names."""
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
-        for name, tensor in _read_file(path).items():
+        for name, tensor in read_file(path).items():
             if not NOT_VISION.match(name) and not IGNORED.search("." + name):
                 tensors[VISION + name.removeprefix("vision_model.")] = tensor
     return tensors
@@ -128,7 +130,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_file(path: Path) -> Mapping[str, torch.Tensor]:
+def read_file(path: Path) -> Mapping[str, torch.Tensor]:
+    """Tensors of a safetensors or PyTorch file under its own names; `UserError` where it is neither, or damaged."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -145,7 +148,7 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what isn't a pickle stops the unpickler on any of its lines
         raise UserError(f"{path}: not a plain file of tensors, refused ({_first_line(error)})") from None
     if not isinstance(tensors, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in tensors.values()

@@ -13,6 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import SparseVLMConfig
 from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
+from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_projector, tower_states
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.marks import EXTRA
 from dynllava_plugin.model.modeling import SparseVLM
@@ -28,18 +29,30 @@ class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
         "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
     placeholder_tokens : int
         Last rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+    projector_type : str
+        "mlp2x_gelu" (LLaVA-1.5's), "linear", "mlpNx_gelu", "identity" or "tokenpacker".
+    tokenpacker_scale : int, optional
+        Patches a side that a TokenPacker makes one token of.
     """
 
     model_type = "dynamic_llava"
 
     image_aspect_ratio: str = "pad"
     placeholder_tokens: int = 0
+    projector_type: str = "mlp2x_gelu"
+    tokenpacker_scale: int | None = None
 
 
 class DynamicLlavaModel(LlavaModel):
     """`LlavaModel` whose image features may be fewer: they stay N rows an image, each with a mark of whether it counts."""
 
     config_class = DynamicLlavaConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.projector_type != STOCK:
+            self.multi_modal_projector = build_projector(config)
+            self.post_init()
 
     def get_image_features(
         self,
@@ -50,6 +63,12 @@ class DynamicLlavaModel(LlavaModel):
     ) -> Any:
         """As `LlavaModel`; where the policy reduces patches, `pooler_output` is M tensors [N, d + EXTRA]."""
         policy = self.language_model.policy
+        if self.config.projector_type == TOKENPACKER:
+            if policy.reduces_patches:
+                raise UserError(
+                    f"{policy.name}: drops patches before the projector, but a TokenPacker needs all of them"
+                )
+            return self._packed_features(pixel_values, **kwargs)
         if not policy.reduces_patches:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -89,6 +108,15 @@ class DynamicLlavaModel(LlavaModel):
         if reduced.score is not None:
             rows[..., -1] = reduced.score.to(rows.dtype)
         outputs.pooler_output = list(rows)
+        return outputs
+
+    def _packed_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """As `LlavaModel.get_image_features`, of a TokenPacker, which reads several hidden states."""
+        outputs = self.vision_tower(
+            pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
+        )
+        states = tower_states(outputs.hidden_states, self.config.vision_feature_layer)
+        outputs.pooler_output = list(self.multi_modal_projector(*states))
         return outputs
 
 
