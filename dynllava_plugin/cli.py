@@ -1,13 +1,19 @@
-"""The command `dynllava`: evaluation, tables, benchmarks, comparison of policies, pictures, versions."""
+"""The command `dynllava`: evaluation, tables, benchmarks, comparison of policies, pictures, versions.
+
+What builds its parsers imports neither torch nor transformers nor pandas: help and a misspelt name are answered at once,
+the rest is imported by the function that runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import import_module
+from typing import Any, NoReturn
 
 from dynllava_plugin import checkpoint_command
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, nearest
 from dynllava_plugin.evaluation import table_command
 from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
@@ -27,11 +33,30 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, and the parsers of its subcommands, that name what was probably meant by a misspelt flag or choice."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `argparse` does; a flag that is left over is an error of the parser that read it."""
+        found, left = super().parse_known_args(args, namespace)
+        flag = next((item.partition("=")[0] for item in left if item.startswith("-")), None)
+        if flag is not None:
+            known = dict.fromkeys(re.findall(r"--[a-z][\w-]*", self.format_help()))
+            self.error(f"{flag}: no such option; {nearest(flag, known, f'{self.prog} --help lists them')}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and `message`; behind argparse's own line on a wrong choice, the nearest ones."""
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        meant = nearest(wrong[1], re.findall(r"[\w.-]+", wrong[2]), "") if wrong else ""
+        super().error(f"{message}; {meant}" if meant else message)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 with one line for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="dynllava", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(prog="dynllava", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if arguments[:1] == [name]:
@@ -54,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _version(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.records import versions
+    from dynllava_plugin.environment import versions
 
     for name, number in versions().items():
         print(f"{name} {number}")

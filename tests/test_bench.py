@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dynllava_plugin.bench import command, loading, timing
-from dynllava_plugin.bench.command import PHASES, main
+from dynllava_plugin.bench import loading, measuring, timing
+from dynllava_plugin.bench.command import main
 from dynllava_plugin.bench.modes import MODES, modes_named
 from dynllava_plugin.bench.paper import paper_figures
+from dynllava_plugin.bench.parsers import PHASES
 from dynllava_plugin.bench.report import markdown
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import shape_named
@@ -252,7 +253,7 @@ def test_a_device_that_is_not_there(capsys):
 
 
 def test_what_can_not_fit_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr(command, "Subject", lambda *args, **kwargs: pytest.fail("allocated"))
+    monkeypatch.setattr(measuring, "Subject", lambda *args, **kwargs: pytest.fail("allocated"))
     assert main(["prefill", "--shape", "200x32768x64", "--device", "cpu"]) == 2
 
 

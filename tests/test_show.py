@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dynllava_plugin import load_model
+from dynllava_plugin import explain, load_model
 from dynllava_plugin.cli import main
-from dynllava_plugin.visualize import Explanation, explain
+from dynllava_plugin.visualize.explain import Explanation
 from dynllava_plugin.visualize.page import page
 from dynllava_plugin.visualize.picture import draw, greyed
 from tests.browser import Browser, find_browser

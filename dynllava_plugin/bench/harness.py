@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,14 +22,13 @@ from dynllava_plugin.bench.flags import chosen, numbers
 from dynllava_plugin.bench.report import report
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_benchmark
+from dynllava_plugin.evaluation.benchmarks import HARNESSES, LMMS_EVAL, find_benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.predictions import lmms_eval_predictions, vlmevalkit_predictions
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
 from dynllava_plugin.evaluation.settings import ModelSettings
 
-HARNESSES = (LMMS_EVAL, VLMEVALKIT)
 OWN = "the checkpoint's own"  # policy
 
 
@@ -46,26 +44,6 @@ class HarnessRows(Rows):
         *keys, "questions", "answering_s", "engine_s", "model_s", "process_s", "questions_per_s", "shared_prompts",
         "predictions",
     )  # fmt: skip
-
-
-def add_harness(phases: Any) -> None:
-    """The phase `harness` and its flags."""
-    text = "questions a second in each harness: one at a time and in batches"
-    parser = phases.add_parser("harness", help=text, description=text)
-    default = "(default: %(default)s)"
-    flag = parser.add_argument
-    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {default}")
-    flag("--benchmark", default="easy_vqa", help=f"one that both harnesses have {default}")
-    flag("--limit", type=int, default=1000, help=f"questions {default}")
-    flag("--batch", default="1,8,32", help=f"comma-separated batch sizes, 1 among them {default}")
-    flag(
-        "--harness", default=",".join(HARNESSES), help=f"comma-separated, of {', '.join(HARNESSES)} {default}"
-    )
-    flag("--policy", help="instead of the checkpoint's own, e.g. full or fastv,k=3,r=0.75")
-    flag("--repeats", type=int, default=3, help=f"runs of each {default}")
-    flag("--json", type=Path, metavar="FILE", help="rows, whole after every run")
-    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md, chart.png, machine.json")
-    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
 
 
 def run_harness(args: argparse.Namespace) -> int:

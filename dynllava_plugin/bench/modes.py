@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context
-from dynllava_plugin.policies import Policy, policy_of
-from dynllava_plugin.policies.contexts import context_of
-from dynllava_plugin.policies.registry import POLICIES, policy_changes
 from dynllava_plugin.sparsity.config import SparsityConfig
+
+if TYPE_CHECKING:  # the command line lists the modes: it must not wait for torch
+    from dynllava_plugin.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Mode:
 
     def policy(self, vision_rate: float = 0.2) -> Policy:
         """The policy behind it; one without a budget in its name keeps the share `vision_rate` of the image tokens."""
+        from dynllava_plugin.policies.registry import policy_changes, policy_of
+
         base = SparsityConfig(vision_keep_rate=vision_rate)
         return policy_of(base.replace(**policy_changes(self.sparsity)))
 
     def context(self, layers: int, images: int, text: int, vision_rate: float, text_rate: float) -> Context:
         """What this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
+        from dynllava_plugin.policies.contexts import context_of
+
         policy = self.policy(vision_rate)
         return context_of(policy, layers, images, policy.kept_tokens(images), text, text_rate)
 
@@ -65,6 +69,8 @@ def modes_named(names: str) -> list[Mode]:
     """
     texts = _texts(names)
     if not texts:
+        from dynllava_plugin.policies.registry import POLICIES
+
         raise UserError(f"--mode: empty; choose from {', '.join([*MODES, *POLICIES])}")
     return [_mode(text) for text in dict.fromkeys(["full", *texts])]
 

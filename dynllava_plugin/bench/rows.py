@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.records import host, versions
 from dynllava_plugin.evaluation.results import read_json
 from dynllava_plugin.files import write_json, write_text
 

@@ -14,8 +14,6 @@ from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.subject import Prompts, Subject
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
-PATHS = ("eager", "static", "compiled")
-
 
 @dataclass
 class Run:
@@ -30,7 +28,7 @@ class Run:
     batches, lengths : list of int
         Batch sizes; generated tokens at which to measure.
     paths : list of str
-        Of `PATHS`: how decode steps run.
+        Of `parsers.PATHS`: how decode steps run.
     repeats, warmup : int
         Measured and unmeasured turns of every call.
     """

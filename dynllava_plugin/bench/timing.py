@@ -17,8 +17,10 @@ from dynllava_plugin.errors import UserError
 Key = TypeVar("Key", bound=Hashable)
 
 
-def find_device(name: str) -> torch.device:
-    """A device that is here, or a `UserError`."""
+def find_device(name: str | None) -> torch.device:
+    """Return a device that is here, by default the GPU where there is one, or raise `UserError`."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynllava_plugin.bench.flags import chosen, numbers
 from dynllava_plugin.bench.masked_cases import AttentionShape, attention_inputs
+from dynllava_plugin.bench.parsers import KEPT, PARTS
 from dynllava_plugin.bench.rows import Rows
-from dynllava_plugin.bench.shapes import SHAPES, shape_named
+from dynllava_plugin.bench.shapes import shape_named
 from dynllava_plugin.bench.timing import (
     find_device,
     free_bytes,
@@ -30,10 +30,6 @@ from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, pe
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
 
-PARTS = ("attention", "step")
-KEPT = ("paper", "all")
-LENGTHS = "512,1024,2048,4096"
-
 
 class TrainRows(Rows):
     """Rows of `bench train`: one an implementation, with its ratios to the plain one."""
@@ -47,70 +43,12 @@ class TrainRows(Rows):
     )  # fmt: skip
 
 
-def add_train(phases: Any) -> None:
-    """The phase `train` and its flags."""
-    text = "training attention and step: time and peak memory against the full matrix"
-    parser = phases.add_parser("train", help=text, description=text)
-    default = "(default: %(default)s)"
-    cuda = torch.cuda.is_available()
-    flag = parser.add_argument
-    flag("--only", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)} {default}")
-    flag(
-        "--shape",
-        default="llava-1.5-7b" if cuda else "cpu-medium",
-        help=f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS {default}",
-    )
-    flag("--lengths", default=LENGTHS, help=f"of the attention, comma-separated {default}")
-    flag(
-        "--kept",
-        default=",".join(KEPT),
-        help=f"what the masks of the attention keep: the paper's rates, all tokens {default}",
-    )
-    flag(
-        "--batch",
-        type=int,
-        help="samples (default: 8 on a GPU; on the CPU 1 for the attention, 4 for a step)",
-    )
-    flag(
-        "--text-tokens",
-        type=int,
-        default=128,
-        help=f"of a step's sample, beside the 576 of its image {default}",
-    )
-    flag(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=cuda,
-        help=f"gradient checkpointing in a step {default}",
-    )
-    flag(
-        "--optimizer",
-        choices=("adamw", "sgd"),
-        default="adamw",
-        help=f"states in the weights' dtype {default}",
-    )
-    flag("--devices", default="1,8", help=f"hours of an epoch are given for so many {default}")
-    flag("--peak-tflops", type=float, help="of the device (default: its data sheet's, or measured)")
-    flag("--device", default="cuda" if cuda else "cpu", help=default)
-    flag(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="(default: bfloat16 on a GPU, else float32)",
-    )
-    flag("--repeats", type=int, default=5, help=f"measured turns of every call {default}")
-    flag("--json", type=Path, metavar="FILE", help="rows, whole after every one")
-    flag(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="also write table.csv, table.md, chart.png and machine.json",
-    )
-    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
-
-
 def run_train(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
-    device, shape = find_device(args.device), shape_named(args.shape)
+    device = find_device(args.device)
+    name = args.shape or ("cpu-medium" if device.type == "cpu" else "llava-1.5-7b")
+    shape = shape_named(name)
+    checkpointing = device.type != "cpu" if args.checkpointing is None else args.checkpointing
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     parts, kept = chosen("--only", args.only, PARTS), chosen("--kept", args.kept, KEPT)
     lengths, devices = numbers("--lengths", args.lengths), numbers("--devices", args.devices)
@@ -123,18 +61,17 @@ def run_train(args: argparse.Namespace) -> int:
             raise UserError(f"{flag}: {value} is less than {least}")
     settings = StepSettings(
         shape, str(device), dtype, args.batch or (4 if device.type == "cpu" else 8), args.text_tokens,
-        args.checkpointing, args.optimizer,
+        checkpointing, args.optimizer,
     )  # fmt: skip
     if "step" in parts:
-        require_memory(settings.needed_bytes, device, f"--shape {args.shape} --optimizer {args.optimizer}")
+        require_memory(settings.needed_bytes, device, f"--shape {name} --optimizer {args.optimizer}")
     path = args.json or (args.output / "rows.json" if args.output else None)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows = TrainRows(
         path,
         args.resume,
         {
-            "shape": args.shape,
-            "device": name,
+            "shape": name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         },

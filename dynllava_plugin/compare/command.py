@@ -7,10 +7,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, Subject, subjects
 from dynllava_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from dynllava_plugin.compare.subjects import Subject
 
 LONG = "easy_vqa_describe"
 TIMED_SAMPLES = 4
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")
     add(
-        "--policies", nargs="+", default=list(DEFAULT_POLICIES), metavar="POLICY",
+        "--policies", nargs="+", metavar="POLICY",
         help="as for the harnesses, e.g. full image_text fastv,k=2 (default: every way to have fewer image tokens)",
     )  # fmt: skip
     add(
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dynllava_plugin.compare.answers import Harness, task_names
     from dynllava_plugin.compare.store import Store, figures_to_json
+    from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, subjects
     from dynllava_plugin.evaluation.engine import Engine
     from dynllava_plugin.evaluation.settings import ModelSettings
 
@@ -62,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     )
     engine = Engine.load(settings, args.batch_size)
     config = engine.model.config
-    wanted = subjects(args.policies, args.keep, config.sparsity, config.text_config.num_hidden_layers)
+    policies, layers = args.policies or DEFAULT_POLICIES, config.text_config.num_hidden_layers
+    wanted = subjects(policies, args.keep, config.sparsity, layers)
     tasks = task_names(args.tasks)
     made_from = {
         "checkpoint": _fingerprint(engine, settings),
@@ -140,7 +144,7 @@ def _time(
 def _report(store: Any, args: argparse.Namespace) -> None:
     from dynllava_plugin.compare.report import draw, make_table, to_markdown
     from dynllava_plugin.compare.store import figures_from_json
-    from dynllava_plugin.evaluation.records import host, versions
+    from dynllava_plugin.environment import host, versions
     from dynllava_plugin.files import write_json, write_text
 
     measured = []

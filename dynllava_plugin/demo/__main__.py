@@ -137,7 +137,7 @@ def report(folder: Path, output: Path, limit: int | None, seconds: float) -> Non
     """Table, chart and machine, each written whole; the table is printed."""
     from dynllava_plugin.demo.chart import draw
     from dynllava_plugin.demo.summary import summary
-    from dynllava_plugin.evaluation.records import host, versions
+    from dynllava_plugin.environment import host, versions
 
     table = read_results(folder).drop(columns="file")
     text = summary(table)

@@ -20,6 +20,7 @@ from dynllava_plugin.evaluation import judges
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
 from dynllava_plugin.evaluation.lmms_eval_names import check_model, watch_task_names
+from dynllava_plugin.evaluation.settings import arguments_help
 
 DEFAULT_OUTPUT = "results/lmms-eval"
 _LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
@@ -30,7 +31,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     evaluates = bool(arguments) and (arguments[0].startswith("-") or arguments[0] == "eval")
     runs = _Runs()
-    if arguments and not {"-h", "--help"} & set(arguments):
+    asks_for_help = bool({"-h", "--help"} & set(arguments))
+    if arguments and not asks_for_help:
         _add_tasks()
         if evaluates:
             watch_task_names()
@@ -39,6 +41,10 @@ def main() -> None:
 
     try:
         dispatch()
+    except SystemExit as left:
+        if asks_for_help and evaluates and not left.code:
+            print(f"\n{arguments_help()}")
+        raise
     except UserError as error:
         runs.fail(error)
     except ValueError as error:  # a bad --config: lmms-eval checks it outside its own try

@@ -8,22 +8,18 @@ lmms-eval keeps its own).
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.environment import host, versions
 from dynllava_plugin.evaluation.answers import Answer, Score, mean_counts, mean_score_counts
 from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
 from dynllava_plugin.evaluation.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.policies import Policy, policy_of
-
-_PACKAGES = ("dynllava-plugin", "torch", "transformers", "lmms-eval", "ms-vlmeval", "nltk")
 
 
 class RunRecord:
@@ -114,37 +110,3 @@ class RunRecord:
 
 
 RECORD = RunRecord()
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def host() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator of this machine."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts["processor"] = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (OSError, StopIteration, ValueError):
-        facts["processor"] = platform.processor() or "unknown"
-    if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name(0)
-    facts["threads"] = torch.get_num_threads()
-    return facts

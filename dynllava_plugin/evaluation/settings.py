@@ -4,46 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.registry import check_policy, describe, policy_changes
-from dynllava_plugin.sparsity.config import SparsityConfig
+from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES, SparsityConfig
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
 
 
+def _setting(text: str) -> Any:
+    return field(default=None, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class ModelSettings:
-    """A checkpoint and how it is run. ``None`` means: as the checkpoint (or `load_model`) says.
+    """A checkpoint and how it is run; each field's metadata says what it is, in one line of ``help``.
 
-    Attributes
-    ----------
-    pretrained : str
-        Folder, hub id or ``tiny``.
-    device, dtype, attn_implementation : str or None
-        Passed to `load_model`.
-    mode, vision_keep_rate, text_keep_rate, image_policy, random_seed
-        Overrides of the checkpoint's `SparsityConfig`.
-    policy : str or None
-        A policy with its arguments, ``fastv,k=3,r=0.75``; instead of `mode` and `image_policy`.
+    ``None`` means: as the checkpoint (or `load_model`) says.
     """
 
-    pretrained: str = DEFAULT_CHECKPOINT
-    device: str | None = None
-    dtype: str | None = None
-    attn_implementation: str | None = None
-    mode: str | None = None
-    vision_keep_rate: float | None = None
-    text_keep_rate: float | None = None
-    image_policy: str | None = None
-    random_seed: int | None = None
-    policy: str | None = None
+    pretrained: str = field(
+        default=DEFAULT_CHECKPOINT,
+        metadata={"help": f"checkpoint folder, hub id, or tiny (default: {DEFAULT_CHECKPOINT})"},
+    )
+    device: str | None = _setting("cpu, cuda, cuda:0, ... (default: the GPU where there is one)")
+    dtype: str | None = _setting("float32, bfloat16, float16 (default: the checkpoint's)")
+    attn_implementation: str | None = _setting(
+        "sdpa, eager, flash_attention_2 (default: transformers' choice)"
+    )
+    mode: str | None = _setting(f"{'|'.join(MODES)}: what is dropped (default: the checkpoint's)")
+    vision_keep_rate: float | None = _setting("share of image tokens that stay, in (0, 1]")
+    text_keep_rate: float | None = _setting("written down with the run; how much text stays was learned")
+    image_policy: str | None = _setting(f"{'|'.join(IMAGE_POLICIES)}: who chooses the image tokens")
+    random_seed: int | None = _setting("of what is chosen by chance")
+    policy: str | None = _setting(
+        "instead of mode and image_policy, with its arguments: policy=fastv,k=3,r=0.75"
+    )
 
     def __post_init__(self) -> None:
+        from dynllava_plugin.policies.registry import check_policy, policy_changes
+
         # A wrong value is named here, before a checkpoint of many gigabytes is read.
         check_policy(SparsityConfig().replace(**policy_changes(self.sparsity())))
 
@@ -56,7 +59,9 @@ class ModelSettings:
         UserError
             Naming a key that doesn't exist or a value out of range.
         """
-        known = [field.name for field in fields(cls)]
+        from dynllava_plugin.policies.registry import describe
+
+        known = [setting.name for setting in fields(cls)]
         given = {key: value for key, value in values.items() if value is not None}
         unknown = sorted(set(given) - set(known))
         if given.get("policy") is not None:
@@ -101,3 +106,9 @@ class ModelSettings:
         parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+
+
+def arguments_help() -> str:
+    """Return a line for each setting, its name and what it is, as ``--model_args`` of a harness takes them."""
+    lines = [f"  {setting.name:20} {setting.metadata['help']}" for setting in fields(ModelSettings)]
+    return "\n".join(["--model_args of --model dynllava, as name=value,name=value:", *lines])

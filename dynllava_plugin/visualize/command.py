@@ -42,12 +42,11 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix.lower() != ".png":
         raise UserError(f"--output: {output} must end in .png")
 
-    from dynllava_plugin import load_model
+    from dynllava_plugin import explain, load_model
     from dynllava_plugin.evaluation.images import load_image
     from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import write_bytes, write_text
     from dynllava_plugin.policies.registry import policy_changes
-    from dynllava_plugin.visualize.explain import explain
     from dynllava_plugin.visualize.page import page
     from dynllava_plugin.visualize.picture import draw
 

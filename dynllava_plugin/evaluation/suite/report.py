@@ -51,8 +51,8 @@ def _table(folder: Path, outputs: list[Path]) -> None:
 
 
 def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
+    from dynllava_plugin.environment import host, versions
     from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
-    from dynllava_plugin.evaluation.records import host, versions
 
     runs: list[dict[str, Any]] = []
     for outcome in outcomes:
