@@ -203,6 +203,35 @@ def test_a_cache_is_freed_when_generate_returns(batch, options, monkeypatch):
         gc.enable()
 
 
+def test_as_the_stock_class_in_small_things(batch):
+    """A configuration by position; a model that is being trained; padding on the right."""
+    settings = copy.deepcopy(MODEL.generation_config)
+    settings.max_new_tokens, settings.do_sample = 5, False
+    ids, rest = batch["input_ids"], {key: value for key, value in batch.items() if key != "input_ids"}
+    expected = MODEL.generate(ids, **rest, max_new_tokens=5, do_sample=False)
+    assert torch.equal(MODEL.generate(ids, settings, **rest), expected)
+    MODEL.train()
+    try:
+        assert torch.equal(MODEL.generate(ids, settings, **rest), expected) and MODEL.training
+    finally:
+        MODEL.eval()
+    rng = random.Random(2)
+    samples = [random_sample(rng, 1, 3), random_sample(rng, 2, 9)]
+    left, right = (
+        MODEL.generate(**batch_of(samples, left=side), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        for side in (True, False)
+    )
+    assert torch.equal(left[:, -6:], right[:, -6:])
+
+
+def test_labels_on_image_tokens_are_refused(batch):
+    model = random_model().train()
+    with pytest.raises(
+        UserError, match="labels: sample 0 of the batch has labels on image tokens; set them to -100"
+    ):
+        model(**batch, labels=batch["input_ids"])
+
+
 def test_captured_steps_are_the_default_where_there_is_cuda():
     cuda, policies = (
         torch.device("cuda"),

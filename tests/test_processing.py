@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AddedToken, AutoProcessor
 from transformers.models.clip import CLIPImageProcessor
 
+from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.tokenizers import from_sentencepiece
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
@@ -265,3 +266,17 @@ def test_unknown_settings_are_refused(tokenizer_model: Path) -> None:
     for name in ("image_aspect_ratio", "spacing"):
         with pytest.raises(UserError, match=name):
             make_processor(tokenizer_model, **{name: "anyres"})
+
+
+def test_sixteen_bit_grey_is_scaled_and_an_unknown_scale_is_refused(tmp_path):
+    processor_of_tiny = load_model("tiny", device="cpu")[1]
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    eight = Image.fromarray((ramp // 257).astype(np.uint8))
+    found, expected = (
+        processor_of_tiny.prepare_image(image) for image in (str(tmp_path / "grey.png"), eight)
+    )
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match=r"float\.tiff: grey values of mode 'F' have no known scale"):
+        processor_of_tiny.prepare_image(str(tmp_path / "float.tiff"))

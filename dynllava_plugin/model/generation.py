@@ -30,7 +30,9 @@ class SparseGeneration(nn.Module):
 
     model: Any
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
         """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
@@ -44,9 +46,15 @@ class SparseGeneration(nn.Module):
         UserError
             Assisted decoding or prefill in chunks, which drop other tokens than the method does.
         """
-        policy = kwargs.pop("policy", None)
-        with self.policy_in_force(policy):
-            return self._generate(inputs, **kwargs)
+        policy, training = kwargs.pop("policy", None), self.training
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        self.eval()  # `forward` of a model in training is section 3.3.3's
+        try:
+            with self.policy_in_force(policy):
+                return self._generate(inputs, **kwargs)
+        finally:
+            self.train(training)
 
     def policy_in_force(self, policy: str | None = None) -> AbstractContextManager[None]:
         """Return a context in which this thread's calls of the model run under `policy`, the model's own where None.
@@ -90,6 +98,9 @@ class SparseGeneration(nn.Module):
                 implementation, compiling.to_dict() if compiling is not None else None
             )
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """None: `forward` counts real tokens by the attention mask, at whichever end the padding is."""
 
     def new_cache(
         self, implementation: str | None = None, compile_options: dict[str, Any] | None = None

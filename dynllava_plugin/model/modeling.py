@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
-from dynllava_plugin.model.losses import labels_at, training_output
+from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
@@ -137,6 +137,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 input_ids, attention_mask, cache, images, bool(layout.image_lengths)
             )
         if self.training:
+            if labels is not None:
+                self._refuse_labelled_images(input_ids, labels)
             outputs = llm.forward_training(
                 embeds,
                 attention_mask,
@@ -260,6 +262,16 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
             )
         self.check_family(policy)
+
+    def _refuse_labelled_images(self, input_ids: torch.Tensor | None, labels: torch.Tensor) -> None:
+        """Raise `UserError` for labels on image tokens, whose loss would be without bound."""
+        if input_ids is None:
+            return
+        rows = ((input_ids == self.config.image_token_id) & (labels != IGNORE_INDEX)).any(1).tolist()
+        if any(rows):
+            raise UserError(
+                f"labels: sample {rows.index(True)} of the batch has labels on image tokens; set them to {IGNORE_INDEX}"
+            )
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """`lm_head`; for a few tokens on a CPU as matrix times tokens, which reads the large matrix at nearly twice the speed."""

@@ -202,14 +202,16 @@ def _rgb(image: Any, name: str) -> Image.Image:
     name = getattr(image, "filename", "") or name  # a PIL image that is read only now
     try:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
         remote = isinstance(image, str) and image.startswith(("http://", "https://", "data:"))
         if isinstance(image, (str, PathLike)) and not remote:
             with Image.open(image) as opened:
-                return opened.convert("RGB")
+                return _eight_bits(opened).convert("RGB")
         if remote:
-            return _fetched(str(image)).convert("RGB")
+            return _eight_bits(_fetched(str(image))).convert("RGB")
         array = np.asarray(image)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
     except Exception as error:
@@ -222,6 +224,24 @@ def _rgb(image: Any, name: str) -> Image.Image:
             f"{name}: an array must be uint8 [H, W, 3] or [3, H, W], not {array.dtype} {array.shape}"
         )
     return Image.fromarray(array)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """`image` with 16-bit grey values scaled to 8 bits, where PIL would cut them off.
+
+    Raises
+    ------
+    UserError
+        Grey values on a scale that the file doesn't tell (32-bit integers, floating-point numbers).
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"grey values of mode {image.mode!r} have no known scale; save the image with 8 or 16 bits"
+        )
+    return image
 
 
 AutoProcessor.register(DynamicLlavaConfig, DynamicLlavaProcessor)

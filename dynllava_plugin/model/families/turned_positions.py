@@ -8,6 +8,7 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
@@ -17,12 +18,17 @@ class TurnedPositions(SparseVLM):
 
     image_inputs = ("pixel_values", "image_grid_thw")
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As `SparseGeneration.generate`."""
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `SparseGeneration.generate`; prompts are padded on the left."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise UserError("attention_mask: prompts are padded on the right; pad them on the left")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = self._token_types(ids)
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)
 
     def positions(
         self,
@@ -62,7 +68,10 @@ class TurnedPositions(SparseVLM):
         """As the stock class's, but behind a cache by that cache's offset, not by the module's last call's."""
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, SparseContextCache) or not cache.seen:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[misc]
+            # The stock class's, past `SparseGeneration`.
+            return super(SparseGeneration, self)._prepare_position_ids_for_generation(
+                inputs_tensor, model_kwargs
+            )  # type: ignore[misc]
         text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         ids, grid = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("image_grid_thw")
         if grid is not None:
