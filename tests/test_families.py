@@ -336,3 +336,13 @@ def test_print_tells_the_policy():
     model = model_of("qwen2_5_vl")
     model.set_sparsity(policy="fastv,k=2")
     assert "policy=fastv, gates at layers: 2, vision_keep_rate=" in repr(model)
+
+
+def test_an_attention_implementation_without_column_masks_is_refused():
+    model = model_of("qwen2_5_vl", "eager")
+    model._llm.config._attn_implementation_internal = "flex_attention"
+    try:
+        with pytest.raises(UserError, match="attn_implementation: 'flex_attention' is not supported"):
+            model(**batch_for("qwen2_5_vl", SIZES)[0])
+    finally:
+        model._llm.config._attn_implementation_internal = "eager"

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": _fingerprint(engine, settings),
         "dtype": str(engine.model.dtype),
         "device": str(engine.model.device),
-        "attention": config.text_config._attn_implementation,
+        "attention": config._attn_implementation,
     }
     store = Store(args.output / "runs", made_from)
     harness = Harness(tasks, args.limit)

@@ -131,20 +131,20 @@ def use_sparse_attention(config: Any) -> None:
     Raises
     ------
     UserError
-        An implementation that has no counterpart here.
+        An implementation whose masks aren't tensors of [q, K] or [K] columns.
     """
     name = config._attn_implementation or "eager"
     if name.startswith(PREFIX):
         return
     if PREFIX + name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        raise UserError(f"attn_implementation: {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        if "flex" in name or "paged" in name:
+            raise UserError(
+                f"attn_implementation: {name!r} is not supported; choose eager, sdpa or flash_attention_2"
+            )
+        AttentionInterface.register(PREFIX + name, sparse_attention)
+        like = name if name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys() else "flash_attention_2"
+        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[like])
     config._attn_implementation_internal = PREFIX + name
-
-
-IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-for _name in IMPLEMENTATIONS:
-    AttentionInterface.register(PREFIX + _name, sparse_attention)
-    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
 def context_mask(
