@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "dynllava_plugin"
 # From the ground up; the name of the package itself is its front door, which shows names of the model.
 FLOORS = (
-    ("errors", "files", "environment"),
+    ("errors", "files", "markup", "environment"),
     ("sparsity", "flops", "easy_vqa"),
     ("policies",),
     ("model", "dynllava_plugin"),
