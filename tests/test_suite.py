@@ -151,6 +151,22 @@ def test_no_checkpoint_and_no_suite(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "none.yaml: can't be read" in capsys.readouterr().err
 
 
+def test_a_packaged_suite_is_found_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_name = SuiteConfig.read(Path("understanding"), {"pretrained": "tiny"})
+    assert by_name == SuiteConfig.read(ROOT / "eval_configs" / "understanding.yaml", {"pretrained": "tiny"})
+    assert by_name.output == Path("results/understanding")
+    assert main(["eval", "understandign", "--pretrained", "tiny"]) == 2
+    known = "easy_vqa, generation, smoke, submissions, understanding, or name a file"
+    assert f"understandign: no such suite; packaged are {known}" in capsys.readouterr().err
+    assert main(["eval", "eval_configs/smoke.yaml", "--pretrained", "tiny"]) == 2
+    assert "no such file; the packaged suite is `dynllava eval smoke`" in capsys.readouterr().err
+    (tmp_path / "smoke.yaml").write_text("benchmarks: GQA")  # the user's own file goes first
+    assert SuiteConfig.read(Path("smoke.yaml"), {"pretrained": "tiny"}).benchmarks == ("GQA",)
+
+
 def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

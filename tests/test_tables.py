@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dynllava_plugin.cli import main
 from dynllava_plugin.demo.chart import draw
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
+from dynllava_plugin.evaluation.manifests import footer
 from dynllava_plugin.evaluation.tables import mode_name, pivot, read_results, render
 
 
@@ -119,6 +122,24 @@ def test_pivot_and_formats(results: Path) -> None:
     assert len(render(table, "csv").splitlines()) == len(table) + 1
     with pytest.raises(UserError, match="--format: unknown value 'html'"):
         render(table, "html")
+
+
+def test_a_checkpoints_name_breaks_no_table(results: Path) -> None:
+    name = r"a|b<i>&\c_5%#$x^2~{y}"
+    for path in results.rglob("*dynllava_run.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "settings": {"checkpoint": name}}))
+    write_lmms_eval(results / "smaller", "20260102_000000", 0.5, questions=8)
+    smaller = results / "smaller" / "20260102_000000_dynllava_run.json"
+    smaller.write_text(smaller.read_text().replace('"dynamic"', json.dumps(name)))
+    table = read_results(results)
+    text = render(table, "markdown") + footer([results])
+    assert "<" not in text and text.count("left out, an older or smaller run of a") == 1
+    rows = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 3 and len({len(row) for row in rows}) == 1
+    assert html.unescape(rows[2][1].strip().replace(r"\|", "|")) == name
+    escaped = r"a\textbar{}b\textless{}i\textgreater{}\&\textbackslash{}c\_5\%\#\$x\textasciicircum{}2\textasciitilde{}\{y\}"
+    assert f"\n{escaped} & " in render(table, "latex")
 
 
 def test_runs_without_a_manifest_are_read_from_their_arguments(results: Path) -> None:

@@ -14,6 +14,7 @@ from dynllava_plugin.compare.bootstrap import interval, resampled_means
 from dynllava_plugin.compare.subjects import Subject
 from dynllava_plugin.evaluation.figures import decimals
 from dynllava_plugin.files import write_figure
+from dynllava_plugin.markup import in_markdown
 
 COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",
@@ -104,7 +105,7 @@ def to_markdown(table: pd.DataFrame) -> str:
             form = f"{{:.{decimals(str(metric), row['value'])}f}}"
             behind = _range(row["behind_low"], row["behind_high"], form)
             cells = [
-                row["policy"], _cell(row["keep"], "{:.0%}"), _cell(row["value"], form),
+                in_markdown(row["policy"]), _cell(row["keep"], "{:.0%}"), _cell(row["value"], form),
                 _range(row["low"], row["high"], form),
                 _cell(row["behind_full"], form) + _in_brackets(behind),
                 _cell(row["n"], "{:.0f}"), _cell(row["equivalent_tokens"], "{:.1f}"),

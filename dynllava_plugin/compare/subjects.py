@@ -8,23 +8,14 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_policy, describe, parse_policy
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-# Without --policies: every way to have fewer image tokens.
+# Without --policies: every registered way to have fewer image tokens, so all but those that drop output text alone.
 DEFAULT_POLICIES = (
-    "full",
-    "image",
-    "image_text",
-    "fastv",
-    "h2o",
+    *(name for name, policy in POLICIES.items() if policy.decides != {OUTPUT}),
     "fastv+h2o",
-    "random",
-    "downsample",
-    "visionzip",
-    "divprune",
-    "cdpruner",
-    "prumerge+",
 )
 BUDGETS = ("keep", "r", "n")
 

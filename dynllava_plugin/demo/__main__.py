@@ -81,6 +81,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def demo(args: argparse.Namespace) -> None:
     """All parts in order."""
+    if not (ROOT / "train" / "finetune.py").is_file():
+        raise UserError(
+            "the demo trains a model, and train/ isn't installed: run `make demo` from a checkout"
+        )
     started = time.time()
     work = args.work.resolve()
     if args.fresh:

@@ -51,7 +51,7 @@ def find_package() -> Path:
     except PackageNotFoundError:
         folder = Path("easy_vqa/data")
     if not (folder / "train" / "questions.json").is_file():
-        raise UserError('the easy-VQA images aren\'t installed: run `pip install -e ".[demo]"`')
+        raise UserError("the easy-VQA images aren't installed: run `pip install easy-vqa==1.0`")
     return folder
 
 

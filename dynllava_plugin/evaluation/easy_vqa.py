@@ -49,7 +49,7 @@ def locate_data() -> Path:
     if os.environ.get(DATA_VARIABLE):
         raise UserError(
             f"{DATA_VARIABLE}: {folder} has no {missing[0]}_test.jsonl; "
-            f"run `python train/easy_vqa.py --output_dir {folder}` or unset the variable"
+            f"unset the variable, or run `python train/easy_vqa.py --output_dir {folder}` from a checkout"
         )
     return _build(folder)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.markup import in_markdown
 
 STATE = "run.json"  # of a run in a suite
 
@@ -34,7 +35,7 @@ def footer(folders: Iterable[Path]) -> str:
         "Device: " + _all(_device(manifest) for manifest in manifests),
         _time([manifest.get("seconds") or 0 for manifest in manifests], states),
     ]
-    return "\n" + "\n".join(f"{line}  " for line in lines if not line.endswith(": ")) + "\n"
+    return "\n" + "\n".join(f"{in_markdown(line)}  " for line in lines if not line.endswith(": ")) + "\n"
 
 
 def _time(answering: list[float], states: set[Path | None]) -> str:

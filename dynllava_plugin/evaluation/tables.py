@@ -14,6 +14,7 @@ from dynllava_plugin.evaluation.modes import mode_name
 from dynllava_plugin.evaluation.order import in_order
 from dynllava_plugin.evaluation.results import KEYS, SCORED, read_results
 from dynllava_plugin.evaluation.run_settings import told_apart
+from dynllava_plugin.markup import in_latex, in_markdown
 
 __all__ = [
     "LMMS_EVAL",
@@ -162,10 +163,12 @@ def _finished(wide: pd.DataFrame) -> pd.DataFrame:
 
 def frame_text(frame: pd.DataFrame, style: str) -> str:
     """A frame of finished cells as a Markdown or LaTeX table."""
-    rows = [[str(value) for value in row] for row in frame.to_numpy().tolist()]
+    escaped = in_latex if style == "latex" else in_markdown
+    columns = [escaped(name) for name in frame.columns]
+    rows = [[escaped(str(value)) for value in row] for row in frame.to_numpy().tolist()]
     if style == "latex":
-        return _latex(list(frame.columns), rows)
-    lines = ["| " + " | ".join(frame.columns) + " |", "|" + "|".join(["---"] * len(frame.columns)) + "|"]
+        return _latex(columns, rows)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---"] * len(columns)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
@@ -182,7 +185,7 @@ def left_out(table: pd.DataFrame) -> str:
     runs = hidden.groupby(["checkpoint", "mode", "harness", "n"], sort=False, dropna=False)
     for (*names, questions), rows in runs:
         run = ", ".join([*map(str, names), *rows["benchmark"].unique()])
-        text += f"* left out, an older or smaller run of {run}: n = {questions:.0f}\n"
+        text += f"* left out, an older or smaller run of {in_markdown(run)}: n = {questions:.0f}\n"
     return f"\n{text}" if text else ""
 
 
@@ -203,13 +206,7 @@ def _cell(value: Any) -> str:
 
 
 def _latex(columns: list[str], rows: list[list[str]]) -> str:
-    def escape(text: str) -> str:
-        for character in ("\\", "_", "%", "&", "#", "|"):
-            replacement = {"\\": r"\textbackslash{}", "|": r"\textbar{}"}.get(character, rf"\{character}")
-            text = text.replace(character, replacement)
-        return text
-
     lines = [r"\begin{tabular}{ll" + "r" * (len(columns) - 2) + "}", r"\hline"]
-    lines.append(" & ".join(escape(name) for name in columns) + r" \\ \hline")
-    lines += [" & ".join(escape(value) for value in row) + r" \\" for row in rows]
+    lines.append(" & ".join(columns) + r" \\ \hline")
+    lines += [" & ".join(row) + r" \\" for row in rows]
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"

@@ -28,9 +28,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     make_minis(args.folder)
-    print(
-        f"{args.folder}: run `dynllava eval eval_configs/smoke.yaml --pretrained tiny --data {args.folder}`"
-    )
+    print(f"{args.folder}: run `dynllava eval smoke --pretrained tiny --data {args.folder}`")
     return 0
 
 

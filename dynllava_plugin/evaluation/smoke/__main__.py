@@ -1,6 +1,6 @@
 """`python -m dynllava_plugin.evaluation.smoke`, or `make smoke`: proof that every benchmark runs and is read right.
 
-Makes the miniatures, runs `dynllava eval eval_configs/smoke.yaml` on them, computes every cell of the table a
+Makes the miniatures, runs `dynllava eval smoke` on them, computes every cell of the table a
 second time from what the runs saved, and then takes some benchmarks again: cut short and resumed, and in two
 processes. Both have to give the same table.
 """
@@ -31,7 +31,7 @@ from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.evaluation.tables import render
 from dynllava_plugin.files import write_text
 
-SUITE = Path(__file__).resolve().parents[3] / "eval_configs" / "smoke.yaml"
+SUITE = Path("smoke")
 AGAIN = ("POPE", "LVIS-VQA multi")
 # What may differ between two runs of the same.
 _NOT_COMPARED = ["seconds", "file"]

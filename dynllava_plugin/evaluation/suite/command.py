@@ -1,4 +1,4 @@
-"""`dynllava eval SUITE.yaml`: a suite of benchmarks in lmms-eval and VLMEvalKit."""
+"""`dynllava eval SUITE`: a suite of benchmarks in lmms-eval and VLMEvalKit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ def add_parser(commands: Any) -> None:
         "another endpoint than OpenAI's.",
     )
     add = parser.add_argument
-    add("suite", type=Path, metavar="SUITE.yaml", help="e.g. eval_configs/understanding.yaml")
+    add(
+        "suite",
+        type=Path,
+        metavar="SUITE",
+        help="a packaged one, e.g. understanding, or a file of your own, my.yaml",
+    )
     add("--pretrained", metavar="CHECKPOINT", help="folder, hub id, or tiny")
     add("--harness", choices=(*HARNESSES, "both"), help="instead of the suite's (both where it says nothing)")
     add("--benchmarks", nargs="+", metavar="NAME", help="these instead of the suite's")
@@ -56,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
-    """Carry out a suite's file with `overrides` (keys of `SuiteConfig`, None: as the file says).
+    """Carry out a suite, a file or a packaged one's name, with `overrides` (keys of `SuiteConfig`, None: as the file says).
 
     Returns
     -------

@@ -10,6 +10,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import HARNESSES, Benchmark, find_benchmark
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.suite.packaged import find_suite
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
 
 BOTH = "both"
@@ -69,7 +70,7 @@ class SuiteConfig:
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any]) -> SuiteConfig:
-        """The file's settings, with what the command line gave (not None) in their place.
+        """The settings of a file, or of the packaged suite of that name, with what the command line gave (not None) in their place.
 
         Raises
         ------
@@ -78,6 +79,7 @@ class SuiteConfig:
         """
         import yaml
 
+        path = find_suite(path)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
