@@ -1,4 +1,4 @@
-"""Finetune a LLaVA-1.5 into a Dynamic-LLaVA: `accelerate launch train/finetune.py --help`."""
+"""Finetune a VLM with predictors, a LLaVA-1.5 into a Dynamic-LLaVA: `accelerate launch train/finetune.py --help`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.agreement import together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
-from train.data import Collator, ConversationDataset, blank_image
+from train.data import Collator, ConversationDataset
 from train.held_out import HeldOut, readable
 from train.images import check_images
 from train.interruption import Interruption
@@ -124,7 +124,7 @@ def train(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id, blank_image(processor)),
+            data_collator=Collator(processor.tokenizer.pad_token_id, dataset.encode.stand_in()),
             processing_class=processor,
             callbacks=logs,
             interruption=interruption,
