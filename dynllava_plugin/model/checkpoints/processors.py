@@ -35,7 +35,9 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{directory}: its tokenizer cannot be read ({reason})") from None
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
+    # A vocabulary of the original layouts gets rows for what is new; one of llava-hf (a Qwen2's pads with its unknown) has none.
+    pads = tokenizer.pad_token is not None and (layout == LLAVA_HF or tokenizer.pad_token != tokenizer.unk_token)
+    if not pads:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     tokenizer.padding_side = "left"
     return tokenizer
@@ -63,7 +65,8 @@ def read_processor(
         "image_aspect_ratio": config.image_aspect_ratio,
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1,  # CLIP's class token, which the "default" strategy takes off again
+        # CLIP's class token, which the "default" strategy takes off again; a SigLIP has none.
+        "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
     }
     if layout == LLAVA_HF:
         found = _whole(AutoProcessor, directory)
