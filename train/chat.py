@@ -91,9 +91,10 @@ class ChatEncoder:
         turns = [(question, STAND_IN.format(place)) for place, (question, _) in enumerate(sample.turns)]
         left, text, spans = self._render(turns), "", []
         for place, (_, answer) in enumerate(sample.turns):
-            head, found, left = left.partition(turns[place][1])
+            once = left.count(turns[place][1]) == 1
+            head, _, left = left.partition(turns[place][1])
             known = not place or head.startswith(self.tail)
-            if not found or not known or not head.endswith(self.written):
+            if not once or not known or not head.endswith(self.written):
                 raise UserError(f"{sample.name}: the checkpoint's chat template renders it in another order")
             text += head[len(self.tail) if place else 0 : len(head) - len(self.written)] + self.header
             start = len(text)

@@ -164,7 +164,7 @@ class _Checkpoint:
         if self.layout == FAMILY:
             wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
             with _quiet_transformers():
-                model, fresh = read_family_model(self.directory, self.config, wanted, attn_implementation)
+                model, fresh = self._family_model(wanted, attn_implementation)
             self._warn_of_fresh_predictors(fresh)
             torch.nn.Module.to(model, target)
             return model.eval()
@@ -186,6 +186,17 @@ class _Checkpoint:
         model.generation_config = self._generation_config()
         torch.nn.Module.to(model, target)
         return model.eval()
+
+    def _family_model(self, dtype: torch.dtype | None, attention: str | None) -> tuple[SparseVLM, bool]:
+        """As `read_family_model`; an adapter is merged into its base."""
+        if not is_adapter(self.directory):
+            return read_family_model(self.directory, self.config, dtype, attention)
+        base = _Checkpoint(base_of(self.directory), {})
+        base.config = self.config  # and with it the size of the predictors
+        model, _ = base._family_model(dtype, attention)
+        model.load_state_dict(merge_adapter(self.directory, model.state_dict()))
+        model.config.name_or_path = str(self.directory)
+        return model, False
 
     def _warn_of_fresh_predictors(self, fresh: bool) -> None:
         if fresh and self.policy.predictors:
