@@ -64,7 +64,9 @@ def mixture(tmp_path_factory) -> list[str]:
         turns = [("<image>\nWhat color is the shape?", color), ("Is there a circle?", "no")][: 1 + number % 2]
         rows.append({"id": color, "image": f"{color}.png", "conversations": conversation(*turns)})
     both = "<image>\n<image>\nWhat color is the shape on the right?"
-    rows.append({"id": "two", "image": ["red.png", "blue.png"], "conversations": conversation((both, "blue"))})
+    rows.append(
+        {"id": "two", "image": ["red.png", "blue.png"], "conversations": conversation((both, "blue"))}
+    )
     rows += [{"id": "text", "conversations": conversation(("Is red a color?", "yes"))}] * 3
     (folder / "mix.json").write_text(json.dumps(rows))
     given = ["--data_path", str(folder / "mix.json"), "--image_folder", str(folder), "--text_only", "true"]
@@ -88,8 +90,12 @@ def loaded(checkpoint):
 
 
 def recipe(checkpoint: Path, mixture: list[str], out: Path, steps: int) -> list[str]:
-    rates = "--learning_rate 3e-3 --predictor_learning_rate 1e-3 --lr_scheduler_type constant --warmup_steps 0"
-    how = f"--max_steps {steps} --global_batch_size 4 --per_device_train_batch_size 2 --logging_steps 1 {rates}"
+    rates = (
+        "--learning_rate 3e-3 --predictor_learning_rate 1e-3 --lr_scheduler_type constant --warmup_steps 0"
+    )
+    how = (
+        f"--max_steps {steps} --global_batch_size 4 --per_device_train_batch_size 2 --logging_steps 1 {rates}"
+    )
     quiet = "--use_cpu --report_to none --dataloader_num_workers 0 --min_text_length 1 --keep_loss_weight 1"
     place = ["--model_name_or_path", str(checkpoint), "--output_dir", str(out)]
     return [*place, *mixture, *how.split(), *quiet.split()]
@@ -224,7 +230,12 @@ def batch_of(family: str, loaded, samples: list[tuple[tuple[int, ...], str]]) ->
     return rows
 
 
-MIXED = [((1,), "There is a red circle."), ((2, 0), "no"), ((0,), "Yes, on the left."), ((1, 1), "two shapes")]
+MIXED = [
+    ((1,), "There is a red circle."),
+    ((2, 0), "no"),
+    ((0,), "Yes, on the left."),
+    ((1, 1), "two shapes"),
+]
 
 
 @every_family
@@ -240,7 +251,9 @@ def test_a_collated_batch_is_its_samples(family: str, loaded) -> None:
         places = batch["input_ids"] == model.config.image_token_id
         noise = gumbel_noise(1, 2, samples, places, batch["labels"])
         out = model(**batch, gumbel_noise=noise, num_items_in_batch=10)
-        return torch.stack([out.lm_loss, *(term * len(of) for term in (out.image_keep_loss, out.text_keep_loss))])
+        return torch.stack(
+            [out.lm_loss, *(term * len(of) for term in (out.image_keep_loss, out.text_keep_loss))]
+        )
 
     model.train()
     with torch.no_grad():
@@ -283,7 +296,9 @@ def test_one_step_is_the_stock_model_under_masks_and_its_gradient_that_of_the_wh
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
-        return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not frozen(name)}
+        return out, {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None and not frozen(name)
+        }
 
     out, gradients = step()
     keep = torch.ones(len(row["input_ids"]), dtype=torch.bool)
@@ -327,7 +342,9 @@ def test_the_command_line_trains_a_qwen2_5_vl(checkpoint, mixture: list[str], tm
     assert type(model).__name__ == "DynamicQwen2_5_VLForConditionalGeneration"
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])  # whose files have other names than the model's
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "llava_next"]
+)  # whose files have other names than the model's
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     family: str, checkpoint, mixture: list[str], tmp_path: Path
 ) -> None:
@@ -429,3 +446,29 @@ def test_an_image_that_the_processor_refuses_is_an_unreadable_one() -> None:
     with pytest.raises(UnusableSample, match=r"sample 7: the processor refuses its images \(.*ratio"):
         encoder.encoded(sample, [Image.new("RGB", (900, 2))])
 
+
+def test_held_out_samples_are_asked_as_in_training(checkpoint, mixture: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("dynllava_plugin.evaluation.encoding")
+    flags = [*recipe(checkpoint("qwen2_5_vl"), mixture, tmp_path / "out", 20), "--held_out", "3"]
+    assert train.finetune.main([*flags, "--eval_steps", "20", "--save_strategy", "no"]) == 0
+    with (tmp_path / "out" / "eval_log.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    model, processor = load_model(tmp_path / "out", device="cpu")
+    _, held_out = train.finetune.split(open_mixture(mixture[1], mixture[7], text_only=True)[0], 3, 42)
+    encoder, perplexities, right = encoder_of(processor, model.config.image_token_id), [], []
+    for sample in held_out:
+        pictures = [Image.open(Path(mixture[3]) / name).convert("RGB") for name in sample.images]
+        (question, answer), *_ = sample.turns[::-1]
+        given = prompt_inputs(processor, encoder, pictures, [*sample.turns[:-1], (question, None)])
+        length = given["input_ids"].shape[1]
+        ids = torch.tensor([processor.tokenizer(answer)["input_ids"]])
+        inputs = {name: value for name, value in given.items() if name in ("pixel_values", "image_grid_thw")}
+        inputs["input_ids"] = torch.cat([given["input_ids"], ids], 1)
+        labels = inputs["input_ids"].clone()
+        labels[:, :length] = IGNORE
+        scores = model.score_details(**inputs, labels=labels).log_probs
+        perplexities.append(float((-scores.sum() / ids.shape[1]).exp()))
+        said = model.generate(**given, max_new_tokens=64, do_sample=False)[0, length:]
+        right.append(processor.tokenizer.decode(said, skip_special_tokens=True).strip() == answer)
+    assert float(row["eval_ppl"]) == pytest.approx(np.mean(perplexities), rel=1e-3)
+    assert float(row["eval_accuracy"]) == pytest.approx(np.mean(right))

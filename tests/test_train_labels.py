@@ -79,7 +79,8 @@ def test_last_answer_of_a_padded_batch_is_the_last_turn(batch):
     pixels = ready.image_processor([Image.new("RGB", (32, 32))], return_tensors="pt")["pixel_values"]
     collate = Collator(ready.tokenizer.pad_token_id, encoder(ready).stand_in())
     rows = [
-        {"input_ids": t.input_ids, "labels": t.labels, "images": {"pixel_values": pixels}, "sample": 0} for t in encoded
+        {"input_ids": t.input_ids, "labels": t.labels, "images": {"pixel_values": pixels}, "sample": 0}
+        for t in encoded
     ]
     padded = collate(rows)
     masks = last_answer(padded["labels"])

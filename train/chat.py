@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -52,8 +52,9 @@ class ChatEncoder:
         if not found:
             raise UserError("--model_name_or_path: its chat template doesn't render an assistant's answer")
         # OneVision's ends "assistant\n" to be answered and writes "assistant \n" before an answer that is there.
-        common = os.path.commonprefix([prompt, before])
-        self.header, self.written = prompt[len(common) :], before[len(common) :]
+        pairs = zip(prompt, before, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.header, self.written = prompt[common:], before[common:]
         # What the model itself says before an answer: a blank in LLaVA-NeXT's.
         self.lead = self.written if not self.header else ""
         self.end, self.rest = self._end_of_turn()
@@ -134,7 +135,9 @@ class ChatEncoder:
     def _end_of_turn(self) -> tuple[str, str]:
         """What ends an answer, up to a special token, and what the template writes behind it before the next question."""
         special = [
-            str(token) for token in self.tokenizer.added_tokens_decoder.values() if getattr(token, "special", False)
+            str(token)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if getattr(token, "special", False)
         ]
         blank = self.tail[: len(self.tail) - len(self.tail.lstrip())]
         for token in sorted(special, key=len, reverse=True):

@@ -85,7 +85,8 @@ class ConversationDataset(Dataset):
         for image in self.mixture.images():
             folders.setdefault(os.path.dirname(image), []).append(image)
         return {
-            folder: self._mean_tokens(images[:: -(-len(images) // PROBED)]) for folder, images in folders.items()
+            folder: self._mean_tokens(images[:: -(-len(images) // PROBED)])
+            for folder, images in folders.items()
         }
 
     def _mean_tokens(self, images: Sequence[str]) -> float:
@@ -214,7 +215,9 @@ def _behind(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     for part in parts:
         missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
         padded.append(
-            torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else part
+            torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)])
+            if any(missing)
+            else part
         )
     return torch.cat(padded)
 
