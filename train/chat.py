@@ -104,6 +104,11 @@ class ChatEncoder:
             text += self.rest
         return text, spans
 
+    def last_round(self, sample: Sample) -> tuple[str, str]:
+        """Return the prompt for a sample's last answer, an image a placeholder, and that answer as it stands behind."""
+        text, spans = self.text(sample)
+        return text[: spans[-1][0]], self.lead + sample.turns[-1][1].strip()
+
     def image_tokens(self, image: Image.Image) -> int:
         """Return how many tokens an image becomes."""
         ids = self._process(self.image_token, [image], "image")["input_ids"]

@@ -86,6 +86,11 @@ class ConversationEncoder:
         tokens = self(sample)
         return tokens, self._pixels(images) if images else None
 
+    def last_round(self, sample: Sample) -> tuple[str, str]:
+        """Return the prompt for a sample's last answer, and that answer with the blank before it."""
+        *earlier, (question, answer) = sample.turns
+        return vicuna_v1([*earlier, (question, None)]), f" {answer.strip()}"
+
     def image_tokens(self, image: Image.Image) -> int:
         """Return how many tokens an image becomes: always as many."""
         return self.tokens_per_image

@@ -115,7 +115,8 @@ def train(
     )
     evaluation = None
     if held_out is not None:
-        evaluation = HeldOut(held_out, data_args.image_folder, args.per_device_eval_batch_size)
+        size = args.per_device_eval_batch_size
+        evaluation = HeldOut(held_out, data_args.image_folder, size, dataset.encode)
     logs = [CsvLog(output_dir / "train_log.csv", TRAINING_COLUMNS, "lm_loss")]
     if evaluation is not None:
         logs.append(CsvLog(output_dir / "eval_log.csv", EVALUATION_COLUMNS, "eval_ppl"))
