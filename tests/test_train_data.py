@@ -20,8 +20,8 @@ from dynllava_plugin.model.prompts import with_images
 from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, conversation, processor, save_checkpoint, save_mixture
 from train import mixture as mixtures
-from train.conversation import IGNORE, Tokens
-from train.data import Collator, ConversationDataset, encoder_of
+from train.conversation import IGNORE, ConversationEncoder, Tokens
+from train.data import Collator, ConversationDataset
 from train.finetune import main
 from train.json_stream import JsonList
 from train.mixture import Mixture, open_mixture
@@ -175,7 +175,8 @@ def test_lengths_are_about_those_of_the_tokens(data, tmp_path):
 
 def dataset_of(mixture, images, folder, ready, max_length=2048, strict=False) -> ConversationDataset:
     skipped = SkippedSamples(folder / "skipped.jsonl")
-    return ConversationDataset(mixture, images, ready, ready.image_token_id, max_length, 0, strict, skipped)
+    encode = ConversationEncoder(ready, ready.image_token_id, IMAGE_TOKENS)
+    return ConversationDataset(mixture, images, encode, max_length, 0, strict, skipped)
 
 
 @examples(60)
@@ -247,7 +248,7 @@ def test_truncation_never_cuts_an_image(tmp_path_factory, turns, max_length):
 
 
 def test_a_batch_without_images_gets_one_that_changes_nothing(tmp_path):
-    blank = encoder_of(READY, READY.image_token_id).stand_in()
+    blank = ConversationEncoder(READY, READY.image_token_id, IMAGE_TOKENS).stand_in()
     collate = Collator(READY.tokenizer.pad_token_id, blank)
     row = {"input_ids": [1, 5, 6], "labels": [IGNORE, 5, 6], "images": None, "sample": 0}
     batch = collate([row, row])

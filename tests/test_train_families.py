@@ -37,6 +37,7 @@ from tests.families.checkpoints import (
 )
 from tests.families.oracle import oracle_logits
 from tests.training_kit import conversation
+from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder
 from train.data import Collator, ConversationDataset, encoder_of
 from train.mixture import open_mixture
@@ -152,7 +153,7 @@ def test_training_lowers_the_loss_and_its_checkpoint_is_the_trained_model(
 
 def answered(model: Any, processor: Any, images: list[Image.Image], question: str) -> str:
     """The greedy answer to the prompt that training stands answers behind."""
-    encoder = encoder_of(processor, model.config.image_token_id)
+    encoder = encoder_of(model, processor)
     inputs = prompt_inputs(processor, encoder, images, [(with_images(question, len(images)), None)])
     given = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, given:]
@@ -180,7 +181,7 @@ END = dict.fromkeys(FAMILIES, "<|im_end|>") | dict.fromkeys(
     ("llava_llama", "llava_mistral", "llava_next", "mistral3"), "</s>"
 )
 # The others' templates write an earlier answer otherwise than they ask for one.
-SAME_LATER = {"qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "llava_llama", "llava_mistral"}
+SAME_LATER = {"qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "llava_llama"}
 
 
 @every_family
@@ -189,7 +190,7 @@ def test_labels_are_the_answers_with_their_end_behind_the_prompts_of_inference(
     family: str, images: tuple[int, ...], loaded
 ) -> None:
     model, processor = loaded(family)
-    encoder = encoder_of(processor, model.config.image_token_id)
+    encoder = encoder_of(model, processor)
     answers = ["red", "There is one shape on the left.", "no 3"]
     turns = [
         (with_images(f"What color is shape {round}?", count), answers[round])
@@ -220,7 +221,7 @@ def test_labels_are_the_answers_with_their_end_behind_the_prompts_of_inference(
 def batch_of(family: str, loaded, samples: list[tuple[tuple[int, ...], str]]) -> list[dict[str, Any]]:
     """Rows as the dataset gives them: samples of (images of each round, last answer)."""
     model, processor = loaded(family)
-    encoder, rows = encoder_of(processor, model.config.image_token_id), []
+    encoder, rows = encoder_of(model, processor), []
     for number, (images, answer) in enumerate(samples):
         turns = [(with_images("What color is the shape?", count), "red") for count in images]
         turns[-1] = (turns[-1][0], answer)
@@ -242,7 +243,7 @@ MIXED = [
 def test_a_collated_batch_is_its_samples(family: str, loaded) -> None:
     model, processor = loaded(family)
     rows = batch_of(family, loaded, MIXED)
-    encoder = encoder_of(processor, model.config.image_token_id)
+    encoder = encoder_of(model, processor)
     collate = Collator(processor.tokenizer.pad_token_id, encoder.stand_in())
 
     def terms(of: list[dict[str, Any]]) -> torch.Tensor:
@@ -264,7 +265,7 @@ def test_a_collated_batch_is_its_samples(family: str, loaded) -> None:
 @every_family
 def test_a_batch_without_images_gives_every_trained_parameter_a_gradient(family: str, loaded) -> None:
     model, processor = loaded(family)
-    encoder = encoder_of(processor, model.config.image_token_id)
+    encoder = encoder_of(model, processor)
     rows = batch_of(family, loaded, [((0,), "There is a red circle."), ((0, 0), "no")])
     batch = Collator(processor.tokenizer.pad_token_id, encoder.stand_in())(rows)
     batch.pop("sample")
@@ -414,8 +415,7 @@ def test_lengths_are_about_those_of_the_tokens(tmp_path: Path, loaded) -> None:
     (tmp_path / "small" / "1.png").write_bytes(b"no image")
     mixture, _ = open_mixture(tmp_path / "mix.json", tmp_path / "cache")
     skipped = SkippedSamples(tmp_path / "skipped.jsonl")
-    image = model.config.image_token_id
-    dataset = ConversationDataset(mixture, tmp_path, processor, image, 2048, 0, False, skipped)
+    dataset = ConversationDataset(mixture, tmp_path, encoder_of(model, processor), 2048, 0, False, skipped)
     readable = [number for number in range(24) if number != 1]
     exact = [len(dataset[number]["input_ids"]) for number in readable]
     assert np.corrcoef(exact, dataset.lengths()[readable])[0, 1] > 0.9
@@ -437,11 +437,11 @@ def test_what_has_no_labels(family: str, template: str | None, answer: str, name
     processor.chat_template = template or processor.chat_template
     question = answer if "order" in named else "What is there?"
     with pytest.raises(UserError, match=re.escape(named)):
-        encoder_of(processor, 0).encoded(Sample("s", (), ((question, answer),)), [])
+        ChatEncoder(processor).encoded(Sample("s", (), ((question, answer),)), [])
 
 
 def test_an_image_that_the_processor_refuses_is_an_unreadable_one() -> None:
-    encoder = encoder_of(stock_processor("qwen2_5_vl"), 0)
+    encoder = ChatEncoder(stock_processor("qwen2_5_vl"))
     sample = Sample("mix.json: sample 7", ("x.png",), (("<image>\nWhat is there?", "red"),))
     with pytest.raises(UnusableSample, match=r"sample 7: the processor refuses its images \(.*ratio"):
         encoder.encoded(sample, [Image.new("RGB", (900, 2))])
@@ -455,7 +455,7 @@ def test_held_out_samples_are_asked_as_in_training(checkpoint, mixture: list[str
         (row,) = csv.DictReader(file)
     model, processor = load_model(tmp_path / "out", device="cpu")
     _, held_out = train.finetune.split(open_mixture(mixture[1], mixture[7], text_only=True)[0], 3, 42)
-    encoder, perplexities, right = encoder_of(processor, model.config.image_token_id), [], []
+    encoder, perplexities, right = encoder_of(model, processor), [], []
     for sample in held_out:
         pictures = [Image.open(Path(mixture[3]) / name).convert("RGB") for name in sample.images]
         (question, answer), *_ = sample.turns[::-1]

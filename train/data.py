@@ -35,9 +35,8 @@ class ConversationDataset(Dataset):
     ----------
     mixture : Mixture
     image_folder : path
-    processor : DynamicLlavaProcessor, or another family's own
+    encode : ConversationEncoder or ChatEncoder
         Treats text and images as at inference; padding is the collator's.
-    image_token_id : int
     max_length : int
         Tokens, image tokens included.
     max_unreadable : int
@@ -51,8 +50,7 @@ class ConversationDataset(Dataset):
         self,
         mixture: Mixture,
         image_folder: str | Path,
-        processor: Any,
-        image_token_id: int,
+        encode: ConversationEncoder | ChatEncoder,
         max_length: int,
         max_unreadable: int,
         strict: bool,
@@ -60,12 +58,11 @@ class ConversationDataset(Dataset):
     ) -> None:
         self.mixture = mixture
         self.image_folder = Path(image_folder)
-        self.processor = processor
         self.max_length = max_length
         self.max_unreadable = max_unreadable
         self.strict = strict
         self.skipped = skipped
-        self.encode = encoder_of(processor, image_token_id)
+        self.encode = encode
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -165,10 +162,12 @@ def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
     return images
 
 
-def encoder_of(processor: Any, image_token_id: int) -> ConversationEncoder | ChatEncoder:
-    """LLaVA-1.5's vicuna_v1 where its `</s>` ends a sequence, else the checkpoint's own chat template."""
-    if isinstance(processor, DynamicLlavaProcessor) and processor.tokenizer.eos_token == ANSWER_END:
-        return ConversationEncoder(processor, image_token_id, count_image_tokens(processor, image_token_id))
+def encoder_of(model: Any, processor: Any) -> ConversationEncoder | ChatEncoder:
+    """LLaVA-1.5's vicuna_v1 for a Llama whose sequences end with `</s>`, else the checkpoint's own chat template."""
+    llama = model.config.text_config.model_type == "dynamic_llama"
+    if llama and isinstance(processor, DynamicLlavaProcessor) and processor.tokenizer.eos_token == ANSWER_END:
+        image = model.config.image_token_id
+        return ConversationEncoder(processor, image, count_image_tokens(processor, image))
     return ChatEncoder(processor)
 
 

@@ -23,7 +23,7 @@ from train.agreement import together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
-from train.data import Collator, ConversationDataset
+from train.data import Collator, ConversationDataset, encoder_of
 from train.held_out import HeldOut, readable
 from train.images import check_images
 from train.interruption import Interruption
@@ -106,8 +106,7 @@ def train(
     dataset = ConversationDataset(
         training,
         data_args.image_folder,
-        processor,
-        model.config.image_token_id,
+        encoder_of(model, processor),
         data_args.model_max_length,
         data_args.max_unreadable,
         data_args.strict,
