@@ -158,7 +158,7 @@ def test_accelerate_takes_every_config(name, monkeypatch):
 
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+        assert plugin.transformer_cls_names_to_wrap is None  # the trainer names the LLM's layers
 
 
 def test_the_configs_that_the_presets_name_are_there():

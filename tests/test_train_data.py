@@ -20,14 +20,14 @@ from dynllava_plugin.model.prompts import with_images
 from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, conversation, processor, save_checkpoint, save_mixture
 from train import mixture as mixtures
-from train.conversation import IGNORE, Tokens
-from train.data import Collator, ConversationDataset, UnusableSample, blank_image
+from train.conversation import IGNORE, ConversationEncoder, Tokens
+from train.data import Collator, ConversationDataset
 from train.finetune import main
 from train.json_stream import JsonList
 from train.mixture import Mixture, open_mixture
 from train.samples import Sample, read_sample
 from train.sampling import EpochSampler
-from train.skipped import SkippedSamples
+from train.skipped import SkippedSamples, UnusableSample
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),
@@ -175,7 +175,8 @@ def test_lengths_are_about_those_of_the_tokens(data, tmp_path):
 
 def dataset_of(mixture, images, folder, ready, max_length=2048, strict=False) -> ConversationDataset:
     skipped = SkippedSamples(folder / "skipped.jsonl")
-    return ConversationDataset(mixture, images, ready, ready.image_token_id, max_length, 0, strict, skipped)
+    encode = ConversationEncoder(ready, ready.image_token_id, IMAGE_TOKENS)
+    return ConversationDataset(mixture, images, encode, max_length, 0, strict, skipped)
 
 
 @examples(60)
@@ -247,18 +248,18 @@ def test_truncation_never_cuts_an_image(tmp_path_factory, turns, max_length):
 
 
 def test_a_batch_without_images_gets_one_that_changes_nothing(tmp_path):
-    blank = blank_image(READY)
+    blank = ConversationEncoder(READY, READY.image_token_id, IMAGE_TOKENS).stand_in()
     collate = Collator(READY.tokenizer.pad_token_id, blank)
-    row = {"input_ids": [1, 5, 6], "labels": [IGNORE, 5, 6], "pixel_values": None, "sample": 0}
+    row = {"input_ids": [1, 5, 6], "labels": [IGNORE, 5, 6], "images": None, "sample": 0}
     batch = collate([row, row])
-    assert torch.equal(batch.pop("pixel_values"), blank)
+    assert torch.equal(batch.pop("pixel_values"), blank["pixel_values"])
     from dynllava_plugin import load_model
 
     model, _ = load_model(save_checkpoint(tmp_path / "checkpoint"), device="cpu")
     model.train()
     batch.pop("sample")
     alone = model(**batch)
-    with_blank = model(**batch, pixel_values=blank)
+    with_blank = model(**batch, **blank)
     assert torch.equal(alone.logits, with_blank.logits) and torch.equal(alone.lm_loss, with_blank.lm_loss)
     assert with_blank.image_keep_loss == 0
     with_blank.loss.backward()

@@ -13,7 +13,7 @@ from dynllava_plugin.sparsity.selection import last_answer
 from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, processor
 from train.conversation import IGNORE, ConversationEncoder
-from train.data import Collator, blank_image, count_image_tokens
+from train.data import Collator, count_image_tokens
 from train.samples import Sample
 
 PROCESSORS = {
@@ -77,9 +77,10 @@ def test_last_answer_of_a_padded_batch_is_the_last_turn(batch):
     ready = PROCESSORS["llama"]
     encoded = [encoder(ready)(sample_of(turns)) for turns in batch]
     pixels = ready.image_processor([Image.new("RGB", (32, 32))], return_tensors="pt")["pixel_values"]
-    collate = Collator(ready.tokenizer.pad_token_id, blank_image(ready))
+    collate = Collator(ready.tokenizer.pad_token_id, encoder(ready).stand_in())
     rows = [
-        {"input_ids": t.input_ids, "labels": t.labels, "pixel_values": pixels, "sample": 0} for t in encoded
+        {"input_ids": t.input_ids, "labels": t.labels, "images": {"pixel_values": pixels}, "sample": 0}
+        for t in encoded
     ]
     padded = collate(rows)
     masks = last_answer(padded["labels"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.families.checkpoints import write_checkpoint
 from tests.processes import Job, allow_deepspeed_on_cpu, allow_fsdp_on_cpu, run, side_by_side
 from tests.training_kit import save_checkpoint, save_mixture
 
@@ -105,7 +106,6 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
@@ -115,6 +115,35 @@ def test_fsdp2(flags, alone, tmp_path):
     two(flags, tmp_path / "out", "--use_cpu", before=allow_fsdp_on_cpu, **FSDP2)
     assert_the_same(tmp_path / "out", alone)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sharding"] == "FSDP"
+
+
+def test_another_family_under_ddp_and_fsdp2(tmp_path):
+    """Half of the samples have no image: a process whose batch has none must not keep the other waiting."""
+    mixture, images = save_mixture(tmp_path / "data", samples=4)
+    rows = json.loads(mixture.read_text())
+    mixture.write_text(json.dumps(rows[:4] + rows[4:] * 4))
+    flags = [
+        *("--model_name_or_path", str(write_checkpoint("qwen2_5_vl", tmp_path / "checkpoint"))),
+        "--use_cpu",
+    ]
+    flags += ["--data_path", str(mixture), "--image_folder", str(images), "--text_only", "true"]
+    flags += ["--data_cache", str(tmp_path / "cache"), "--logging_steps", "1", "--report_to", "none"]
+    flags += ["--dataloader_num_workers", "0", "--save_strategy", "no", *RECIPE.split()]
+    (done,) = run(
+        Job(
+            [*flags, *f"--output_dir {tmp_path / 'one'}".split(), *"--per_device_train_batch_size 2".split()],
+            tmp_path / "one.log",
+        )
+    )
+    assert done.status == 0, done.output
+    for name, before, environment in (("ddp", None, {}), ("fsdp2", allow_fsdp_on_cpu, FSDP2)):
+        both = [*flags, "--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / name)]
+        more = {"before": before} if before else {}
+        done = run(*side_by_side(both, tmp_path / f"{name}.log", 2, **more, **environment))
+        assert [one.status for one in done] == [0, 0], "\n".join(one.output for one in done)
+        for row, other in zip(log(tmp_path / name), log(tmp_path / "one"), strict=True):
+            for column in COMPARED:
+                assert row.get(column) == pytest.approx(other.get(column), rel=1e-4, abs=1e-4), column
 
 
 def deepspeed(folder: Path, stage: int) -> str:

@@ -27,7 +27,9 @@ class ModelArguments:
     """Where to start from, and what is sparsified how much (see `dynllava_plugin.SparsityConfig`)."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A LLaVA-1.5 or Dynamic-LLaVA in any supported layout, or 'tiny'."}
+        metadata={
+            "help": "A checkpoint of any family that load_model reads (LLaVA-1.5 in any layout), or 'tiny'."
+        }
     )
     mode: str = field(default="image_text", metadata={"help": "What to sparsify: 'image' or 'image_text'."})
     sparse_layer: int = field(

@@ -15,7 +15,9 @@ from dynllava_plugin.errors import UserError
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 
 USAGE = "accelerate launch train/finetune.py [PRESET.yaml] --data_path FILE.json --image_folder DIR --output_dir DIR [flags]"
-DESCRIPTION = "From a LLaVA-1.5 checkpoint to a Dynamic-LLaVA. Flags override the preset (train/configs/); see docs/training.md."
+DESCRIPTION = (
+    "From a VLM to one that drops tokens. Flags override the preset (train/configs/); see docs/training.md."
+)
 PRESET_SUFFIXES = (".yaml", ".yml")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import ANSWER_END, vicuna_v1
@@ -50,7 +53,7 @@ class ConversationEncoder:
             )
         if tokenizer.convert_tokens_to_ids(ANSWER_END) != tokenizer.eos_token_id:
             raise UserError(f"--model_name_or_path: the tokenizer's end of sequence is not {ANSWER_END!r}")
-        self.tokenizer = tokenizer
+        self.processor, self.tokenizer = processor, tokenizer
         self.prepare_text = processor.prepare_text
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
@@ -64,25 +67,66 @@ class ConversationEncoder:
             A token spans the border between a question and its answer.
         """
         text, spans = answer_spans(sample, self.prepare_text)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-        input_ids: list[int] = []
-        labels: list[int] = []
-        images, current = 0, 0
-        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            while current < len(spans) and begin >= spans[current][1]:
-                current += 1
-            start = spans[current][0] if current < len(spans) else len(text)
-            if begin < start < end:
-                raise UserError(
-                    f"{sample.name}: the tokenizer merges {text[begin:end]!r} across an answer's border"
-                )
-            repeat = self.tokens_per_image if token == self.image_token_id else 1
-            images += token == self.image_token_id
-            input_ids += [token] * repeat
-            labels += [token if begin >= start else IGNORE] * repeat
+        plain = label_spans(self.tokenizer, text, spans, sample.name)
+        images = plain.input_ids.count(self.image_token_id)
         if images != len(sample.images):
             raise UserError(f"{sample.name}: {images} image tokens for {len(sample.images)} images")
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for token, label in zip(plain.input_ids, plain.labels, strict=True):
+            repeat = self.tokens_per_image if token == self.image_token_id else 1
+            input_ids += [token] * repeat
+            labels += [label] * repeat
         return Tokens(input_ids, labels)
+
+    def encoded(
+        self, sample: Sample, images: Sequence[Image.Image]
+    ) -> tuple[Tokens, dict[str, torch.Tensor] | None]:
+        """Return a sample's tokens, and ``{"pixel_values": float32 [images, 3, H, W]}`` (None: it has no image)."""
+        tokens = self(sample)
+        return tokens, self._pixels(images) if images else None
+
+    def last_round(self, sample: Sample) -> tuple[str, str]:
+        """Return the prompt for a sample's last answer, and that answer with the blank before it."""
+        *earlier, (question, answer) = sample.turns
+        return vicuna_v1([*earlier, (question, None)]), f" {answer.strip()}"
+
+    def image_tokens(self, image: Image.Image) -> int:
+        """Return how many tokens an image becomes: always as many."""
+        return self.tokens_per_image
+
+    def stand_in(self) -> dict[str, torch.Tensor]:
+        """Return the inputs of one blank image."""
+        return self._pixels([Image.new("RGB", (8, 8))])
+
+    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        prepared = [self.processor.prepare_image(image) for image in images]
+        return {"pixel_values": self.processor.image_processor(prepared, return_tensors="pt")["pixel_values"]}
+
+
+def label_spans(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], name: str, add_special_tokens: bool = True
+) -> Tokens:
+    """Return the text's tokens, labelled where their characters lie in one of `spans`.
+
+    Raises
+    ------
+    UserError
+        A token spans the border between a question and its answer; the message begins with `name`.
+    """
+    encoded = tokenizer(
+        text, return_offsets_mapping=True, add_special_tokens=add_special_tokens, verbose=False
+    )
+    labels: list[int] = []
+    current = 0
+    for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        while current < len(spans) and begin >= spans[current][1]:
+            current += 1
+        start, stop = spans[current] if current < len(spans) else (len(text), len(text))
+        if begin < start < end or (start <= begin and end > stop):
+            raise UserError(f"{name}: the tokenizer merges {text[begin:end]!r} across an answer's border")
+        labels.append(token if begin >= start and current < len(spans) else IGNORE)
+    return Tokens(encoded["input_ids"], labels)
 
 
 def answer_spans(

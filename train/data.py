@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,16 @@ from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.prompts import IMAGE_TOKEN
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
+from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.mixture import Mixture
 from train.samples import Sample
-from train.skipped import TOO_LONG, UNREADABLE, SkippedSamples, too_many
+from train.skipped import TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample, too_many
 
 MAX_SKIPS_IN_A_ROW = 100
-
-
-class UnusableSample(UserError):
-    """One sample cannot be trained on; the message names it, `kind` says in what way."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+PROBED = 8  # images of a folder that are opened to know how many tokens one of it has
 
 
 class ConversationDataset(Dataset):
@@ -38,9 +35,8 @@ class ConversationDataset(Dataset):
     ----------
     mixture : Mixture
     image_folder : path
-    processor : DynamicLlavaProcessor
+    encode : ConversationEncoder or ChatEncoder
         Treats text and images as at inference; padding is the collator's.
-    image_token_id : int
     max_length : int
         Tokens, image tokens included.
     max_unreadable : int
@@ -54,8 +50,7 @@ class ConversationDataset(Dataset):
         self,
         mixture: Mixture,
         image_folder: str | Path,
-        processor: Any,
-        image_token_id: int,
+        encode: ConversationEncoder | ChatEncoder,
         max_length: int,
         max_unreadable: int,
         strict: bool,
@@ -63,13 +58,11 @@ class ConversationDataset(Dataset):
     ) -> None:
         self.mixture = mixture
         self.image_folder = Path(image_folder)
-        self.processor = processor
         self.max_length = max_length
         self.max_unreadable = max_unreadable
         self.strict = strict
         self.skipped = skipped
-        self.tokens_per_image = count_image_tokens(processor, image_token_id)
-        self.encode = ConversationEncoder(processor, image_token_id, self.tokens_per_image)
+        self.encode = encode
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -79,11 +72,33 @@ class ConversationDataset(Dataset):
         return self.mixture.name(index)
 
     def lengths(self) -> np.ndarray:
-        """int64 [n]: about how many tokens each sample has, without opening any image."""
-        return self.mixture.lengths(self.tokens_per_image)
+        """int64 [n]: about how many tokens each sample has; an image counts as the mean of a few of its folder."""
+        if isinstance(self.encode, ConversationEncoder):
+            return self.mixture.lengths(self.encode.tokens_per_image)
+        return self.mixture.lengths(self._tokens_by_folder())
+
+    def _tokens_by_folder(self) -> dict[str, float]:
+        folders: dict[str, list[str]] = {}
+        for image in self.mixture.images():
+            folders.setdefault(os.path.dirname(image), []).append(image)
+        return {
+            folder: self._mean_tokens(images[:: -(-len(images) // PROBED)])
+            for folder, images in folders.items()
+        }
+
+    def _mean_tokens(self, images: Sequence[str]) -> float:
+        """Mean tokens of those images that can be read; 0 where none can."""
+        counts = []
+        for image in images:
+            try:
+                (opened,) = open_images(Sample(image, (image,), ()), self.image_folder)
+                counts.append(self.encode.image_tokens(opened))
+            except UnusableSample:  # said when its turn comes
+                continue
+        return sum(counts) / max(len(counts), 1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_ids`, `labels` (lists of int), `pixel_values` [images, 3, H, W], `sample` (its index)."""
+        """`input_ids`, `labels` (lists of int), `images` (the model's inputs of that name, or None), `sample` (its index)."""
         for step in range(min(len(self), MAX_SKIPS_IN_A_ROW)):
             used = (index + step) % len(self)
             try:
@@ -103,18 +118,9 @@ class ConversationDataset(Dataset):
     def load(self, index: int) -> dict[str, Any]:
         """One sample, without replacement for an unusable one."""
         sample = self.mixture[index]
-        tokens = self.truncate(sample, self.encode(sample))
-        images = [self.processor.prepare_image(image) for image in open_images(sample, self.image_folder)]
-        if images:
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        else:
-            pixels = None
-        return {
-            "input_ids": tokens.input_ids,
-            "labels": tokens.labels,
-            "pixel_values": pixels,
-            "sample": index,
-        }
+        tokens, images = self.encode.encoded(sample, open_images(sample, self.image_folder))
+        tokens = self.truncate(sample, tokens)
+        return {"input_ids": tokens.input_ids, "labels": tokens.labels, "images": images, "sample": index}
 
     def truncate(self, sample: Sample, tokens: Tokens) -> Tokens:
         """At most `max_length` tokens, as LLaVA cuts them: at the end, but never through or before an image.
@@ -156,6 +162,15 @@ def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
     return images
 
 
+def encoder_of(model: Any, processor: Any) -> ConversationEncoder | ChatEncoder:
+    """LLaVA-1.5's vicuna_v1 for a Llama whose sequences end with `</s>`, else the checkpoint's own chat template."""
+    llama = model.config.text_config.model_type == "dynamic_llama"
+    if llama and isinstance(processor, DynamicLlavaProcessor) and processor.tokenizer.eos_token == ANSWER_END:
+        image = model.config.image_token_id
+        return ConversationEncoder(processor, image, count_image_tokens(processor, image))
+    return ChatEncoder(processor)
+
+
 def count_image_tokens(processor: Any, image_token_id: int) -> int:
     """How many placeholder tokens the processor makes of one image (LLaVA-1.5: always the same)."""
     blank = Image.new("RGB", (8, 8))
@@ -166,36 +181,44 @@ def count_image_tokens(processor: Any, image_token_id: int) -> int:
 class Collator:
     """Pads samples on the right and stacks them.
 
-    Returns a dict of `input_ids`, `attention_mask`, `labels` [B, L] int64, `pixel_values` [images, 3, H, W]
-    float32 and `sample` [B] int64, the samples' places in the dataset. A batch without any image gets one blank
-    one that no place refers to: every process must run the same modules in every step.
+    Returns a dict of `input_ids`, `attention_mask`, `labels` [B, L] int64, `sample` [B] int64 (the samples' places in
+    the dataset), and the images' inputs. A batch without any image gets one blank one that no place refers to: every
+    process must run the same modules in every step.
 
     Parameters
     ----------
     pad_token_id : int
-    blank : float32 [1, 3, H, W]
-        As from `blank_image`.
+    blank : dict of tensors
+        The inputs of one image, as an encoder's `stand_in` gives them.
     """
 
-    def __init__(self, pad_token_id: int, blank: torch.Tensor) -> None:
+    def __init__(self, pad_token_id: int, blank: dict[str, torch.Tensor]) -> None:
         self.pad_token_id, self.blank = pad_token_id, blank
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        images = [row["pixel_values"] for row in rows if row["pixel_values"] is not None]
+        images = [row["images"] for row in rows if row["images"] is not None] or [self.blank]
         return {
             "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": _pad([row["labels"] for row in rows], IGNORE),
-            "pixel_values": torch.cat(images or [self.blank]),
             "sample": torch.tensor([row["sample"] for row in rows]),
+            **{name: _behind([inputs[name] for inputs in images]) for name in images[0]},
         }
 
 
-def blank_image(processor: Any) -> torch.Tensor:
-    """float32 [1, 3, H, W]: an image of the size the processor makes."""
-    image = processor.prepare_image(Image.new("RGB", (8, 8)))
-    return processor.image_processor([image], return_tensors="pt")["pixel_values"]
+def _behind(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate along the first dimension; the others (tiles, or a picture's sides) are padded with 0 to the largest."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    padded = []
+    for part in parts:
+        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+        padded.append(
+            torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)])
+            if any(missing)
+            else part
+        )
+    return torch.cat(padded)
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Finetune a LLaVA-1.5 into a Dynamic-LLaVA: `accelerate launch train/finetune.py --help`."""
+"""Finetune a VLM with predictors, a LLaVA-1.5 into a Dynamic-LLaVA: `accelerate launch train/finetune.py --help`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.agreement import together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
-from train.data import Collator, ConversationDataset, blank_image
+from train.data import Collator, ConversationDataset, encoder_of
 from train.held_out import HeldOut, readable
 from train.images import check_images
 from train.interruption import Interruption
@@ -106,8 +106,7 @@ def train(
     dataset = ConversationDataset(
         training,
         data_args.image_folder,
-        processor,
-        model.config.image_token_id,
+        encoder_of(model, processor),
         data_args.model_max_length,
         data_args.max_unreadable,
         data_args.strict,
@@ -115,7 +114,8 @@ def train(
     )
     evaluation = None
     if held_out is not None:
-        evaluation = HeldOut(held_out, data_args.image_folder, args.per_device_eval_batch_size)
+        size = args.per_device_eval_batch_size
+        evaluation = HeldOut(held_out, data_args.image_folder, size, dataset.encode)
     logs = [CsvLog(output_dir / "train_log.csv", TRAINING_COLUMNS, "lm_loss")]
     if evaluation is not None:
         logs.append(CsvLog(output_dir / "eval_log.csv", EVALUATION_COLUMNS, "eval_ppl"))
@@ -124,7 +124,7 @@ def train(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id, blank_image(processor)),
+            data_collator=Collator(processor.tokenizer.pad_token_id, dataset.encode.stand_in()),
             processing_class=processor,
             callbacks=logs,
             interruption=interruption,

@@ -14,12 +14,13 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.requests import Generation, Request
-from dynllava_plugin.model.prompts import vicuna_v1
 from train.agreement import gather, together
-from train.data import UnusableSample, open_images
+from train.chat import ChatEncoder
+from train.conversation import ConversationEncoder
+from train.data import open_images
 from train.mixture import Mixture
 from train.samples import Sample
-from train.skipped import SkippedSamples, too_many
+from train.skipped import SkippedSamples, UnusableSample, too_many
 
 MAX_NEW_TOKENS = 64
 SHORT_ANSWER = 3  # words: up to here an answer is right or wrong
@@ -36,19 +37,29 @@ class HeldOut:
     image_folder : path
     batch_size : int
         Samples in one forward pass.
+    encoder : ConversationEncoder or ChatEncoder
+        That of the training samples, so that the questions are asked as they were in training.
     """
 
-    def __init__(self, mixture: Mixture, image_folder: str | Path, batch_size: int) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        image_folder: str | Path,
+        batch_size: int,
+        encoder: ConversationEncoder | ChatEncoder,
+    ) -> None:
         self.mixture, self.image_folder, self.batch_size = mixture, Path(image_folder), batch_size
+        self.encoder = encoder
 
     def measure(self, model: Any, processor: Any, accelerator: Any, sharded: bool) -> dict[str, float]:
         """Metrics over all samples, the same on every process.
 
         Parameters
         ----------
-        model : DynamicLlavaForConditionalGeneration
+        model : SparseVLM
             Left in the mode (training or not) it came in.
-        processor : DynamicLlavaProcessor
+        processor : ProcessorMixin
+            The model's.
         accelerator : accelerate.Accelerator
         sharded : bool
             No process holds all weights, so that all must go through every sample together; otherwise each
@@ -91,10 +102,9 @@ class HeldOut:
         return {**metrics, "eval_samples": count, "eval_seconds": time.monotonic() - begin}
 
     def _request(self, sample: Sample) -> Request:
-        *earlier, (question, answer) = sample.turns
         images = tuple(str(self.image_folder / image) for image in sample.images)
-        prompt = vicuna_v1([*earlier, (question, None)])
-        return Request(prompt, images, sample.name, continuation=f" {answer.strip()}")
+        prompt, answer = self.encoder.last_round(sample)
+        return Request(prompt, images, sample.name, continuation=answer)
 
 
 def readable(

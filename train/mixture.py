@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,19 @@ class Mixture:
 
         return pc.list_value_length(self._table["images"]).to_numpy()[self.rows].astype(np.int64)
 
-    def lengths(self, tokens_per_image: int) -> np.ndarray:
-        """int64 [n]: about how many tokens each sample has, four characters of text a token."""
-        return self._table["characters"].to_numpy()[self.rows] // 4 + self.image_counts() * tokens_per_image
+    def lengths(self, tokens_per_image: int | Mapping[str, float]) -> np.ndarray:
+        """int64 [n]: about how many tokens each sample has, four characters of text a token.
+
+        `tokens_per_image` may be by the images' folders.
+        """
+        text = self._table["characters"].to_numpy()[self.rows] // 4
+        if not isinstance(tokens_per_image, Mapping):
+            return text + self.image_counts() * tokens_per_image
+        import pyarrow as pa
+
+        names = self._table["images"].combine_chunks().take(pa.array(self.rows)).to_pylist()
+        of_images = [sum(tokens_per_image[os.path.dirname(name)] for name in sample) for sample in names]
+        return text + np.array(of_images).round().astype(np.int64)
 
     def images(self) -> list[str]:
         """Every image's path, once, in order of first use."""

@@ -12,6 +12,14 @@ from train.writing import naming_the_file
 UNREADABLE, TOO_LONG = "unreadable", "too long"
 
 
+class UnusableSample(UserError):
+    """One sample cannot be trained on; the message names it, `kind` says in what way."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def too_many(reason: str, count: int, path: Path) -> UserError:
     """What ends a run whose `count` unreadable samples are over its limit."""
     return UserError(f"{reason}; that makes {count} (all in {path}): mend them, or --max_unreadable N")

@@ -1,7 +1,8 @@
-"""transformers' Trainer for Dynamic-LLaVA: its loss, its two learning rates, its temperature, its checkpoints."""
+"""transformers' Trainer for models with predictors: its loss, its two learning rates, its temperature, its checkpoints."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.families.llava import DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.sparsity.selection import tau_at
 from train import checkpoints
-from train.adapters import PREDICTORS, trained_predictors
+from train.adapters import PREDICTORS, is_adapted, trained_predictors
 from train.arguments import RecipeArguments
 from train.interruption import Interruption, ShieldedWorker
 from train.measures import Measures, count_labels
 from train.noise import gumbel_noise
 from train.sampling import EpochSampler
 
-FROZEN = ("vision_tower", "multi_modal_projector")
+# Of a model's names in every family; the rest is vision tower, projector (merger) and what stands between tiles.
+TRAINED = ("model.language_model.", "lm_head.")
 
 
 class DynamicLlavaTrainer(Trainer):
@@ -49,7 +51,10 @@ class DynamicLlavaTrainer(Trainer):
         # `compute_loss` weights micro-batches itself: `training_step` must not divide by their number again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.dynamic = dynamic_llava(self.model)
+        self.dynamic = sparse_model(self.model)
+        if self.is_fsdp_enabled:  # whatever the family, its LLM's layers are what is wrapped
+            layer = type(self.dynamic.model.language_model.layers[0]).__name__
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [layer]
         self.interruption = interruption or Interruption()
         self.evaluation = evaluation
         self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
@@ -177,6 +182,17 @@ class DynamicLlavaTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's, under the names that the model has in memory: going on reads no others."""
+        if is_adapted(self.model):
+            return super()._save(output_dir, state_dict)
+        save = self.dynamic.save_pretrained
+        self.dynamic.save_pretrained = partial(save, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.dynamic.save_pretrained
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / checkpoints.SAVING) if self._saving else folder
@@ -233,13 +249,14 @@ class StepRules(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def dynamic_llava(model: Any) -> DynamicLlavaForConditionalGeneration:
-    """The Dynamic-LLaVA inside whatever wraps it (an adapter's model, a compiled one)."""
-    return next(part for part in model.modules() if isinstance(part, DynamicLlavaForConditionalGeneration))
+def sparse_model(model: Any) -> SparseVLM:
+    """The model with predictors inside whatever wraps it (an adapter's model, a compiled one)."""
+    return next(part for part in model.modules() if isinstance(part, SparseVLM))
 
 
 def freeze(model: Any) -> None:
     """Train the LLM and the predictors that are used; all else stays as it is (DDP waits for every gradient)."""
     unused = set(PREDICTORS) - set(trained_predictors(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in (*FROZEN, *unused)))
+        trains = name.startswith(TRAINED) and not any(part in name for part in unused)
+        parameter.requires_grad_(trains)

@@ -175,9 +175,7 @@ class _Checkpoint:
             wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
             bits = find_quantization(quantization, wanted)
             with _quiet_transformers():
-                model, fresh = read_family_model(
-                    self.directory, self.config, wanted, attn_implementation, target, bits
-                )
+                model, fresh = self._family_model(wanted, attn_implementation, target, bits)
             self._warn_of_fresh_predictors(fresh)
             return model.eval()
         if not is_adapter(self.directory):
@@ -199,6 +197,23 @@ class _Checkpoint:
         if quantization is None:  # quantised layers are where they belong
             torch.nn.Module.to(model, target)
         return model.eval()
+
+    def _family_model(
+        self, dtype: torch.dtype | None, attention: str | None, device: torch.device, bits: Any
+    ) -> tuple[SparseVLM, bool]:
+        """As `read_family_model`; an adapter is merged into its base."""
+        if not is_adapter(self.directory):
+            return read_family_model(self.directory, self.config, dtype, attention, device, bits)
+        if bits is not None:
+            raise UserError(
+                f"quantization: {self.directory} is an adapter; convert it to a whole checkpoint first"
+            )
+        base = _Checkpoint(base_of(self.directory), {})
+        base.config = self.config  # and with it the size of the predictors
+        model, _ = base._family_model(dtype, attention, device, None)
+        model.load_state_dict(merge_adapter(self.directory, model.state_dict(), model.dtype))
+        model.config.name_or_path = str(self.directory)
+        return model, False
 
     def _warn_of_fresh_predictors(self, fresh: bool) -> None:
         if fresh and self.policy.predictors:

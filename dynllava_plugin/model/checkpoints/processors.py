@@ -38,7 +38,9 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{directory}: its tokenizer cannot be read ({reason})") from None
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
+    if layout == LLAVA_HF and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the model may have no row for another token
+    elif layout != LLAVA_HF and tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     tokenizer.padding_side = "left"
     return tokenizer
@@ -76,7 +78,7 @@ def read_processor(
         # Pixels a side of one token: a TokenPacker's block of patches is one.
         "patch_size": vision.patch_size * packed_side(config),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        # CLIP's class token, which the "default" strategy takes off again.
+        # CLIP's class token, which the "default" strategy takes off again; a SigLIP has none.
         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
     }
     if layout == LLAVA_HF:
