@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dynllava_plugin"
-# From the ground up; the name of the package itself is its front door, which shows names of the model.
+# From the ground up. The package itself is its front door: who imports it gets the model, so it stands above that; what
+# it shows, at a name's first use, may be of any floor.
 FLOORS = (
     ("errors", "files", "markup", "environment"),
     ("sparsity", "flops", "easy_vqa"),
     ("policies",),
-    ("model", "dynllava_plugin"),
+    ("model",),
+    ("dynllava_plugin", "auto_classes"),
     ("evaluation", "compare", "bench", "visualize", "demo"),
     ("cli", "checkpoint_command"),
 )
@@ -90,7 +92,7 @@ def test_nothing_imports_upward() -> None:
         f"{module} imports {target}"
         for module, targets in GRAPH.items()
         for target, _ in sorted(targets)
-        if own(target) and FLOOR[room(module)] < FLOOR[room(target)]
+        if module != PACKAGE.name and own(target) and FLOOR[room(module)] < FLOOR[room(target)]
     ]
     assert not upward
 
@@ -99,6 +101,8 @@ def test_rooms_import_each_other_in_no_circle() -> None:
     """A room is a folder, or a file of the package; imports inside functions count."""
     edges: dict[str, set[str]] = {}
     for module, targets in GRAPH.items():
+        if module == PACKAGE.name:
+            continue
         others = {room(target) for target, _ in targets if own(target)} - {room(module)}
         edges.setdefault(room(module), set()).update(others)
     assert not circle(edges)
