@@ -69,7 +69,7 @@ def test_without_the_package_one_line_says_what_to_install(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(facts, "distribution", missing)
-    with pytest.raises(UserError, match=r'^the easy-VQA images .* run `pip install -e "\.\[demo\]"`$'):
+    with pytest.raises(UserError, match=r"^the easy-VQA images .* run `pip install easy-vqa==1\.0`$"):
         easy_vqa.load_rows("easy_vqa")
     assert not list((tmp_path / "dynllava").iterdir())
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dynllava_plugin"
-# From the ground up; the name of the package itself is its front door, which shows names that resolve on first use.
+# From the ground up. The package itself is its front door: who imports it gets the model, so it stands above that; what
+# it shows, at a name's first use, may be of any floor.
 FLOORS = (
     ("errors", "files", "markup", "environment"),
     ("sparsity", "flops", "easy_vqa"),
     ("policies",),
-    ("model", "dynllava_plugin", "auto_classes"),
+    ("model",),
+    ("dynllava_plugin", "auto_classes"),
     ("evaluation", "compare", "bench", "visualize", "demo"),
     ("cli", "checkpoint_command"),
 )
@@ -42,9 +44,7 @@ def imports(text: str, names: set[str]) -> Iterator[tuple[str, bool]]:
 def graph() -> dict[str, set[tuple[str, bool]]]:
     """Every module of the package with what it imports: (name, whether at once)."""
     files = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-    found = {name: set(imports(path.read_text(encoding="utf-8"), set(files))) for name, path in files.items()}
-    found[PACKAGE.name] = {(target, at_once) for target, at_once in found[PACKAGE.name] if at_once}
-    return found
+    return {name: set(imports(path.read_text(encoding="utf-8"), set(files))) for name, path in files.items()}
 
 
 def _name(path: Path) -> str:
@@ -92,7 +92,7 @@ def test_nothing_imports_upward() -> None:
         f"{module} imports {target}"
         for module, targets in GRAPH.items()
         for target, _ in sorted(targets)
-        if own(target) and FLOOR[room(module)] < FLOOR[room(target)]
+        if module != PACKAGE.name and own(target) and FLOOR[room(module)] < FLOOR[room(target)]
     ]
     assert not upward
 
@@ -101,6 +101,8 @@ def test_rooms_import_each_other_in_no_circle() -> None:
     """A room is a folder, or a file of the package; imports inside functions count."""
     edges: dict[str, set[str]] = {}
     for module, targets in GRAPH.items():
+        if module == PACKAGE.name:
+            continue
         others = {room(target) for target, _ in targets if own(target)} - {room(module)}
         edges.setdefault(room(module), set()).update(others)
     assert not circle(edges)
