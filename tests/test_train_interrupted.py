@@ -241,7 +241,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(flags, tm
 
     def poisoned(self, index):
         sample = load(self, index)
-        return {**sample, "pixel_values": sample["pixel_values"] * (float("nan") if index == 3 else 1)}
+        pixels = sample["images"]["pixel_values"] * (float("nan") if index == 3 else 1)
+        return {**sample, "images": {"pixel_values": pixels}}
 
     monkeypatch.setattr(ConversationDataset, "load", poisoned)
     folder = tmp_path / "out"
