@@ -65,9 +65,15 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
         "random_seed": _number(sparsity, "random_seed", draws_from_seed(sparsity)),
         "dtype": loaded.get("dtype") or given.get("dtype"),
         "attn_implementation": loaded.get("attn_implementation") or given.get("attn_implementation"),
-        "prompts": manifest.get("prompts"),
+        "prompts": _prompts(manifest.get("prompts"), given.get("system_prompt")),
         "seconds": manifest.get("seconds"),
     }
+
+
+def _prompts(wording: str | None, system: str | None) -> str | None:
+    """The kit's questions' wording and the system prompt, where a run has them."""
+    given = [wording] if wording else []
+    return " and ".join([*given, f"system {system!r}"]) if system is not None else wording
 
 
 def told_apart(table: pd.DataFrame) -> pd.DataFrame:

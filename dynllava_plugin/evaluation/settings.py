@@ -30,6 +30,8 @@ class ModelSettings:
         Overrides of the checkpoint's `SparsityConfig`.
     policy : str or None
         A policy with its arguments, ``fastv,k=3,r=0.75``; instead of `mode` and `image_policy`.
+    system_prompt : str or None
+        What a chat template begins with instead of its own; not for LLaVA-1.5, whose prompt has its own.
     """
 
     pretrained: str = DEFAULT_CHECKPOINT
@@ -42,6 +44,7 @@ class ModelSettings:
     image_policy: str | None = None
     random_seed: int | None = None
     policy: str | None = None
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         # A wrong value is named here, before a checkpoint of many gigabytes is read.
@@ -100,4 +103,6 @@ class ModelSettings:
             parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
         parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
+        if self.system_prompt is not None:
+            parts.append(f"system-{hashlib.sha256(self.system_prompt.encode()).hexdigest()[:8]}")
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))

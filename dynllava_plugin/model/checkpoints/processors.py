@@ -35,7 +35,9 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{directory}: its tokenizer cannot be read ({reason})") from None
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.unk_token:
+    if layout == LLAVA_HF and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the model may have no row for another token
+    elif layout != LLAVA_HF and tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     tokenizer.padding_side = "left"
     return tokenizer
