@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
 from dynllava_plugin.evaluation.records import RECORD
+from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
@@ -100,10 +93,16 @@ def instances(arguments: Callable[[int], tuple[Any, ...]]) -> list[Instance]:
     ]
 
 
-def our_answers(lm: DynamicLlava, docs: list[dict[str, Any]]) -> list[str]:
+def our_answers(lm: DynamicLlava, docs: list[dict[str, Any]], **arguments: Any) -> list[str]:
     lm.task_dict = {"task": {"test": docs}}
-    asked = instances(lambda i: (docs[i]["question"], dict(ARGUMENTS), visuals, i, "task", "test"))
+    given = {**ARGUMENTS, **arguments}
+    asked = instances(lambda i: (docs[i]["question"], dict(given), visuals, i, "task", "test"))
     return [result.text for result in lm.generate_until(asked)]
+
+
+def kept(family: str, tokens: int) -> int:
+    """A fifth of an image's tokens, at least one; InternVL's tiles of 16 are decided one by one."""
+    return tokens // 16 * 3 if family == "internvl" else max(1, int(0.2 * tokens))
 
 
 @pytest.mark.parametrize("family", WRAPPERS)
@@ -127,3 +126,91 @@ def test_full_context_answers_as_lmms_evals_own_model(family: str, folder: Calla
     wanted = [result.text.strip() for result in found]
     assert our_answers(lm, docs) == wanted
     assert len(set(wanted)) > 1 and all(wanted)
+
+
+@every_family
+def test_both_harnesses_answer_easy_vqa_alike(
+    family: str, folder: Callable[[str], Path], easy_vqa_data: Path
+) -> None:
+    """Batches of other sizes, images of other token counts than text; what stays is counted an image at a time."""
+    from dynllava_plugin.evaluation.vlmevalkit_datasets import EasyVQA
+
+    settings = {"pretrained": str(folder(family)), "device": "cpu", "mode": "image_text"}
+    kit, dataset = KitModel(batch_size=3, **settings), EasyVQA("EasyVQA")
+    kit.set_dump_image(dataset.dump_image)
+    asked = [dataset.build_prompt(dataset.data.iloc[row]) for row in range(LIMIT)]
+    found = [kit.generate([dict(part) for part in message], "EasyVQA") for message in asked]
+    docs = [
+        {"image": Image.open(message[0]["value"]).convert("RGB"), "question": message[1]["value"]}
+        for message in asked
+    ]
+    lm = DynamicLlava(batch_size="2", **settings)
+    answers = our_answers(lm, docs, max_new_tokens=16)
+    assert [answer["prediction"] for answer in found] == answers and any(answers)
+    for record in (answer["extra_records"] for answer in found):
+        assert record["image_tokens"] > 0
+        assert record["kept_image_tokens"] == kept(family, record["image_tokens"])
+        assert 0 <= record["kept_tokens"] <= record["cached_tokens"] == record["generated_tokens"] - 1
+    noted = RECORD.to_dict("lmms-eval")["tokens"]["task"]
+    mean = sum(answer["extra_records"]["kept_image_tokens"] for answer in found) / LIMIT
+    assert noted["n"] == LIMIT and noted["kept_image_tokens"] == mean
+    assert noted["equivalent_tokens"] > 0 and noted["kv_mib"] > 0
+
+
+@every_family
+def test_images_of_different_token_counts_and_rounds_share_a_batch(
+    family: str, folder: Callable[[str], Path]
+) -> None:
+    """Two images, one, none, and a conversation: answers, counts, costs and scores are those of one at a time."""
+    lm = DynamicLlava(batch_size="4", device="cpu", pretrained=str(folder(family)), mode="image_text")
+    engine = lm.engine
+    wide, tall = picture((84, 56), 0), picture((28, 84), 1)
+    talk: list[tuple[str, str | None]] = [("What color is it?", "red"), ("And the shape?", None)]
+    requests = [
+        engine.style.request([("Are both red?", None)], [wide, tall], "two", "yes they are"),
+        engine.style.request([("What color is the shape?", None)], [tall], "one", "green"),
+        engine.style.request([("What color is grass?", None)], [], "none", "green grass"),
+        engine.style.request(talk, [wide], "talk", "circle"),
+    ]
+    short = Generation.from_task({"max_new_tokens": 6})
+    batch = engine.generate(requests, short)
+    assert batch == [engine.generate([request], short)[0] for request in requests]
+    two, one, none, rounds = batch
+    assert none.image_tokens == none.kept_image_tokens == 0
+    alone = [one.image_tokens, rounds.image_tokens]
+    # LLaVA-OneVision cuts an image into tiles only where it is the only one.
+    if family != "llava_onevision":
+        assert two.image_tokens == sum(alone)
+        assert two.kept_image_tokens == sum(kept(family, count) for count in alone)
+    scores = engine.score(requests)
+    for score, request in zip(scores, requests, strict=True):
+        (single,) = engine.score([request])
+        assert score.logprob == pytest.approx(single.logprob, abs=1e-3)
+        assert (score.tokens, score.kept_tokens, score.cost) == (
+            single.tokens,
+            single.kept_tokens,
+            single.cost,
+        )
+    first, second = scores[3].rounds
+    plain = engine.style.request([("What color is it?", None)], [wide], "plain", "red")
+    if family not in (
+        "llava_qwen2",
+        "llava_onevision",
+    ):  # whose templates write a space more before an old answer
+        assert first.logprob == pytest.approx(engine.score([plain])[0].logprob, abs=1e-3)
+    assert second.tokens == scores[3].tokens - first.tokens > 0
+
+
+def test_a_scored_answer_is_what_the_family_would_write(folder: Callable[[str], Path]) -> None:
+    """Greedy decoding in full context gives the answer; scored, it is greedy and has generate's own log-probabilities."""
+    lm = DynamicLlava(batch_size="2", device="cpu", pretrained=str(folder("qwen2_5_vl")), mode="full")
+    image = picture((56, 84), 0)
+    model, engine = lm.engine.model, lm.engine
+    model.generation_config.repetition_penalty = 1.0
+    request = engine.style.request([("What color is the shape?", None)], [image], "one", "red circle")
+    ids = engine.processor(text=[request.prompt + "red circle"], images=[[image]], return_tensors="pt")
+    logits = model(**ids, logits_to_keep=0).logits[0].log_softmax(-1)
+    tokens = engine.processor.tokenizer("red circle")["input_ids"]
+    wanted = sum(float(logits[place - len(tokens) - 1, token]) for place, token in enumerate(tokens))
+    (score,) = engine.score([request])
+    assert score.tokens == len(tokens) and score.logprob == pytest.approx(wanted, abs=1e-4)
