@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,14 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
+from dynllava_plugin.evaluation.minis import hub_short
+from dynllava_plugin.evaluation.minis.hub import write_repo
+from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Generation
+from dynllava_plugin.evaluation.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
@@ -214,3 +224,120 @@ def test_a_scored_answer_is_what_the_family_would_write(folder: Callable[[str], 
     wanted = sum(float(logits[place - len(tokens) - 1, token]) for place, token in enumerate(tokens))
     (score,) = engine.score([request])
     assert score.tokens == len(tokens) and score.logprob == pytest.approx(wanted, abs=1e-4)
+
+
+@dataclass
+class Command:
+    """What a command line wrote, and how it ended."""
+
+    code: int
+    text: str
+
+
+@pytest.fixture(scope="module")
+def commands(
+    folder: Callable[[str], Path], easy_vqa_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Command]]:
+    """Both harnesses as users type them, with a tiny Qwen2.5-VL: the easy-VQA sets, and a miniature of POPE."""
+    root = tmp_path_factory.mktemp("commands")
+    write_repo(root / "datasets", "lmms-lab-encoder/POPE", hub_short.pope())
+    write_tsvs(root / "LMUData")
+    env = {
+        **os.environ,
+        "DYNLLAVA_EASY_VQA": str(easy_vqa_folder),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env["HF_HOME"] = str(root / "cache")
+    path = str(folder("qwen2_5_vl"))
+    bin_folder, repository = Path(sys.executable).parent, Path(__file__).resolve().parents[1]
+    lmms = [str(bin_folder / "lmms_eval"), "--model", "dynllava", "--model_args", f"pretrained={path}"]
+    lmms += ["--tasks", "easy_vqa,easy_vqa_describe,pope", "--batch_size", "2", "--log_samples"]
+    kit = [sys.executable, str(repository / "run_vlmevalkit.py"), "--model", "dynllava", "--pretrained", path]
+    kit += ["--data", "EasyVQA", "EasyVQA_Describe", "POPE", "--data-root", str(root / "LMUData")]
+    found = []
+    for command, where in ((lmms, "--output_path"), (kit, "--work-dir")):
+        typed = [*command, "--limit", "2", where, str(root / "results" / command[0].rpartition("/")[2])]
+        done = subprocess.run(
+            typed,
+            cwd=root / "datasets",
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        found.append(Command(done.returncode, done.stdout))
+    return root / "results", found
+
+
+def test_both_commands_give_one_table(commands: tuple[Path, list[Command]]) -> None:
+    results, found = commands
+    assert [command.code for command in found] == [0, 0], "\n".join(command.text[-3000:] for command in found)
+    table = read_results(results)
+    assert {"easy_vqa", "easy_vqa_describe", "POPE"} == set(table["benchmark"])
+    assert set(table["mode"]) == {"image_text"} and set(table["status"]) == {"scored"}
+    for (benchmark, _), pair in table.groupby(["benchmark", "metric"]):
+        if benchmark != "POPE":  # whose rows the harnesses have in another order
+            assert sorted(pair["harness"]) == ["lmms-eval", "vlmevalkit"]
+            assert pair["value"].nunique() == 1 or pair["value"].iloc[0] == pytest.approx(
+                pair["value"].iloc[1], rel=1e-4
+            )
+    assert set(table[table["benchmark"] == "POPE"]["harness"]) == {"lmms-eval", "vlmevalkit"}
+    assert (table["kept_image_tokens"] < table["image_tokens"]).all() and (
+        table["kept_image_tokens"] >= 1
+    ).all()
+
+
+def test_our_tasks_ask_lmms_evals_own_models_too(easy_vqa_data: Path) -> None:
+    """By messages, as they want it; lmms-eval itself would hand them what a model asked by a text wants."""
+    from lmms_eval.tasks import TaskManager
+
+    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER, tell_how_to_ask
+
+    manager = TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=False)
+    loaded = manager.load_task_or_group(["easy_vqa", "easy_vqa_describe"], "chat")
+    task, row = loaded["easy_vqa"], loaded["easy_vqa"].dataset["test"][0]
+    for messages_wanted in (True, False):
+        tell_how_to_ask(loaded, messages_wanted)
+        (request,) = [
+            task.construct_requests(
+                0, row["question"], metadata={"task": "easy_vqa", "doc_id": 0, "repeats": 1, "split": "test"}
+            )
+        ]
+        asked = request.args[1](row) if messages_wanted else request.args[1]
+        if messages_wanted:
+            (turn,) = asked
+            assert [part["type"] for part in turn["content"]] == ["image", "text"]
+            assert turn["content"][1]["text"] == row["question"]
+        else:
+            assert asked["max_new_tokens"] == 16
+    (group,) = [found for found in loaded.values() if isinstance(found, dict)]
+    assert not any(found.messages for found in group.values())
+
+
+@pytest.mark.parametrize("family", ["llava_llama", "llava_qwen2", "qwen2_5_vl"])
+def test_what_cannot_be_asked_is_named(family: str, folder: Callable[[str], Path]) -> None:
+    settings = {"pretrained": str(folder(family)), "device": "cpu", "mode": "full"}
+    if family == "llava_llama":
+        with pytest.raises(UserError, match=r"system_prompt: LLaVA-1\.5's prompt has its own"):
+            DynamicLlava(system_prompt=HELPFUL, **settings)
+        return
+    engine = DynamicLlava(system_prompt=HELPFUL, **settings).engine
+    token, image = engine.processor.image_token, picture((28, 28), 0)
+    assert HELPFUL in engine.style.prompt([("Is it red?", None)], 0, "row 7")
+    with pytest.raises(UserError, match="row 7: the question is empty"):
+        engine.style.request([(" ", None)], [image], "row 7")
+    if family == "qwen2_5_vl":
+        with pytest.raises(UserError, match=r"row 7: the prompt has 2 .* but 1 images came with it"):
+            engine.generate([engine.style.request([(f"Is {token} red?", None)], [image], "row 7")])
+        with pytest.raises(UserError, match=r"row 7: the checkpoint's processor refuses it .*aspect ratio"):
+            narrow = Image.new("RGB", (3000, 10))
+            engine.generate([engine.style.request([("Is it red?", None)], [narrow], "row 7")])
+
+
+def test_a_checkpoint_without_a_chat_template_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    bare = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat_template: the checkpoint has none"):
+        DynamicLlava(pretrained=str(bare), device="cpu", mode="full")
