@@ -65,7 +65,8 @@ def read_processor(
         "image_aspect_ratio": config.image_aspect_ratio,
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1,  # CLIP's class token, which the "default" strategy takes off again
+        # CLIP's class token, which the "default" strategy takes off again; SigLIP has none.
+        "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
     }
     if layout == LLAVA_HF:
         found = _whole(AutoProcessor, directory)
