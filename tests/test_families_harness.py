@@ -18,6 +18,7 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
 from dynllava_plugin.evaluation.minis import hub_short
 from dynllava_plugin.evaluation.minis.hub import write_repo
@@ -25,6 +26,8 @@ from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.run_settings import run_settings
+from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
@@ -334,6 +337,34 @@ def test_what_cannot_be_asked_is_named(family: str, folder: Callable[[str], Path
         with pytest.raises(UserError, match=r"row 7: the checkpoint's processor refuses it .*aspect ratio"):
             narrow = Image.new("RGB", (3000, 10))
             engine.generate([engine.style.request([("Is it red?", None)], [narrow], "row 7")])
+
+
+def test_limits_of_pixels(folder: Callable[[str], Path]) -> None:
+    """They change how many tokens an image has, and what tables call the run."""
+    image = picture((84, 56), 0)
+
+    def count(**limits: Any) -> int:
+        engine = Engine.load(ModelSettings(str(folder("qwen2_5_vl")), device="cpu", mode="full", **limits))
+        request = engine.style.request([("Is it red?", None)], [image], "row 7")
+        return engine.encoder.prepare(0, request, request.prompt).ids.count(
+            engine.model.config.image_token_id
+        )
+
+    assert count() == 24
+    assert (
+        4 <= count(max_pixels=1568) <= 8 < 80 <= count(min_pixels=80 * 14 * 14, max_pixels=84 * 14 * 14 * 2)
+    )
+    with pytest.raises(UserError, match="min_pixels, max_pixels: 20000 to 12544 pixels is no range"):
+        count(min_pixels=20000)
+    with pytest.raises(UserError, match="max_pixels: this checkpoint's images have no such limit"):
+        Engine.load(ModelSettings(str(folder("internvl")), device="cpu", mode="full", max_pixels=2000))
+    plain, limited = (ModelSettings("tiny", max_pixels=most) for most in (None, 2000))
+    assert plain.slug() != limited.slug()
+    names = [
+        run_settings({"settings": {**settings.to_dict(), "checkpoint": "x"}}, "", Path("x"))["checkpoint"]
+        for settings in (plain, limited, ModelSettings("tiny", system_prompt="Be brief."))
+    ]
+    assert names == ["x", "x (at most 2000 pixels)", "x (system prompt 'Be brief.')"]
 
 
 def test_a_checkpoint_without_a_chat_template_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -27,6 +27,27 @@ def encoder_of(model: Any, processor: Any) -> Encoder:
     return kind(model, processor)
 
 
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Set how many pixels a processor resizes an image to, at least and at most; its own limit where None.
+
+    Raises
+    ------
+    UserError
+        A processor without such limits, or limits that contradict each other.
+    """
+    if least is None and most is None:
+        return
+    size = dict(processor.image_processor.size)
+    if size.get("shortest_edge") is None or size.get("longest_edge") is None:
+        name = "min_pixels" if least is not None else "max_pixels"
+        raise UserError(f"{name}: this checkpoint's images have no such limit (Qwen's have); leave it out")
+    least = size["shortest_edge"] if least is None else least
+    most = size["longest_edge"] if most is None else most
+    if not 0 < least <= most:
+        raise UserError(f"min_pixels, max_pixels: {least} to {most} pixels is no range")
+    processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
+
+
 class Encoder(ABC):
     """Turns requests into what the model takes: one by one in the background, then batch by batch.
 

@@ -13,7 +13,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answering import answer_batch
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.calls import Calls
-from dynllava_plugin.evaluation.encoding import encoder_of
+from dynllava_plugin.evaluation.encoding import encoder_of, limit_pixels
 from dynllava_plugin.evaluation.prefetch import Preparation, Prepared
 from dynllava_plugin.evaluation.prompting import style_of
 from dynllava_plugin.evaluation.requests import Generation, Request
@@ -86,6 +86,7 @@ class Engine:
                 attn_implementation=settings.attn_implementation,
                 **settings.sparsity(),
             )
+        limit_pixels(processor, settings.min_pixels, settings.max_pixels)
         return cls(model, processor, batch_size, settings.system_prompt)
 
     @property

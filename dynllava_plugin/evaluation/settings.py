@@ -32,6 +32,8 @@ class ModelSettings:
         A policy with its arguments, ``fastv,k=3,r=0.75``; instead of `mode` and `image_policy`.
     system_prompt : str or None
         What a chat template begins with instead of its own; not for LLaVA-1.5, whose prompt has its own.
+    min_pixels, max_pixels : int or None
+        How many pixels an image is resized to, at least and at most, where the processor has such limits (Qwen).
     """
 
     pretrained: str = DEFAULT_CHECKPOINT
@@ -45,6 +47,8 @@ class ModelSettings:
     random_seed: int | None = None
     policy: str | None = None
     system_prompt: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         # A wrong value is named here, before a checkpoint of many gigabytes is read.
@@ -105,4 +109,6 @@ class ModelSettings:
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
         if self.system_prompt is not None:
             parts.append(f"system-{hashlib.sha256(self.system_prompt.encode()).hexdigest()[:8]}")
+        if self.min_pixels is not None or self.max_pixels is not None:
+            parts.append(f"pixels-{self.min_pixels}-{self.max_pixels}")
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
