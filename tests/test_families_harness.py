@@ -215,6 +215,23 @@ def test_images_of_different_token_counts_and_rounds_share_a_batch(
     assert second.tokens == scores[3].tokens - first.tokens > 0
 
 
+@pytest.mark.parametrize(
+    "family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3"]
+)
+def test_a_prompt_is_what_the_processor_itself_makes_of_the_messages(
+    family: str, folder: Callable[[str], Path]
+) -> None:
+    """Token for token: Mistral's beginning of text, which its template writes, stands there once."""
+    engine = DynamicLlava(pretrained=str(folder(family)), device="cpu", mode="full").engine
+    image, question = picture((84, 56), 0), "What color is the shape?"
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    wanted = engine.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True
+    )
+    request = engine.style.request([(question, None)], [image], "one")
+    assert engine.encoder.prepare(0, request, request.prompt).ids == list(map(int, wanted["input_ids"][0]))
+
+
 def test_a_scored_answer_is_what_the_family_would_write(folder: Callable[[str], Path]) -> None:
     """Greedy decoding in full context gives the answer; scored, it is greedy and has generate's own log-probabilities."""
     lm = DynamicLlava(batch_size="2", device="cpu", pretrained=str(folder("qwen2_5_vl")), mode="full")
