@@ -14,6 +14,8 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
+# How a model is asked, where not as its checkpoint says.
+ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ class ModelSettings:
         """The given overrides only, as keyword arguments of `load_model`."""
         return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}
 
+    def asking(self) -> dict[str, Any]:
+        """Those of `ASKING_KEYS` that were given."""
+        return {key: getattr(self, key) for key in ASKING_KEYS if getattr(self, key) is not None}
+
+    def asking_labels(self) -> list[str]:
+        """`asking` as parts of a folder's name, a text as a few digits of it."""
+        given = self.asking()
+        if "system_prompt" in given:
+            given["system_prompt"] = hashlib.sha256(given["system_prompt"].encode()).hexdigest()[:8]
+        return [f"{key}-{value}" for key, value in given.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return asdict(self)
@@ -107,8 +120,5 @@ class ModelSettings:
             parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
         parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
-        if self.system_prompt is not None:
-            parts.append(f"system-{hashlib.sha256(self.system_prompt.encode()).hexdigest()[:8]}")
-        if self.min_pixels is not None or self.max_pixels is not None:
-            parts.append(f"pixels-{self.min_pixels}-{self.max_pixels}")
+        parts += self.asking_labels()
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
