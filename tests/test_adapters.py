@@ -23,7 +23,7 @@ from dynllava_plugin.evaluation.answering import answer_batch
 from dynllava_plugin.evaluation.answers import Answer
 from dynllava_plugin.evaluation.journal import Journal
 from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava, LossAndGreedy
-from dynllava_plugin.evaluation.prompting import conversation_request
+from dynllava_plugin.evaluation.prompting import VICUNA
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
@@ -138,7 +138,7 @@ def test_conversations_keep_earlier_answers_as_output_text(lm: DynamicLlava, doc
     (answers,) = lm.generate_until_multi_round([request(lm, "generate_until_multi_round", 0, call)])
     image, turns, by_hand = documents[0]["image"], [], []
     for question, _ in TALK:
-        asked = conversation_request([*turns, (question, None)], [image], "by hand")
+        asked = VICUNA.request([*turns, (question, None)], [image], "by hand")
         by_hand += lm.engine.generate([asked], Generation.from_task(arguments))
         turns.append((question, by_hand[-1].text))
     assert answers == [answer.text for answer in by_hand]
@@ -147,7 +147,7 @@ def test_conversations_keep_earlier_answers_as_output_text(lm: DynamicLlava, doc
 
     call = ("", lambda doc: TALK, visual, 1, "first", "test")
     ((loss, _),) = lm.loglikelihood([request(lm, "loglikelihood", 1, call)])
-    whole = conversation_request([*TALK[:2], (TALK[2][0], None)], [documents[1]["image"]], "x", TALK[2][1])
+    whole = VICUNA.request([*TALK[:2], (TALK[2][0], None)], [documents[1]["image"]], "x", TALK[2][1])
     (score,) = lm.engine.score([whole])
     assert math.exp(loss) == pytest.approx(score.perplexity) and len(score.rounds) == 3
 
@@ -216,7 +216,7 @@ def test_lmms_eval_names_bad_samples_and_arguments(lm: DynamicLlava, documents: 
         generate(" ", visual)
     with pytest.raises(UserError, match="first test 1: the question has 2 <image> but 1"):
         generate("<image><image>?", visual)
-    with pytest.raises(UserError, match=r"first test 1: LLaVA-1\.5 reads images only, not dict"):
+    with pytest.raises(UserError, match=r"first test 1: the model reads images only, not dict"):
         generate("what?", lambda doc: [{"array": 1}])
     with pytest.raises(UserError, match="colour: no such model argument"):
         DynamicLlava(pretrained="tiny", colour="red")
@@ -313,7 +313,7 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
     class Echo:
         batch_size = size
         seconds = model_seconds = 0.0
-        started, shared_prompts = None, 0
+        started, shared_prompts, style = None, 0, VICUNA
 
         def generate(self, requests: list, generation: Any) -> list[Answer]:
             calls.append(len(requests))
@@ -364,7 +364,7 @@ def test_vlmevalkit_looks_ahead_over_rows_that_ask_the_same() -> None:
 def test_vlmevalkit_refuses_video() -> None:
     model = kit_model([])
     model.set_dump_image(Questions(1).dump_image)
-    with pytest.raises(UserError, match=r"LLaVA-1\.5 reads images and text, not video"):
+    with pytest.raises(UserError, match=r"the model reads images and text, not video"):
         model.generate_inner([{"type": "video", "value": "a.mp4"}, {"type": "text", "value": "what?"}], "V")
 
 

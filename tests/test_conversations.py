@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.prompting import conversation_prompt, conversation_request
+from dynllava_plugin.evaluation.prompting import VICUNA
 from dynllava_plugin.evaluation.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.flops import DecoderShape
@@ -131,17 +131,17 @@ TALK = [
 
 
 def test_spans_are_the_answers() -> None:
-    request = conversation_request([*TALK[:2], (TALK[2][0], None)], ["a.png"], "talk", "yes")
+    request = VICUNA.request([*TALK[:2], (TALK[2][0], None)], ["a.png"], "talk", "yes")
     assert [request.prompt[s:e] for s, e in request.output_spans] == [f" {answer}" for _, answer in TALK[:2]]
-    assert request.prompt == conversation_prompt([*TALK[:2], (TALK[2][0], None)], 1, "talk")
+    assert request.prompt == VICUNA.prompt([*TALK[:2], (TALK[2][0], None)], 1, "talk")
     assert request.continuation == " yes"
-    assert conversation_request([("A", ""), ("A chat", None)], [], "talk").output_spans == ()
+    assert VICUNA.request([("A", ""), ("A chat", None)], [], "talk").output_spans == ()
 
 
 def test_rounds_of_a_score(engine: Engine) -> None:
     """A first round in a conversation scores as it does alone; the totals are the rounds'."""
-    whole = conversation_request([*TALK[:2], (TALK[2][0], None)], [], "talk", TALK[2][1])
-    alone = conversation_request([(TALK[0][0], None)], [], "talk", TALK[0][1])
+    whole = VICUNA.request([*TALK[:2], (TALK[2][0], None)], [], "talk", TALK[2][1])
+    alone = VICUNA.request([(TALK[0][0], None)], [], "talk", TALK[0][1])
     together, single = engine.score([whole, alone])
     assert len(together.rounds) == 3 and single.rounds == ()
     assert together.rounds[0].logprob == pytest.approx(single.logprob, abs=1e-3)
@@ -156,13 +156,13 @@ def test_counts_of_an_answer_behind_earlier_ones(engine: Engine) -> None:
     from PIL import Image
 
     image = Image.effect_noise((64, 64), 90)
-    request = conversation_request([*TALK[:2], (TALK[2][0], None)], [image], "talk")
-    plain = conversation_request([(TALK[0][0], None)], [image], "talk")
+    request = VICUNA.request([*TALK[:2], (TALK[2][0], None)], [image], "talk")
+    plain = VICUNA.request([(TALK[0][0], None)], [image], "talk")
     answer, other = engine.generate([request, plain], Generation.from_task({"max_new_tokens": 9}))
     assert answer.image_tokens == other.image_tokens > 0
     assert answer.kept_image_tokens == other.kept_image_tokens == int(0.2 * answer.image_tokens)
     assert answer.cached_tokens == answer.generated_tokens - 1 >= answer.kept_tokens >= 0
-    assert engine.calls.features.computed == 1  # one image, two questions
+    assert engine.encoder.features.computed == 1  # one image, two questions
 
 
 DECODER = CachedDecoder(DecoderShape(5, 32, 64, 4, 2, 100), sparse_layer=2, itemsize=4)

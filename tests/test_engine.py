@@ -14,7 +14,7 @@ from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.answers import Answer, mean_counts
 from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.images import load_image
-from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.evaluation.prompting import VICUNA
 from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
 
@@ -28,7 +28,7 @@ def engine() -> Engine:
 
 
 def ask(question: str, images: tuple = (), name: str = "sample", continuation: str = "") -> Request:
-    prompt = conversation_prompt([(question, None)], len(images), name)
+    prompt = VICUNA.prompt([(question, None)], len(images), name)
     return Request(prompt, tuple(images), name, continuation)
 
 

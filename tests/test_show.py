@@ -12,10 +12,12 @@ from PIL import Image
 
 from dynllava_plugin import explain, load_model
 from dynllava_plugin.cli import main
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.visualize.explain import Explanation
 from dynllava_plugin.visualize.page import page
 from dynllava_plugin.visualize.picture import draw, greyed
 from tests.browser import Browser, find_browser
+from tests.families.checkpoints import write_checkpoint
 
 QUESTION = "Describe the image in detail."
 
@@ -41,6 +43,45 @@ def tiny() -> tuple[Any, Any]:
 def explained(tiny: tuple[Any, Any], picture: Path, policy: str, tokens: int = 7) -> Explanation:
     tiny[0].set_sparsity(policy=policy)
     return explain(*tiny, picture, QUESTION, max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_qwen2"])
+def test_other_families_are_drawn_by_their_grid(family: str, picture: Path, tmp_path: Path) -> None:
+    """The places that stay are those of `forward`, row by row of an image that is wider than high."""
+    model, processor = load_model(
+        write_checkpoint(family, tmp_path / family), device="cpu", policy="random,r=0.5"
+    )
+    found = explain(model, processor, picture, QUESTION, max_new_tokens=5)
+    rows, columns = found.grid
+    assert rows * columns == len(found.image_keep) and (rows < columns) == (family != "llava_qwen2")
+    assert found.image_keep.sum() == rows * columns - int(0.5 * rows * columns)
+    assert greyed(found, 256).size == (256, round(256 * found.image.shape[0] / found.image.shape[1]))
+    output = tmp_path / "kept.png"
+    flags = [
+        "--pretrained",
+        str(tmp_path / family),
+        "--policy",
+        "random,r=0.5",
+        "h2o,r=0.5",
+        "--max-new-tokens",
+        "5",
+    ]
+    assert main(["show", str(picture), QUESTION, *flags, "--device", "cpu", "--output", str(output)]) == 0
+    assert (
+        output.stat().st_size and f"row {rows}, column {columns}" in output.with_suffix(".html").read_text()
+    )
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "internvl", "mistral3"])
+def test_families_whose_image_tokens_are_no_grid_are_refused(
+    family: str, picture: Path, tmp_path: Path
+) -> None:
+    model, processor = load_model(write_checkpoint(family, tmp_path), device="cpu", mode="full")
+    model.forward = None
+    with pytest.raises(
+        UserError, match=f"image: the image tokens of {family} are tiles or have others between"
+    ):
+        explain(model, processor, picture, QUESTION)
 
 
 def test_equivalent_tokens_where_the_cache_lets_tokens_go(tiny: tuple[Any, Any], picture: Path) -> None:

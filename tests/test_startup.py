@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import fields
 import sys
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import dynllava_plugin
+from dynllava_plugin.evaluation.settings import ModelSettings
 from tests.families.checkpoints import write_checkpoint
 
 HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "PIL", "lmms_eval", "vlmeval", "datasets"}
@@ -50,12 +52,15 @@ import os, sys
 first, *folders = sys.argv[1:]
 if first == "ours":
     import dynllava_plugin
+from dynllava_plugin.evaluation.settings import ModelSettings
 import transformers
 if first == "transformers":
     import dynllava_plugin
+from dynllava_plugin.evaluation.settings import ModelSettings
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 import transformers.models.internvl.modeling_internvl, transformers.models.llava.modeling_llava
 import dynllava_plugin
+from dynllava_plugin.evaluation.settings import ModelSettings
 
 assert not any(name.startswith("dynllava_plugin.model") for name in sys.modules)
 calls = {
@@ -134,9 +139,9 @@ def test_lmms_evals_help_ends_with_our_model_arguments() -> None:
     theirs, _, ours = python(code, "--help").partition("--model_args of --model dynllava")
     assert "usage: lmms-eval" in theirs
     assert [line.split()[0] for line in ours.splitlines()[1:]] == [
-        "pretrained", "device", "dtype", "attn_implementation", "mode", "vision_keep_rate", "text_keep_rate",
-        "image_policy", "random_seed", "policy",
-    ]  # fmt: skip
+        setting.name for setting in fields(ModelSettings)
+    ]
+    assert {"pretrained", "policy", "quantization"} <= {line.split()[0] for line in ours.splitlines()[1:]}
     assert "--model_args" not in python(code, "tasks", "--help")
 
 

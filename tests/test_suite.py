@@ -167,6 +167,17 @@ def test_a_packaged_suite_is_found_by_its_name(
     assert SuiteConfig.read(Path("smoke.yaml"), {"pretrained": "tiny"}).benchmarks == ("GQA",)
 
 
+def test_how_a_model_is_asked_reaches_both_harnesses(tmp_path: Path) -> None:
+    lmms, kit = plan(config(tmp_path, system_prompt="Be brief.", max_pixels=50176), None)[:2]
+    assert any("system_prompt=Be brief.,max_pixels=50176" in word for word in lmms.command)
+    flags = kit.command[kit.command.index("--system-prompt") :][:4]
+    assert flags == ["--system-prompt", "Be brief.", "--max-pixels", "50176"]
+    with pytest.raises(UserError, match="--system-prompt: lmms-eval can't take one with"):
+        config(tmp_path, system_prompt="Be brief, please.")
+    with pytest.raises(UserError, match="--max-pixels 0: must be a positive integer"):
+        config(tmp_path, max_pixels=0)
+
+
 def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -179,6 +190,8 @@ def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
         {"limit": 5},
         {"dtype": "bfloat16"},
         {"prompts": "kit"},
+        {"system_prompt": "Be brief."},
+        {"max_pixels": 50176},
         {"pretrained": str(model)},
     ]
     roots = [plan(config(tmp_path, **variant), None)[0].folder.parents[1] for variant in variants]

@@ -11,7 +11,6 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_metrics
 from dynllava_plugin.evaluation.engine import Engine
 from dynllava_plugin.evaluation.images import load_image
-from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import Request
 from dynllava_plugin.evaluation.settings import ModelSettings
@@ -103,16 +102,16 @@ class Harness:
 
     def single_inputs(self, engine: Engine, task: str, count: int) -> list[dict[str, Any]]:
         """`model(...)` arguments of the task's first samples, each alone."""
-        return [model_inputs(engine, [request]) for request in self._requests(task, count)]
+        return [model_inputs(engine, [request]) for request in self._requests(engine, task, count)]
 
-    def _requests(self, task: str, count: int) -> list[Request]:
+    def _requests(self, engine: Engine, task: str, count: int) -> list[Request]:
         from lmms_eval.tasks import get_task_dict
 
         found = get_task_dict([task], self._manager)[task]
         requests = []
         for index, doc in enumerate(islice(found.eval_docs, count)):
             visuals = found.doc_to_visual(doc)
-            prompt = conversation_prompt([(found.doc_to_text(doc), None)], len(visuals), f"{task} {index}")
+            prompt = engine.style.prompt([(found.doc_to_text(doc), None)], len(visuals), f"{task} {index}")
             requests.append(Request(prompt, tuple(visuals), f"{task} {index}"))
         return requests
 

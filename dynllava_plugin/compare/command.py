@@ -58,12 +58,18 @@ def run(args: argparse.Namespace) -> int:
     from dynllava_plugin.compare.store import Store, figures_to_json
     from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, subjects
     from dynllava_plugin.evaluation.engine import Engine
+    from dynllava_plugin.evaluation.prompting import VICUNA
     from dynllava_plugin.evaluation.settings import ModelSettings
 
     settings = ModelSettings(
         args.pretrained, device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
     engine = Engine.load(settings, args.batch_size)
+    if engine.style is not VICUNA:
+        raise UserError(
+            f"--pretrained {args.pretrained}: compare takes LLaVA-1.5 with Vicuna's Llama only; the harnesses' commands "
+            "take every family and policy"
+        )
     config = engine.model.config
     policies, layers = args.policies or DEFAULT_POLICIES, config.text_config.num_hidden_layers
     wanted = subjects(policies, args.keep, config.sparsity, layers)

@@ -9,7 +9,6 @@ import torch
 from dynllava_plugin.compare.answers import model_inputs
 from dynllava_plugin.compare.costs import cache_bytes
 from dynllava_plugin.evaluation import easy_vqa
-from dynllava_plugin.evaluation.prompting import conversation_prompt
 from dynllava_plugin.evaluation.requests import Request
 
 SAMPLES = 16
@@ -22,7 +21,7 @@ def reference_cache_kib(engine: Any, limit: int | None) -> float:
     prompts, answers = [], []
     tokenizer = engine.processor.tokenizer
     for row in rows:
-        prompt = conversation_prompt([(row["question"], None)], 1, row["id"])
+        prompt = engine.style.prompt([(row["question"], None)], 1, row["id"])
         prompts.append(Request(prompt, (row["image"],), row["id"]))
         size = len(_ids(engine, prompt))
         answers.append(_ids(engine, f"{prompt} {row['answer']}")[size:])

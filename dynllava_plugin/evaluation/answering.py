@@ -16,8 +16,7 @@ from dynllava_plugin.model.shared_prefill import share_prefill
 
 def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) -> list[Answer]:
     """Answers in the batch's order; what its prompts begin with alike is prefilled once."""
-    features = calls.images(batch)
-    inputs = calls.inputs(batch, features)
+    inputs = calls.inputs(batch)
     earlier = _earlier_answers(calls, inputs["input_ids"], batch)
     one_history = _setting(calls, generation, "num_beams") in (None, 1)
     prompt_tokens = inputs["attention_mask"].sum(1).tolist()
@@ -25,8 +24,8 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
     with calls.clock():
         shared = None
         if earlier is None and _can_share(calls, generation):
-            shared = _shared(calls, batch, inputs, features)
-        inputs = shared or {**inputs, "mm_encoder_outputs": features, "output_mask": earlier}
+            shared = _shared(calls, batch, inputs)
+        inputs = shared or {**inputs, "output_mask": earlier}
         output = calls.model.generate(
             **{name: value for name, value in inputs.items() if value is not None},
             **generation.kwargs,
@@ -102,17 +101,17 @@ def _can_share(calls: Calls, generation: Generation) -> bool:
     return all(_setting(calls, generation, name) in values for name, values in neutral.items())
 
 
-def _shared(
-    calls: Calls, batch: list[Prepared], inputs: dict[str, torch.Tensor], features: dict[str, Any]
-) -> dict[str, Any] | None:
+def _shared(calls: Calls, batch: list[Prepared], inputs: dict[str, Any]) -> dict[str, Any] | None:
+    features = inputs.get("mm_encoder_outputs")
     if len(batch) < 2 or not features:
         return None
     images = [tuple(image.key for image in item.images) for item in batch]
     shared = share_prefill(
         calls.model,
-        **inputs,
+        inputs["input_ids"],
+        inputs["attention_mask"],
         images=images,
-        encode=lambda rows: calls.features.of([image for row in rows for image in batch[row].images]),
+        encode=lambda rows: calls.encoder.images([batch[row] for row in rows]),
         tokens_per_image=features["image"].pooler_output.shape[1],
         pad_token_id=calls.processor.tokenizer.pad_token_id,
     )

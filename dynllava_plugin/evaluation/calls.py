@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
-from dynllava_plugin.evaluation.features import ImageFeatures
+from dynllava_plugin.evaluation.encoding import Encoder
 from dynllava_plugin.evaluation.prefetch import Prepared
 from dynllava_plugin.policies import Policy
 
@@ -21,8 +21,10 @@ class Calls:
 
     Parameters
     ----------
-    model : DynamicLlavaForConditionalGeneration
-    processor : DynamicLlavaProcessor
+    model, processor
+        As `load_model` gives them.
+    encoder : Encoder
+        Theirs.
 
     Attributes
     ----------
@@ -34,9 +36,8 @@ class Calls:
         Tokens that end an answer.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
-        self.features = ImageFeatures(model)
+    def __init__(self, model: Any, processor: Any, encoder: Encoder) -> None:
+        self.model, self.processor, self.encoder = model, processor, encoder
         self.seconds, self.shared_prompts = 0.0, 0
         self._decoder = CachedDecoder.of(model)
         eos = model.generation_config.eos_token_id
@@ -52,25 +53,10 @@ class Calls:
             torch.cuda.synchronize(self.model.device)
         self.seconds += time.perf_counter() - started
 
-    def images(self, batch: Sequence[Prepared]) -> dict[str, Any]:
-        """``mm_encoder_outputs`` of the batch's images in order; empty where it has none."""
+    def inputs(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """The batch as arguments of the model, its images encoded where that is done apart."""
         with self.clock():
-            return self.features.of([image for item in batch for image in item.images])
-
-    def inputs(self, batch: Sequence[Prepared], features: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask`, int64 [B, L], padded on the left; an image becomes a token a feature."""
-        image, pad = self.model.config.image_token_id, self.processor.tokenizer.pad_token_id
-        tokens = features["image"].pooler_output.shape[1] if features else 0
-        rows = [
-            [token for token in item.ids for _ in range(tokens if token == image else 1)] for item in batch
-        ]
-        width = max(map(len, rows))
-        ids = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return {
-            "input_ids": torch.tensor(ids, device=self.model.device),
-            "attention_mask": torch.tensor(mask, device=self.model.device),
-        }
+            return self.encoder.batch(batch)
 
     @property
     def policy(self) -> Policy:
@@ -82,14 +68,12 @@ class Calls:
 
         Counted from the end because images, which stand before them, become many tokens, and padding is left.
         """
-        total = self._token_count(text)
-        return [(self._token_count(text[:s]) - total, self._token_count(text[:e]) - total) for s, e in spans]
+        count = self.encoder.token_count
+        total = count(text)
+        return [(count(text[:start]) - total, count(text[:end]) - total) for start, end in spans]
 
     def cost(self, dense: int, sparse: int, keep: list[bool]) -> OutputCost | None:
         """As `output_cost`; None under a policy whose cache isn't split at one layer for good."""
         if self.policy.sequential or self.policy.at_input:
             return None
         return output_cost(replace(self._decoder, sparse_layer=self.policy.gate_layer), dense, sparse, keep)
-
-    def _token_count(self, text: str) -> int:
-        return len(self.processor.tokenizer(self.processor.prepare_text(text))["input_ids"])

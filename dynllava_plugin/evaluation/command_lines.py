@@ -29,7 +29,7 @@ def module_and_arguments(
 
 
 def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
-    given = {"pretrained": settings.pretrained, **settings.sparsity()}
+    given = {"pretrained": settings.pretrained, **settings.sparsity(), **settings.asking()}
     given |= {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     pairs = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
     command = ["--model_args", pairs, "--log_samples", "--tasks", ",".join(tasks)]
@@ -38,7 +38,7 @@ def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, o
 
 
 def _vlmevalkit(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
-    given = {**settings.sparsity(), "dtype": settings.dtype, "device": settings.device}
+    given = {**settings.sparsity(), **settings.asking(), "dtype": settings.dtype, "device": settings.device}
     given["attn_implementation"] = settings.attn_implementation
     command = ["--pretrained", settings.pretrained]
     for key, value in given.items():

@@ -13,14 +13,16 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answering import answer_batch
 from dynllava_plugin.evaluation.answers import Answer, Score
 from dynllava_plugin.evaluation.calls import Calls
+from dynllava_plugin.evaluation.encoding import encoder_of, limit_pixels
 from dynllava_plugin.evaluation.prefetch import Preparation, Prepared
+from dynllava_plugin.evaluation.prompting import style_of
 from dynllava_plugin.evaluation.requests import Generation, Request
 from dynllava_plugin.evaluation.scoring import score_batch
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 DEFAULT_BATCH_SIZE = 8
 # A window is sorted by length and by image, decoded while the one before it is answered.
-_WINDOW_BATCHES, _WINDOW = 16, 256
+_WINDOW = 256
 Result = TypeVar("Result", Answer, Score)
 
 
@@ -31,13 +33,19 @@ class Engine:
 
     Parameters
     ----------
-    model : DynamicLlavaForConditionalGeneration
-    processor : DynamicLlavaProcessor
+    model, processor
+        As `load_model` gives them, of any family.
     batch_size : int
         Samples in one forward pass. In float32 it never changes an answer; half precision may round another way.
+    system_prompt : str, optional
+        As in `style_of`.
 
     Attributes
     ----------
+    style : PromptStyle
+        What makes requests of questions.
+    encoder : Encoder
+        What makes arguments of the model of requests.
     calls : Calls
         The model's, batch by batch.
     seconds : float
@@ -46,11 +54,19 @@ class Engine:
         `time.perf_counter()` at the first question.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int = DEFAULT_BATCH_SIZE) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        system_prompt: str | None = None,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a positive integer")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.calls, self._preparation = Calls(model, processor), Preparation(processor)
+        self.style, self.encoder = style_of(model, processor, system_prompt), encoder_of(model, processor)
+        self.calls = Calls(model, processor, self.encoder)
+        self._preparation = Preparation(self.encoder.prepare)
         self.seconds = 0.0
         self.started: float | None = None
 
@@ -70,7 +86,8 @@ class Engine:
                 attn_implementation=settings.attn_implementation,
                 **settings.sparsity(),
             )
-        return cls(model, processor, batch_size)
+        limit_pixels(processor, settings.min_pixels, settings.max_pixels)
+        return cls(model, processor, batch_size, settings.system_prompt)
 
     @property
     def shared_prompts(self) -> int:
@@ -142,7 +159,7 @@ class Engine:
         started = time.perf_counter()
         self.started = self.started or started
         results: list[Result | None] = [None] * len(requests)
-        size = max(self.batch_size, min(_WINDOW_BATCHES * self.batch_size, _WINDOW))
+        size = max(self.batch_size, min(self.encoder.window_batches * self.batch_size, _WINDOW))
         for window in self._preparation.windows(requests, text_of, size, self.batch_size):
             for batch in self._batches(window):
                 found = work(batch)

@@ -54,18 +54,24 @@ def main() -> None:
 
 
 def _add_tasks() -> None:
-    """Let every task manager look into our folder too, after those that the user names."""
+    """Let every task manager look into our folder too, after those that the user names, and ask as the model wants."""
     from lmms_eval.tasks import TaskManager
 
-    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
+    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER, tell_how_to_ask
 
-    initialize = TaskManager.initialize_tasks
+    initialize, load = TaskManager.initialize_tasks, TaskManager.load_task_or_group
 
     def with_our_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
         given = [include_path] if isinstance(include_path, str) else list(include_path or [])
         return initialize(self, include_path=[*given, str(TASKS_FOLDER)], include_defaults=include_defaults)
 
+    def load_for(self: Any, task_list: Any = None, task_type: str = "simple") -> Any:
+        loaded = load(self, task_list, task_type)
+        tell_how_to_ask(loaded, messages=task_type == "chat")
+        return loaded
+
     TaskManager.initialize_tasks = with_our_tasks  # type: ignore[method-assign]
+    TaskManager.load_task_or_group = load_for  # type: ignore[method-assign,assignment]
 
 
 def _without_judge(tasks: set[str]) -> None:

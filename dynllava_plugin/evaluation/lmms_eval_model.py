@@ -106,7 +106,7 @@ class DynamicLlava(lmms):
         items = []
         for request in requests:
             context, arguments, doc_to_visual, doc_id, task, split = request.args
-            question = Question(self.task_dict, doc_to_visual, doc_id, task, split)
+            question = Question(self.engine.style, self.task_dict, doc_to_visual, doc_id, task, split)
             build = partial(question.ask, [(context, None)])
             items.append(Item(build, question.name, [context], arguments, task, is_padding(request)))
         answers = self._generate(items)
@@ -121,7 +121,7 @@ class DynamicLlava(lmms):
         items = []
         for request in requests:
             context, continuation, doc_to_visual, doc_id, task, split = request.args
-            question = Question(self.task_dict, doc_to_visual, doc_id, task, split)
+            question = Question(self.engine.style, self.task_dict, doc_to_visual, doc_id, task, split)
             if callable(continuation):
                 continuation = continuation(question.document)
             if isinstance(continuation, str):
@@ -134,7 +134,7 @@ class DynamicLlava(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of every round, one list a request; a round's question may depend on earlier answers."""
-        rounds = [Rounds(self.task_dict, request) for request in requests]
+        rounds = [Rounds(self.engine.style, self.task_dict, request) for request in requests]
         while open_rounds := [item for item in rounds if not item.finished]:
             answers = self._generate([item.question() for item in open_rounds], noted=False)
             for item, answer in zip(open_rounds, answers, strict=True):

@@ -13,7 +13,7 @@ from PIL import Image
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer
 from dynllava_plugin.evaluation.journal import entry_key
-from dynllava_plugin.evaluation.prompting import Turn, conversation_request
+from dynllava_plugin.evaluation.prompting import PromptStyle, Turn
 from dynllava_plugin.evaluation.requests import Request
 
 
@@ -68,12 +68,15 @@ class Question:
 
     Parameters
     ----------
+    style : PromptStyle
+        The model's.
     documents : mapping
         Task -> split -> documents.
     """
 
     def __init__(
         self,
+        style: PromptStyle,
         documents: Mapping[str, Any],
         doc_to_visual: Callable[[Any], Any] | None,
         doc_id: int,
@@ -81,6 +84,7 @@ class Question:
         split: str,
     ) -> None:
         self._documents, self._doc_to_visual, self._doc_id = documents[task][split], doc_to_visual, doc_id
+        self._style = style
         self.name = f"{task} {split} {doc_id}"
 
     @property
@@ -90,7 +94,13 @@ class Question:
 
     def ask(self, turns: Sequence[Turn], continuation: str = "") -> Request:
         """The conversation's open round, about the document's images."""
-        return conversation_request(turns, self.visuals(), self.name, continuation)
+        return self.about(turns, self.visuals(), continuation)
+
+    def about(
+        self, turns: Sequence[Turn], visuals: Sequence[str | Image.Image], continuation: str = ""
+    ) -> Request:
+        """As `ask`, about other images than the document's."""
+        return self._style.request(turns, visuals, self.name, continuation)
 
     def visuals(self) -> tuple[str | Image.Image, ...]:
         """The document's images; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
@@ -110,7 +120,7 @@ def checked_visuals(visuals: Any, name: str) -> tuple[str | Image.Image, ...]:
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
         if not isinstance(visual, (str, Image.Image)):
-            raise UserError(f"{name}: LLaVA-1.5 reads images only, not {type(visual).__name__}")
+            raise UserError(f"{name}: the model reads images only, not {type(visual).__name__}")
     return tuple(visuals)
 
 
@@ -122,9 +132,9 @@ class Rounds:
     the next question and the rounds before it are its context.
     """
 
-    def __init__(self, documents: Mapping[str, Any], request: Instance) -> None:
+    def __init__(self, style: PromptStyle, documents: Mapping[str, Any], request: Instance) -> None:
         self._context, self.arguments, doc_to_visual, self._next, doc_id, self.task, split = request.args
-        self._question = Question(documents, doc_to_visual, doc_id, self.task, split)
+        self._question = Question(style, documents, doc_to_visual, doc_id, self.task, split)
         self._padding = is_padding(request)
         self._visuals: tuple[str | Image.Image, ...] | None = None
         self._info: Any = None
@@ -142,7 +152,7 @@ class Rounds:
 
     def _ask(self, turns: list[Turn]) -> Request:
         visuals = self._question.visuals() if self._visuals is None else self._visuals
-        return conversation_request(turns, visuals, self._question.name)
+        return self._question.about(turns, visuals)
 
     def advance(self, answer: Answer) -> None:
         """Take the round's answer and ask the task for the next round."""

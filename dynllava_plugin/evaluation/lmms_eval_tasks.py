@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from PIL import Image
 
 from dynllava_plugin.evaluation import easy_vqa
@@ -18,11 +18,38 @@ from dynllava_plugin.evaluation.text_metrics import meteor, meteor_name
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 
-class EasyVQATask(ConfigurableTask):
-    """A task whose documents come from `easy_vqa.load_rows` instead of the hub."""
+class LocalTask(ConfigurableMessagesTask):
+    """A task with documents of its own, for models that are asked by a text and for those that are asked by messages.
+
+    Attributes
+    ----------
+    messages : bool
+        Whether the model that is evaluated wants messages, as lmms-eval's own models of most families do. lmms-eval 0.7.3
+        tells it the tasks that it makes itself only; our command tells the others (`tell_how_to_ask`).
+    """
+
+    messages = False
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Any:
+        """A document's requests, as the model wants them."""
+        kind = ConfigurableMessagesTask if self.messages else ConfigurableTask
+        return kind.construct_requests(self, doc_id, ctx, **kwargs)
+
+
+def tell_how_to_ask(loaded: dict[Any, Any], messages: bool) -> None:
+    """Set `messages` of the local ones among loaded tasks, which may be groups."""
+    for task in loaded.values():
+        if isinstance(task, dict):
+            tell_how_to_ask(task, messages)
+        elif isinstance(task, LocalTask):
+            task.messages = messages
+
+
+class EasyVQATask(LocalTask):
+    """A task whose documents come from `easy_vqa.load_rows` instead of the hub."""
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
         """Fill the test split; images stay paths until a question is asked."""

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
-from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.images import load_image
 from dynllava_plugin.evaluation.requests import Request
-from dynllava_plugin.model.prompts import IMAGE_TOKEN
-
-_REMEMBERED = 64  # images whose tensors are kept for the questions that follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +36,18 @@ class Prepared:
         Its place in the caller's sequence.
     request : Request
     images : tuple of PreparedImage
+        Those that are encoded apart; their questions share batches.
     ids : list of int
-        Tokens of the text that the model is given, one for each image.
+        Tokens of the text that the model is given; of an image that is encoded apart one, else all.
+    tensors : dict
+        The images as arguments of the model, where it encodes them itself.
     """
 
     index: int
     request: Request
     images: tuple[PreparedImage, ...]
     ids: list[int]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _growing_ranges(total: int, first: int, most: int) -> Iterator[range]:
@@ -66,12 +62,12 @@ class Preparation:
 
     Parameters
     ----------
-    processor : DynamicLlavaProcessor
+    prepare : callable
+        (place, request, text that the model is given) -> Prepared, as `Encoder.prepare`.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._recent: OrderedDict[bytes, PreparedImage] = OrderedDict()
+    def __init__(self, prepare: Callable[[int, Request, str], Prepared]) -> None:
+        self._prepare = prepare
 
     def windows(
         self, requests: Sequence[Request], text_of: Callable[[Request], str], size: int, first: int
@@ -109,24 +105,3 @@ class Preparation:
     ) -> list[Prepared]:
         found = ((index, requests[index]) for index in indices)
         return [self._prepare(index, request, text_of(request)) for index, request in found]
-
-    def _prepare(self, index: int, request: Request, text: str) -> Prepared:
-        markers = text.count(IMAGE_TOKEN)
-        if markers != len(request.images):
-            found = f"{markers} {IMAGE_TOKEN} but {len(request.images)} images came with it"
-            raise UserError(f"{request.name}: the prompt has {found}")
-        images = tuple(self._image(image, request.name) for image in request.images)
-        text = self._processor.prepare_text(text)
-        return Prepared(index, request, images, self._processor.tokenizer(text)["input_ids"])
-
-    def _image(self, image: Any, name: str) -> PreparedImage:
-        picture = self._processor.prepare_image(load_image(image, name), name)
-        key = hashlib.blake2b(picture.tobytes(), digest_size=16, person=b"%dx%d" % picture.size).digest()
-        known = self._recent.pop(key, None)
-        if known is None:
-            pixels = self._processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-            known = PreparedImage(key, pixels[0])
-        self._recent[key] = known
-        if len(self._recent) > _REMEMBERED:
-            self._recent.popitem(last=False)
-        return known

@@ -26,7 +26,7 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k")
 
 @dataclass(frozen=True)
 class Request:
-    """A whole prompt (vicuna_v1, one ``<image>`` for each image) and what follows.
+    """A whole prompt, one image token of the model's processor for each image, and what follows.
 
     Attributes
     ----------

@@ -46,7 +46,7 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
     given = manifest.get("settings") or {}
     if manifest:
         sparsity = manifest.get("sparsity") or {}
-        checkpoint = given.get("checkpoint", "unknown")
+        checkpoint = given.get("checkpoint", "unknown") + _asked_otherwise(given)
     else:
         sparsity, checkpoint = _from_arguments(model_args, path.parent.name)
     loaded = manifest.get("model") or {}  # what was in force, not only what was asked for
@@ -68,6 +68,17 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
         "prompts": manifest.get("prompts"),
         "seconds": manifest.get("seconds"),
     }
+
+
+def _asked_otherwise(given: dict[str, Any]) -> str:
+    """What is said behind a checkpoint's name where it was given a system prompt or limits of pixels of the user's."""
+    names = {
+        "system_prompt": "system prompt {!r}",
+        "min_pixels": "at least {} pixels",
+        "max_pixels": "at most {} pixels",
+    }
+    said = [text.format(given[name]) for name, text in names.items() if given.get(name) is not None]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def told_apart(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,8 +25,7 @@ def score_batch(calls: Calls, batch: list[Prepared]) -> list[Score]:
         spans.append(calls.columns(text, (*request.output_spans, (len(request.prompt), len(text)))))
         if any(start == end for start, end in spans[-1]):
             raise UserError(f"{request.name}: the text to score is empty")
-    features = calls.images(batch)
-    inputs = calls.inputs(batch, features)
+    inputs = calls.inputs(batch)
     ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
     wanted = torch.zeros_like(ids, dtype=torch.bool)
     for row, columns in enumerate(spans):
@@ -34,9 +33,7 @@ def score_batch(calls: Calls, batch: list[Prepared]) -> list[Score]:
             wanted[row, width + start : width + end] = True
     labels = ids.masked_fill(~wanted, -100)
     with calls.clock():
-        found = calls.model.score_details(
-            **inputs, labels=labels, output_mask=wanted, mm_encoder_outputs=features
-        )
+        found = calls.model.score_details(**inputs, labels=labels, output_mask=wanted)
     logprobs, greedy = found.log_probs.double().cpu(), (found.greedy | ~wanted).cpu()
     keep, wanted = found.text_keep.cpu(), wanted.cpu()
     prompt = inputs["attention_mask"].cpu()

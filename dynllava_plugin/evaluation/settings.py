@@ -13,6 +13,8 @@ from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES, SparsityConfi
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
+# How a model is asked, where not as its checkpoint says.
+ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
 
 
 def _setting(text: str) -> Any:
@@ -43,6 +45,13 @@ class ModelSettings:
     policy: str | None = _setting(
         "instead of mode and image_policy, with its arguments: policy=fastv,k=3,r=0.75"
     )
+    system_prompt: str | None = _setting(
+        "what a chat template begins with instead of its own (not LLaVA-1.5)"
+    )
+    min_pixels: int | None = _setting(
+        "pixels an image is resized to at least, where the processor has such limits (Qwen)"
+    )
+    max_pixels: int | None = _setting("and at most")
 
     def __post_init__(self) -> None:
         from dynllava_plugin.policies.registry import check_policy, policy_changes
@@ -81,6 +90,17 @@ class ModelSettings:
         """The given overrides only, as keyword arguments of `load_model`."""
         return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}
 
+    def asking(self) -> dict[str, Any]:
+        """Those of `ASKING_KEYS` that were given."""
+        return {key: getattr(self, key) for key in ASKING_KEYS if getattr(self, key) is not None}
+
+    def asking_labels(self) -> list[str]:
+        """`asking` as parts of a folder's name, a text as a few digits of it."""
+        given = self.asking()
+        if "system_prompt" in given:
+            given["system_prompt"] = hashlib.sha256(given["system_prompt"].encode()).hexdigest()[:8]
+        return [f"{key}-{value}" for key, value in given.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return asdict(self)
@@ -105,6 +125,7 @@ class ModelSettings:
             parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
         parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
         parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
+        parts += self.asking_labels()
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
 
 

@@ -52,6 +52,18 @@ def own_parser() -> argparse.ArgumentParser:
         help=f"instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75; one of {', '.join(POLICIES)}",
     )
     add("--image-policy", "--image_policy", choices=IMAGE_POLICIES, help="who chooses the image tokens")
+    add(
+        "--system-prompt",
+        "--system_prompt",
+        help="what a chat template begins with instead of its own (not for LLaVA-1.5)",
+    )
+    for bound, most in (("min", "least"), ("max", "most")):
+        add(
+            f"--{bound}-pixels",
+            f"--{bound}_pixels",
+            type=int,
+            help=f"an image is resized to at {most} so many (Qwen)",
+        )
     add("--random-seed", "--random_seed", type=int, help="of --image-policy random")
     add("--device", help="cpu, cuda, cuda:0, ...")
     add("--dtype", help="float32, bfloat16, float16, auto")

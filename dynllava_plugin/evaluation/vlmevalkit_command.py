@@ -63,7 +63,18 @@ def _run(arguments: list[str]) -> int:
         print("\nAll other options are VLMEvalKit's:\n")
     sparsity_mode, kit_mode = split_modes(own.mode or [])
     names = ("pretrained", "device", "dtype", "attn_implementation", "vision_keep_rate", "text_keep_rate")
-    values = {name: getattr(own, name) for name in (*names, "image_policy", "random_seed", "policy")}
+    values = {
+        name: getattr(own, name)
+        for name in (
+            *names,
+            "image_policy",
+            "random_seed",
+            "policy",
+            "system_prompt",
+            "min_pixels",
+            "max_pixels",
+        )
+    }
     settings = ModelSettings.from_dict({**values, "mode": sparsity_mode})
     if own.batch_size < 1 or own.max_new_tokens < 1:
         raise UserError("--batch-size and --max-new-tokens must be positive")

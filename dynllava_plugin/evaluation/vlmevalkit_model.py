@@ -19,7 +19,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.answers import Answer, Score, joined
 from dynllava_plugin.evaluation.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.journal import Journal, entry_key
-from dynllava_plugin.evaluation.prompting import conversation_request
+from dynllava_plugin.evaluation.prompting import PromptStyle
 from dynllava_plugin.evaluation.records import RECORD
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS, Generation, Request
 from dynllava_plugin.evaluation.settings import ModelSettings
@@ -130,18 +130,18 @@ class DynamicLlava(BaseModel):
 
     def _answer(self, messages: list[Message], dataset: str) -> list[tuple[list[Answer], Score | None]]:
         """Of each message the answers of its rounds (one, unless it is a conversation), and its score."""
-        asked = [_Asked.of(message, dataset) for message in messages]
+        asked, style = [_Asked.of(message, dataset) for message in messages], self.engine.style
         limit = max(_text_item(message).get(TOKEN_LIMIT, self.max_new_tokens) for message in messages)
         generation = Generation.from_task({"max_new_tokens": limit})
         answers: list[list[Answer]] = [[] for _ in asked]
         for place in range(max(len(item.questions) for item in asked)):
             rows = [row for row, item in enumerate(asked) if place < len(item.questions)]
-            requests = [asked[row].request([answer.text for answer in answers[row]]) for row in rows]
+            requests = [asked[row].request(style, [answer.text for answer in answers[row]]) for row in rows]
             for row, answer in zip(rows, self._generate(requests, generation), strict=True):
                 answers[row].append(answer)
         rows = [row for row, item in enumerate(asked) if item.references]
         scores: list[Score | None] = [None] * len(asked)
-        found = self._score([asked[row].scored() for row in rows])
+        found = self._score([asked[row].scored(style) for row in rows])
         for row, score in zip(rows, found, strict=True):
             scores[row] = score
         return list(zip(answers, scores, strict=True))
@@ -192,7 +192,7 @@ class _Asked:
         name = f"{dataset} ({os.path.basename(images[0])})" if images else dataset
         other = [item["type"] for item in message if item["type"] not in ("image", "text")]
         if other:
-            raise UserError(f"{name}: LLaVA-1.5 reads images and text, not {other[0]}")
+            raise UserError(f"{name}: the model reads images and text, not {other[0]}")
         item = _text_item(message)
         if TURNS in item:
             questions, references = zip(*item[TURNS], strict=True)
@@ -205,15 +205,15 @@ class _Asked:
         reference = item.get(REFERENCE)
         return cls((text.strip(),), (reference,) if reference else (), images, name)
 
-    def request(self, answers: list[str]) -> Request:
-        """The next round behind `answers`."""
+    def request(self, style: PromptStyle, answers: list[str]) -> Request:
+        """The next round behind `answers`, in the model's `style`."""
         turns = [*zip(self.questions, answers, strict=False), (self.questions[len(answers)], None)]
-        return conversation_request(turns, self.images, self.name)
+        return style.request(turns, self.images, self.name)
 
-    def scored(self) -> Request:
+    def scored(self, style: PromptStyle) -> Request:
         """The whole conversation with its references, each of them scored."""
         turns = [*zip(self.questions[:-1], self.references[:-1], strict=True), (self.questions[-1], None)]
-        return conversation_request(turns, self.images, self.name, self.references[-1])
+        return style.request(turns, self.images, self.name, self.references[-1])
 
 
 class _LookAhead:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.images import load_image
 from dynllava_plugin.evaluation.prefill_costs import prefill_costs
-from dynllava_plugin.evaluation.prompting import conversation_prompt
+from dynllava_plugin.evaluation.prompting import style_of
 from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ def explain(
     Raises
     ------
     UserError
-        An image that can't be read, an empty question.
+        An image that can't be read, an empty question, a family whose image tokens are no grid.
     """
     policy = model.model.language_model.policy
-    prompt = conversation_prompt([(question, None)], 1, "question")
+    prompt = style_of(model, processor).prompt([(question, None)], 1, "question")
     picture = load_image(image, "")
     inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(model.device)
+    grid, seen = _grid(model, processor, inputs, picture)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     out = model.generate(
         **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
@@ -96,9 +99,6 @@ def explain(
     answer = _without_end(out.sequences[0, width:].tolist(), model, processor)
     decisions = (_held if policy.sequential else _decided)(model, dict(inputs), answer)
     places = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    side = round(places**0.5)
-    if side * side != places:
-        raise UserError(f"image: {places} image tokens are not a square grid, which is all that can be drawn")
     kept = int(decisions.pop("entered")) if "entered" in decisions else int(decisions["image_keep"].sum())
     counts = {
         "prompt_tokens": width,
@@ -109,8 +109,8 @@ def explain(
         policy=policy_name or policy.name,
         question=question,
         answer=processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
-        image=_as_seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor),
-        grid=(side, side),
+        image=seen,
+        grid=grid,
         tokens=_pieces(processor.tokenizer, answer),
         equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
             "equivalent_tokens"
@@ -119,13 +119,41 @@ def explain(
     )
 
 
+def _grid(
+    model: Any, processor: Any, inputs: Any, picture: Image.Image
+) -> tuple[tuple[int, int], np.ndarray]:
+    """Return (rows, columns) of the one image's tokens and the image that they cover, uint8 [H, W, 3].
+
+    Raises
+    ------
+    UserError
+        Image tokens that are no grid: tiles, newline tokens.
+    """
+    if "image_grid_thw" in inputs:  # Qwen's patches, some of them merged into a token
+        rows, columns = (
+            inputs["image_grid_thw"][0, 1:] // model.config.vision_config.spatial_merge_size
+        ).tolist()
+        side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
+        return (rows, columns), np.asarray(picture.resize((columns * side, rows * side)))
+    if not isinstance(processor, DynamicLlavaProcessor):
+        family = model.config.model_type.removeprefix("dynamic_")
+        raise UserError(
+            f"image: the image tokens of {family} are tiles or have others between them; a picture of what is kept can be "
+            "drawn for LLaVA-1.5, Qwen2.5-VL and Qwen3-VL"
+        )
+    places = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    side = round(places**0.5)
+    if side * side != places:
+        raise UserError(f"image: {places} image tokens are not a square grid, which is all that can be drawn")
+    return (side, side), _as_seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor)
+
+
 def _decided(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, Any]:
     """All decisions in one pass over prompt and answer, which are those of decoding."""
     width = inputs["input_ids"].shape[1]
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], device=model.device, dtype=torch.int64)], 1)
-    out = model(
-        ids, pixel_values=inputs["pixel_values"], use_cache=False, prompt_length=width, logits_to_keep=1
-    )
+    images = {name: inputs[name] for name in model.image_inputs if name in inputs}
+    out = model(ids, **images, use_cache=False, prompt_length=width, logits_to_keep=1)
     places = int((ids == model.config.image_token_id).sum())
     image_keep = np.ones(places, dtype=bool) if out.image_keep is None else out.image_keep[0].cpu().numpy()
     text_keep = np.ones(len(answer), dtype=bool)

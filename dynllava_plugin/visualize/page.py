@@ -17,7 +17,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; color: #141414; }
 .policies { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
 section { width: 384px; } h2 { font-size: 16px; margin: 0; } .note { color: #5a5a5a; font-size: 13px; margin: 0 0 6px; }
-.image { position: relative; width: 384px; height: 384px; }
+.image { position: relative; width: 384px; }
 .image img { position: absolute; width: 100%; height: 100%; image-rendering: auto; }
 .patch { position: absolute; box-sizing: border-box; }
 .patch.dropped { background: rgba(128, 128, 128, 0.88); }
@@ -53,6 +53,7 @@ def page(explanations: Sequence[Explanation]) -> str:
 
 def _section(explanation: Explanation) -> str:
     rows, columns = explanation.grid
+    height, width = explanation.image.shape[:2]
     patches = []
     for index, kept in enumerate(explanation.image_keep):
         row, column = divmod(index, columns)
@@ -74,7 +75,8 @@ def _section(explanation: Explanation) -> str:
     note = "<br>".join(escape(line) for line in summary(explanation))
     return (
         f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
-        f'<div class="image"><img alt="the image as the model saw it" src="{_data_url(explanation.image)}">'
+        f'<div class="image" style="aspect-ratio:{width}/{height}">'
+        f'<img alt="the image as the model saw it" src="{_data_url(explanation.image)}">'
         f'{"".join(patches)}</div>\n<p class="answer">{"".join(words)}</p></section>'
     )
 

@@ -15,11 +15,14 @@ KEPT, DROPPED, NOTE = (20, 20, 20), (178, 178, 178), (90, 90, 90)
 
 
 def greyed(explanation: Explanation, size: int = 448) -> Image.Image:
-    """The image at `size` pixels square, patches that were dropped greyed."""
-    picture = Image.fromarray(explanation.image).resize((size, size), Image.Resampling.BICUBIC)
+    """The image at `size` pixels on its longer side, patches that were dropped greyed."""
+    height, width = explanation.image.shape[:2]
+    longer = max(height, width)
+    shape = round(size * width / longer), round(size * height / longer)
+    picture = Image.fromarray(explanation.image).resize(shape, Image.Resampling.BICUBIC)
     rows, columns = explanation.grid
     keep = explanation.image_keep.reshape(rows, columns)
-    mask = Image.fromarray((~keep).astype(np.uint8) * 255).resize((size, size), Image.Resampling.NEAREST)
+    mask = Image.fromarray((~keep).astype(np.uint8) * 255).resize(shape, Image.Resampling.NEAREST)
     grey = Image.blend(
         picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (128, 128, 128)), 0.8
     )
@@ -53,7 +56,8 @@ def _panel(explanation: Explanation, size: int) -> Image.Image:
     for note in notes:
         pen.text((MARGIN, top), note, fill=NOTE, font=small)
         top += LINE
-    panel.paste(greyed(explanation, size), (MARGIN, top))
+    image = greyed(explanation, size)
+    panel.paste(image, (MARGIN + (size - image.width) // 2, top + (size - image.height) // 2))
     top += size + MARGIN
     for line in asked:
         _write(pen, line, top, small, NOTE)

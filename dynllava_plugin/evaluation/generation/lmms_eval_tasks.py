@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 
 from dynllava_plugin.evaluation.generation.sets import load_rows, mean_meteor
 from dynllava_plugin.evaluation.images import load_image
+from dynllava_plugin.evaluation.lmms_eval_tasks import LocalTask
 from dynllava_plugin.evaluation.text_metrics import meteor_name
 
 
-class GenerationTask(ConfigurableTask):
+class GenerationTask(LocalTask):
     """A task whose documents come from `load_rows` instead of the hub."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
         """Fill the test split; images stay paths until a question is asked."""

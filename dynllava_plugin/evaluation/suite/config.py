@@ -14,7 +14,7 @@ from dynllava_plugin.evaluation.suite.packaged import find_suite
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
 
 BOTH = "both"
-_POSITIVE = ("limit", "batch_size", "num_processes", "jobs")
+_POSITIVE = ("limit", "batch_size", "num_processes", "jobs", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class SuiteConfig:
     ----------
     benchmarks : tuple of str
         Names of `dynllava benchmarks`, or a harness's task names.
-    pretrained, device, dtype, attn_implementation, vision_keep_rate, text_keep_rate, image_policy, random_seed, policy
+    pretrained, device, dtype, attn_implementation, vision_keep_rate, text_keep_rate, image_policy, random_seed, policy,
+    system_prompt, min_pixels, max_pixels
         As `ModelSettings`.
     mode : tuple of str
         Each is evaluated on its own; empty: as the checkpoint says.
@@ -56,6 +57,9 @@ class SuiteConfig:
     image_policy: str | None = None
     random_seed: int | None = None
     policy: str | None = None
+    system_prompt: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     harness: str = BOTH
     limit: int | None = None
     batch_size: int = 8
@@ -109,6 +113,8 @@ class SuiteConfig:
             raise UserError("--pretrained: name a checkpoint (a folder, a hub id, or tiny)")
         if "," in self.pretrained or "=" in self.pretrained:
             raise UserError(f"--pretrained {self.pretrained}: lmms-eval can't take a name with ',' or '='")
+        if set(",=") & set(self.system_prompt or ""):
+            raise UserError("--system-prompt: lmms-eval can't take one with ',' or '='")
         if self.harness not in (*HARNESSES, BOTH):
             raise UserError(f"--harness: unknown value {self.harness!r}; choose {', '.join(HARNESSES)}, both")
         if self.prompts not in PROMPTS:
