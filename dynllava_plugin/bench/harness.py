@@ -27,7 +27,8 @@ from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, find_be
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.predictions import lmms_eval_predictions, vlmevalkit_predictions
-from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.result_files import read_json
+from dynllava_plugin.evaluation.results import MANIFEST_NAME
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 HARNESSES = (LMMS_EVAL, VLMEVALKIT)

@@ -186,7 +186,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _one(
         "MM-Vet",
         ("mmvet", "gpt_eval_score", 1),
-        ("MMVet", "Overall", 1),
+        ("MMVet", "Category=Overall|acc", 1),
         metric="score",
         paper="score",
         table="12",
@@ -197,7 +197,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _one(
         "LLaVA-Wild",
         ("llava_in_the_wild", "gpt_eval_llava_all", 1),
-        ("LLaVABench", "Relative Score (main)", 1),
+        ("LLaVABench", "split=overall|Relative Score (main)", 1),
         metric="score",
         paper="score",
         table="12",

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import judges
+from dynllava_plugin.evaluation import judges, judging
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
+from dynllava_plugin.evaluation.lmms_eval_judging import bound_judge
 from dynllava_plugin.evaluation.lmms_eval_names import check_model, watch_task_names
 
 DEFAULT_OUTPUT = "results/lmms-eval"
@@ -134,6 +135,8 @@ class _Runs:
                 args.log_samples = True  # what a judge has to read stays
                 if judge is None:
                     _without_judge(wanted)
+                else:
+                    bound_judge(judge.url)
             try:
                 results, samples = evaluate(args)
                 from dynllava_plugin.evaluation.records import RECORD
@@ -173,7 +176,8 @@ class _Runs:
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
         for task, count in missing.items():
-            self.fail(f"task {task}: the judge gave no score for {count} samples; run it again")
+            asked = results.get("n-samples", {}).get(task, {}).get("effective")
+            self.fail(f"task {task}: {judging.failure(count, asked)}; run it again")
         facts = {"model": judge.model, "url": judge.url, "unanswered": missing} if judge else None
         _write_manifest(written, args, facts)
         print(f"results: {written}")

@@ -99,6 +99,8 @@ def kit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge")
     parser.add_argument("--judge-base-url")
     parser.add_argument("--judge-key")
+    parser.add_argument("--judge-retry")
+    parser.add_argument("--judge-timeout")
     return parser
 
 

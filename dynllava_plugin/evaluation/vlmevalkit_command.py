@@ -17,6 +17,7 @@ from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
+from dynllava_plugin.evaluation.vlmevalkit_judging import BOUNDS, repair_judged
 from dynllava_plugin.evaluation.vlmevalkit_manifest import write_manifest
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
@@ -93,6 +94,8 @@ def _run(arguments: list[str]) -> int:
     journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(unjudged)
+    if judge is not None:
+        repair_judged(judge.url)
     use_gloo()
     gather_before_leaving()
     if fresh:
@@ -109,6 +112,7 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
     if len(models) == 1:
         facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
+        facts["max_new_tokens"] = own.max_new_tokens
         scored_by = None if kit_mode == "infer" else judge
         write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
     if journal is not None and not failures:
@@ -158,6 +162,9 @@ def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) 
         forwarded += ["--judge", judge.model]
     if not peek.judge_base_url:
         forwarded += ["--judge-base-url", judge.url]
+    for name, bound in BOUNDS.items():
+        if getattr(peek, name) is None:
+            forwarded += [f"--{name.replace('_', '-')}", bound]
     return judge
 
 
