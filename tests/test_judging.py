@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from dynllava_plugin.evaluation import lmms_eval_judging, vlmevalkit_judging
 from dynllava_plugin.evaluation.judges import unanswered
 from dynllava_plugin.evaluation.judging import FAILED_IN_A_ROW, TRIES, Patience, llava_scores, mm_vet_score
 from dynllava_plugin.evaluation.minis.command import make_minis
@@ -110,16 +115,16 @@ def test_every_judged_row_has_the_judge_s_figure(harness: str, minis: Path, tmp_
     assert cells(tmp_path) == {"MM-Vet": (50.0, "scored"), "LLaVA-Wild": (75.0, "scored")}
 
 
-@pytest.mark.parametrize("said", ["I like it", "7", FAILS, NO_JSON])
 @pytest.mark.parametrize("harness", ["lmms-eval", "vlmevalkit"])
 def test_a_judge_without_scores_is_no_figure_and_soon_given_up(
-    harness: str, said: str, minis: Path, tmp_path: Path
+    harness: str, minis: Path, tmp_path: Path
 ) -> None:
+    said = itertools.cycle(["I like it", "7", FAILS, NO_JSON])
     started = time.monotonic()
-    with judge_server(said) as judge:
+    with judge_server(lambda question: next(said)) as judge:
         done = run(harness, minis, tmp_path, judge.url)
     assert done.returncode == 1, done.stderr[-3000:]
-    # The kit asks four samples at once, lmms-eval may: those begun are asked to their end.
+    # Each harness may ask several samples at once: those begun are asked to their end.
     assert len(judge.asked) <= len(QUESTIONS) * TRIES * (FAILED_IN_A_ROW + 3)
     assert cells(tmp_path) == {
         name: (None, f"judge failed: {count} of {count}") for name, count in QUESTIONS.items()
@@ -152,19 +157,64 @@ def test_one_answer_without_a_score_is_told(harness: str, minis: Path, tmp_path:
             assert cells(tmp_path)["MM-Vet"] == (50.0, "scored")
 
 
-def test_a_judge_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lmms-eval's client, with a time that a test can wait for."""
-    from dynllava_plugin.evaluation import lmms_eval_judging
+@pytest.mark.parametrize("said", ["I like it", "7", "", FAILS, HANGS, NO_JSON])
+def test_lmms_eval_s_client_takes_no_failure_for_a_score(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MM-Vet's and LLaVA-Bench's ways to ask, with a time that a test can wait for."""
+    from lmms_eval.llm_judge import get_server
+    from lmms_eval.verifiers import VerifyResult
 
-    monkeypatch.setattr(lmms_eval_judging, "TIMEOUT", 0.5)
-    with judge_server(HANGS) as judge:
+    monkeypatch.setattr(lmms_eval_judging, "TIMEOUT", 0.4)
+    with judge_server(said) as judge:
         monkeypatch.setenv("OPENAI_API_KEY", "any")
         monkeypatch.setenv("OPENAI_API_URL", judge.url)
-        from lmms_eval.llm_judge import get_server
-
-        module = {"server": get_server("openai"), "MODEL_VERSION": "judge-1"}
-        lmms_eval_judging._repair_mm_vet(module, Patience(judge.url))
+        facts = {"API_TYPE": "openai", "MODEL_VERSION": "judge-1"}
+        mmvet, llava = {"server": get_server("openai"), **facts}, {"VerifyResult": VerifyResult, **facts}
+        lmms_eval_judging._repair_mm_vet(mmvet, Patience(judge.url))
+        lmms_eval_judging._repair_llava(llava, Patience(judge.url))
         started = time.monotonic()
-        assert [module["get_chat_response"]("?", temperature=0.0) for _ in range(6)] == [("", "")] * 6
-        assert time.monotonic() - started < 20 and len(judge.asked) == TRIES * FAILED_IN_A_ROW
+        assert [mmvet["get_chat_response"]("?", temperature=0.0) for _ in range(6)] == [("", "")] * 6
+        verify = llava["_get_pipeline"]()
+        results = [verify(question="?", prediction="a", ground_truth="b", content="?") for _ in range(6)]
+        assert [result.metadata["scores"] for result in results] == [[-1.0, -1.0]] * 6
+        assert time.monotonic() - started < 30 and len(judge.asked) == 2 * TRIES * FAILED_IN_A_ROW
     assert unanswered({"mmvet": [{"gpt_eval_score": {"score": 0.0, "eval_model": ""}}]}) == {"mmvet": 1}
+
+
+@pytest.mark.parametrize("said", ["I like it", "7", "", FAILS, HANGS, NO_JSON])
+def test_the_kit_s_client_takes_no_failure_for_a_score(said: str) -> None:
+    from vlmeval.api import OpenAIWrapper
+    from vlmeval.dataset.utils import mmvet
+
+    with judge_server(said) as judge:
+        vlmevalkit_judging.repair_judged(judge.url)
+        from vlmeval.dataset.utils import llavabench
+
+        client = OpenAIWrapper(
+            "judge-1", key="any", api_base=f"{judge.url}/chat/completions", retry=1, timeout=0.4, wait=0
+        )
+        line = {"question": "?", "answer": "a", "prediction": "b"}
+        assert [mmvet.MMVet_auxeval(client, line)["score"] for _ in range(6)] == [-1.0] * 6
+        assert [llavabench.LLaVABench_atomeval(client, "?") for _ in range(6)] == [[-1.0, -1.0]] * 6
+        assert len(judge.asked) == 2 * TRIES * FAILED_IN_A_ROW
+
+
+def test_mm_vet_s_means_are_the_kit_s() -> None:
+    """Where every capability has rows the kit itself can say them."""
+    data = pd.DataFrame(
+        {
+            "category": ["rec,ocr", "know,gen", "spat,math", "rec", "rec,ocr"],
+            "score": [0.1, 0.2, 1.0, 0.4, 0.0],
+        }
+    )
+    code = "import pandas as pd, sys; from vlmeval.dataset.utils import mmvet; mmvet.load = lambda path: "
+    code += "pd.read_json(path); print(*[t.to_json() for t in mmvet.MMVet_acc(sys.argv[1])], sep='\\n')"
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        data.to_json(file.name)
+        done = subprocess.run(
+            [sys.executable, "-c", code, file.name], capture_output=True, text=True, timeout=300
+        )
+    theirs = [json.loads(text) for text in done.stdout.splitlines()[-2:]]
+    for ours, other in zip(vlmevalkit_judging.mm_vet_figures(data), theirs, strict=True):
+        assert json.loads(ours.to_json())["Category"] == other["Category"]
+        assert list(ours["acc"]) == pytest.approx(list(other["acc"].values()))
+        assert list(ours["tot"]) == list(other["tot"].values())

@@ -14,6 +14,7 @@ from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
 from dynllava_plugin.evaluation.identity import source_digest
 from dynllava_plugin.evaluation.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
+from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
@@ -32,6 +33,7 @@ from dynllava_plugin.evaluation.vlmevalkit_setup import (
     use_local_data,
     without_judge,
 )
+from dynllava_plugin.files import check_folder
 from dynllava_plugin.model.checkpoints.sources import read_json
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
@@ -79,6 +81,8 @@ def _run(arguments: list[str]) -> int:
         peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, own, peek)
         forwarded += ["--work-dir", str(peek.work_dir)]
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
+    asks_help = bool({"-h", "--help"} & set(arguments))
+    check_folder("--work-dir", work_dir)
     models, datasets = _selected(peek)
     judge = _judge(peek, datasets, forwarded)
 
@@ -91,32 +95,35 @@ def _run(arguments: list[str]) -> int:
         use_local_data(own.data_root)
     if peek.config is None:
         check_datasets(datasets)
-    journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(unjudged)
     if judge is not None:
         repair_judged(judge.url)
     use_gloo()
     gather_before_leaving()
-    if fresh:
-        forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
-    started = time.time()
-    sys.argv = [sys.argv[0], *forwarded]
-    kit.main()
-    if int(os.environ.get("RANK", 0)) != 0:
-        return 0
-    failures = []
-    for model in models:
-        failures += check_run(work_dir / model, model, datasets, started, unjudged)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if len(models) == 1:
-        facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
-        facts["max_new_tokens"] = own.max_new_tokens
-        scored_by = None if kit_mode == "infer" else judge
-        write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
-    if journal is not None and not failures:
-        shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
+    # One process holds the folder for all of a distributed run.
+    alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
+    with locks(alone, "another `run_vlmevalkit.py`"):
+        journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
+        if fresh:
+            forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
+        started = time.time()
+        sys.argv = [sys.argv[0], *forwarded]
+        kit.main()
+        if int(os.environ.get("RANK", 0)) != 0:
+            return 0
+        failures = []
+        for model in models:
+            failures += check_run(work_dir / model, model, datasets, started, unjudged)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        if len(models) == 1:
+            facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
+            facts["max_new_tokens"] = own.max_new_tokens
+            scored_by = None if kit_mode == "infer" else judge
+            write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
+        if journal is not None and not failures:
+            shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
     print(f"results: {work_dir}")
     return 1 if failures else 0
 
