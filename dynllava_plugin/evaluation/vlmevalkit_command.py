@@ -18,6 +18,7 @@ from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
+from dynllava_plugin.evaluation.vlmevalkit_cells import keep_cells, watch_rows
 from dynllava_plugin.evaluation.vlmevalkit_judging import BOUNDS, repair_judged
 from dynllava_plugin.evaluation.vlmevalkit_manifest import write_manifest
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
@@ -90,6 +91,8 @@ def _run(arguments: list[str]) -> int:
         os.environ.setdefault("PRED_FORMAT", "tsv")
     fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
     kit = import_kit()
+    keep_cells()
+    watch_rows(kit)
     register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
     if own.data_root is not None:
         use_local_data(own.data_root)
