@@ -202,7 +202,7 @@ def test_mm_vet_s_means_are_the_kit_s() -> None:
     """Where every capability has rows the kit itself can say them."""
     data = pd.DataFrame(
         {
-            "category": ["rec,ocr", "know,gen", "spat,math", "rec", "rec,ocr"],
+            "category": ["rec,ocr", "know,gen", "spat,math", "rec,gen", "rec,ocr"],
             "score": [0.1, 0.2, 1.0, 0.4, 0.0],
         }
     )

@@ -5,6 +5,7 @@ Both harnesses would ask a judge that fails for minutes for each sample, and the
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -88,3 +89,9 @@ def llava_scores(text: str | None) -> tuple[float, float] | None:
 def failure(count: int, of: int | None) -> str:
     """What a cell says instead of a figure."""
     return f"judge failed: {count} of {of if of is not None else '?'}"
+
+
+def failed_samples(text: str) -> int:
+    """The count in what `failure` says; 0 in another text."""
+    found = re.match(r"judge failed: (\d+) of ", text)
+    return int(found[1]) if found else 0

@@ -39,13 +39,13 @@ def repair_judged(judge: str) -> None:
 def _provide_log_module() -> None:
     """What LLaVA-Bench's scoring imports by the wrong name; a kit that has it keeps its own."""
     name = "vlmeval.dataset.smp"
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
         sys.modules[name] = ModuleType(name)
         sys.modules[f"{name}.log"] = importlib.import_module("vlmeval.smp.log")
 
 
 def _repair_mm_vet(patience: Patience) -> None:
-    utils = importlib.import_module("vlmeval.dataset.utils.mmvet")
+    utils: Any = importlib.import_module("vlmeval.dataset.utils.mmvet")
 
     def score_sample(model: Any, line: Any) -> dict[str, Any]:
         prompt, said = utils.build_mmvet_gpt4_prompt(line), ["not asked"]
@@ -78,6 +78,8 @@ def _repair_mm_vet(patience: Patience) -> None:
 def mm_vet_figures(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The kit's two tables, by capability and by set of capabilities; those without a row are left out.
 
+    The kit counts a row whose set is one capability twice in that capability; its ``Overall`` is the same.
+
     Parameters
     ----------
     data : DataFrame
@@ -109,7 +111,7 @@ def _repair_llava_bench(patience: Patience) -> None:
     from vlmeval.dataset import LLaVABench
     from vlmeval.smp import get_intermediate_file_path
 
-    utils = importlib.import_module("vlmeval.dataset.utils.llavabench")
+    utils: Any = importlib.import_module("vlmeval.dataset.utils.llavabench")
     make_figures, evaluate = utils.LLaVABench_score, LLaVABench.evaluate.__func__
 
     def score_sample(model: Any, prompt: str) -> list[float]:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.evaluation.judging import failed_samples
 from dynllava_plugin.evaluation.result_files import read_json
 from dynllava_plugin.files import write_json
 
@@ -121,4 +122,7 @@ def judge_failures(folder: Path) -> dict[str, int]:
     from vlmeval.smp import collect_run_benchmark_report
 
     rows = collect_run_benchmark_report(str(folder)) or []
-    return {row["benchmark"]: int(row["judge_failed"]) for row in rows if row.get("judge_failed")}
+    # Of a dataset with an error the kit counts all answers; ours says how many.
+    told = {row["benchmark"]: failed_samples(str(row.get("eval_error"))) for row in rows}
+    failed = {row["benchmark"]: told[row["benchmark"]] or row.get("judge_failed") for row in rows}
+    return {name: int(count) for name, count in failed.items() if count}
