@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
@@ -27,6 +29,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """`UserError` that names `flag` where nothing could be written into `folder`; it isn't made if it isn't there."""
+    place = folder.absolute()
+    try:
+        while not (place.exists() or place.is_symlink()) and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: can't be written ({error.strerror or error})") from None
 
 
 def write_json(path: Path, content: Any) -> None:

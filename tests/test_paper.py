@@ -108,7 +108,7 @@ def test_judges_and_servers_are_never_faked(results: Path) -> None:
     assert by_benchmark(table).loc[("GQA", "accuracy [%]"), "image_text vlmevalkit"] == 61
 
 
-@pytest.mark.parametrize(("unanswered", "status"), [(0, "scored"), (1, "needs judge")])
+@pytest.mark.parametrize(("unanswered", "status"), [(0, "scored"), (1, "judge failed: 1 of 8")])
 def test_a_judge_counts_where_it_answered_everything(tmp_path: Path, unanswered: int, status: str) -> None:
     judge = {"model": "gpt", "unanswered": {"mmvet": unanswered}}
     write_run(tmp_path, "image", {"mmvet": {"gpt_eval_score,none": 31.0}}, judge=judge)

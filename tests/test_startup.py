@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import fields
 import sys
 import time
+from dataclasses import fields
 from typing import Any
 
 import pytest

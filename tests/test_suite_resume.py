@@ -17,11 +17,11 @@ import pytest
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import identity
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
+from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runs as suite_runs
-from dynllava_plugin.evaluation.suite.locks import locks
 from dynllava_plugin.evaluation.suite.report import report
-from dynllava_plugin.evaluation.suite.runner import Outcome, Runner, read_state
+from dynllava_plugin.evaluation.suite.runner import WRITER, Outcome, Runner, read_state
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.model.checkpoints import sources
 from tests.test_paper import write_run
@@ -163,18 +163,18 @@ def test_sigterm_ends_what_is_running(tmp_path: Path) -> None:
 
 def test_an_orphan_holds_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "setting"
-    with locks({folder}) as held:
+    with locks({folder}, WRITER) as held:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=list(held.values()))
     try:
         with (
             pytest.raises(UserError, match="or a run that one left behind, is writing there"),
-            locks({folder}),
+            locks({folder}, WRITER),
         ):
             pass
     finally:
         orphan.kill()
         orphan.wait()
-    with locks({folder}):
+    with locks({folder}, WRITER):
         pass
     # The runner's children are such: they have the lock open.
     look = "import os, sys; fds = os.listdir('/proc/self/fd')\n"

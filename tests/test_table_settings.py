@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,51 @@ def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.Capture
     assert len(render(table, "csv").splitlines()) == 3
     assert main(["table", str(tmp_path), "--compare-paper"]) == 0
     assert line in capsys.readouterr().out
+
+
+def write_lmms_eval(folder: Path, date: str, value: float, **command: object) -> None:
+    """What lmms-eval wrote, with other arguments of generation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (source,) = (Path(__file__).parent / "harness_files" / "lmms_eval_judged").glob("*_results.json")
+    content = json.loads(source.read_text())
+    content["results"]["mmvet"]["gpt_eval_score,none"] = value
+    content["config"]["gen_kwargs"] = command.pop("gen_kwargs", None)
+    content["config"]["resolved_cli_args"].update(command)
+    (folder / f"{date}_results.json").write_text(json.dumps(content))
+    run = source.with_name(source.name.replace("results", "dynllava_run")).read_text()
+    (folder / f"{date}_dynllava_run.json").write_text(run)
+
+
+def test_what_changes_an_answer_is_part_of_a_run_s_identity(tmp_path: Path) -> None:
+    """Each a run of its own in the table, whichever came last."""
+    commands: list[dict[str, object]] = [
+        {"gen_kwargs": {"temperature": 0.7, "do_sample": True}},
+        {"gen_kwargs": {"max_new_tokens": 8}},
+        {"offset": 4},
+        {"num_fewshot": 2},
+        {"system_instruction": "Be brief."},
+        {"apply_chat_template": True},
+        {},
+    ]
+    for number, command in enumerate(commands):
+        write_lmms_eval(tmp_path, f"2026010{number + 1}_000000", 10.0 + number, **command)
+    write_lmms_eval(tmp_path, "20260109_000000", 90.0, offset=4)  # once more: the later one stands
+    rows = read_results(tmp_path)
+    rows = rows[rows["benchmark"] == "MM-Vet"]
+    assert sorted(rows["value"]) == [10, 11, 13, 14, 15, 16, 90]
+    cells = pivot(read_results(tmp_path))["MM-Vet score [%] lmms-eval"]
+    assert sorted(cells) == [10, 11, 13, 14, 15, 16, 90]
+    assert cells["tiny", "image_text, do_sample=True, seed=1234, temperature=0.7"] == 10
+    assert cells["tiny", "image_text, offset=4"] == 90 and cells["tiny", "image_text"] == 16
+
+
+def test_the_kit_s_limit_of_new_tokens_is_part_of_it_too(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "harness_files" / "vlmevalkit_judged"
+    for limit in (8, 1024):
+        shutil.copytree(source, tmp_path / str(limit))
+        path = tmp_path / str(limit) / "dynllava_run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": limit}))
+    assert {mode for _, mode in pivot(read_results(tmp_path)).index} == {
+        "image_text",
+        "image_text, max_new_tokens=8",
+    }

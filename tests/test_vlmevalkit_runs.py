@@ -131,14 +131,16 @@ def status(folder: Path, benchmark: str) -> str:
 
 def test_inferred_first_and_judged_later(folder: Path) -> None:
     assert status(folder, "MM-Vet") == "needs judge"
-    ended(folder, {"MMVet": {"metrics": {"Overall": 31.0}}}, ["MMVet"], JUDGE, asks=False)
+    ended(folder, {"MMVet": {"metrics": {"Category=Overall|acc": 31.0}}}, ["MMVet"], JUDGE, asks=False)
     assert status(folder, "MM-Vet") == "scored"
     ended(
         folder, {"POPE": {"metrics": {"Overall": 80.0}}}, ["POPE"], None
     )  # another dataset, without a judge
     assert status(folder, "MM-Vet") == status(folder, "POPE") == "scored"
     assert set(read_results(folder)["n"]) == {1}  # both datasets' counts are there
-    ended(folder, {"MMVet": {"metrics": {"Overall": 31.0}}}, ["MMVet"], None)  # asked again, not scored again
+    ended(
+        folder, {"MMVet": {"metrics": {"Category=Overall|acc": 31.0}}}, ["MMVet"], None
+    )  # asked again, not scored again
     assert status(folder, "MM-Vet") == "needs judge"
 
 

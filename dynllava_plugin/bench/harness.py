@@ -26,7 +26,8 @@ from dynllava_plugin.evaluation.benchmarks import HARNESSES, LMMS_EVAL, find_ben
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.predictions import lmms_eval_predictions, vlmevalkit_predictions
-from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.result_files import read_json
+from dynllava_plugin.evaluation.results import MANIFEST_NAME
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 OWN = "the checkpoint's own"  # policy

@@ -75,6 +75,8 @@ class Benchmark:
         Whether a harness needs a judge model to score it.
     server : bool
         Whether only a server has the answers: a run ends with a submission file.
+    questions : int
+        Of such a benchmark, whose size nobody expects who asked for the scores; 0: not said.
     repo : str
         The hub repository of lmms-eval's task; empty for our own data.
     extra : str
@@ -90,6 +92,7 @@ class Benchmark:
     split: str = ""
     judge: bool = False
     server: bool = False
+    questions: int = 0
     repo: str = ""
     extra: str = ""
     paper_table: str = ""

@@ -26,12 +26,13 @@ def _one(
     return Benchmark(name, (figure,), split=split, judge=judge, repo=repo, paper_table=table, note=note)
 
 
-def _submission(name: str, task: str, repo: str) -> Benchmark:
+def _submission(name: str, task: str, repo: str, questions: int) -> Benchmark:
     return Benchmark(
         name,
         (Metric("submission", Place(task, "submission")),),
         split="test",
         server=True,
+        questions=questions,
         repo=repo,
         note="the run writes the file to upload",
     )
@@ -186,7 +187,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _one(
         "MM-Vet",
         ("mmvet", "gpt_eval_score", 1),
-        ("MMVet", "Overall", 1),
+        ("MMVet", "Category=Overall|acc", 1),
         metric="score",
         paper="score",
         table="12",
@@ -197,7 +198,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _one(
         "LLaVA-Wild",
         ("llava_in_the_wild", "gpt_eval_llava_all", 1),
-        ("LLaVABench", "Relative Score (main)", 1),
+        ("LLaVABench", "split=overall|Relative Score (main)", 1),
         metric="score",
         paper="score",
         table="12",
@@ -229,9 +230,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         note="lmms-eval takes the mean over questions, VLMEvalKit the mean over the two sources",
     ),
     # Answers that only a server has.
-    _submission("VQAv2-test", "vqav2_test", f"{_E}VQAv2"),
-    _submission("VizWiz-test", "vizwiz_vqa_test", f"{_E}VizWiz-VQA"),
-    _submission("TextVQA-test", "textvqa_test", f"{_E}textvqa"),
+    _submission("VQAv2-test", "vqav2_test", f"{_E}VQAv2", 447_793),
+    _submission("VizWiz-test", "vizwiz_vqa_test", f"{_E}VizWiz-VQA", 8_000),
+    _submission("TextVQA-test", "textvqa_test", f"{_E}textvqa", 5_734),
     # Long answers, from `dynllava build-lvis`.
     _long_answers("LVIS-VQA single", "lvis_vqa_single", "LVIS_VQA_Single", "3", "1,000 samples of one round"),
     _long_answers(

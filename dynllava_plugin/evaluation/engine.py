@@ -84,6 +84,7 @@ class Engine:
                 device=settings.device,
                 dtype=settings.dtype,
                 attn_implementation=settings.attn_implementation,
+                quantization=settings.quantization,
                 **settings.sparsity(),
             )
         limit_pixels(processor, settings.min_pixels, settings.max_pixels)

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import judges
+from dynllava_plugin.evaluation import judges, judging
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
+from dynllava_plugin.evaluation.lmms_eval_checks import checked_generation, tell_test_splits, user_error
+from dynllava_plugin.evaluation.lmms_eval_judging import bound_judge
 from dynllava_plugin.evaluation.lmms_eval_names import check_model, watch_task_names
 from dynllava_plugin.evaluation.settings import arguments_help
+from dynllava_plugin.files import check_folder
 
 DEFAULT_OUTPUT = "results/lmms-eval"
+_OURS = ("dynllava", "dynamic_llava")
 _LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
 
 
@@ -136,16 +140,22 @@ class _Runs:
                 return evaluate(args)
             try:
                 check_model(args.model)
+                if args.model in _OURS:
+                    args.gen_kwargs = checked_generation(args.gen_kwargs)
+                args.output_path = args.output_path or DEFAULT_OUTPUT
+                check_folder("--output_path", Path(args.output_path))
             except UserError as error:
                 self.fail(error)
                 return None, None
-            args.output_path = args.output_path or DEFAULT_OUTPUT
+            tell_test_splits(args.tasks)
             wanted = judge_tasks(LMMS_EVAL) & set(args.tasks.split(","))
             judge = find_judge(LMMS_EVAL, wanted)
             if wanted:
                 args.log_samples = True  # what a judge has to read stays
                 if judge is None:
                     _without_judge(wanted)
+                else:
+                    bound_judge(judge.url)
             try:
                 results, samples = evaluate(args)
                 from dynllava_plugin.evaluation.records import RECORD
@@ -154,7 +164,7 @@ class _Runs:
                 self._check(args, results, judge, unanswered(samples) if judge else {})
                 return results, samples
             except Exception as error:
-                cause = _user_error(error)
+                cause = user_error(error)
                 if cause is None:
                     traceback.print_exc()
                 self.fail(cause or f"--tasks {args.tasks}: {type(error).__name__}: {error}")
@@ -185,20 +195,11 @@ class _Runs:
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
         for task, count in missing.items():
-            self.fail(f"task {task}: the judge gave no score for {count} samples; run it again")
+            asked = results.get("n-samples", {}).get(task, {}).get("effective")
+            self.fail(f"task {task}: {judging.failure(count, asked)}; run it again")
         facts = {"model": judge.model, "url": judge.url, "unanswered": missing} if judge else None
         _write_manifest(written, args, facts)
         print(f"results: {written}")
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` behind an error, also inside what a retry or another exception wraps."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        attempt = getattr(error, "last_attempt", None)  # tenacity.RetryError
-        error = (attempt.exception() if attempt is not None else None) or error.__cause__
-    return None
 
 
 def _write_manifest(results_file: Path, args: Namespace, judge: dict[str, Any] | None) -> None:

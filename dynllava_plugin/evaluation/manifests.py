@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results import MANIFEST_NAME, read_json
+from dynllava_plugin.evaluation.result_files import read_json, read_manifest
+from dynllava_plugin.evaluation.results import MANIFEST_NAME
 from dynllava_plugin.markup import in_markdown
 
 STATE = "run.json"  # of a run in a suite
@@ -18,7 +19,7 @@ def footer(folders: Iterable[Path]) -> str:
     manifests, states = [], set()
     for path in sorted({path for folder in folders for path in folder.rglob(f"*{MANIFEST_NAME}")}):
         try:
-            manifests.append(read_json(path))
+            manifests.append(read_manifest(path))
         except UserError:
             continue  # a table is worth more than its footer
         states.add(_state_of(path))
@@ -74,7 +75,9 @@ def _checkpoint(manifest: dict[str, Any]) -> str | None:
 
 def _device(manifest: dict[str, Any]) -> str | None:
     host = manifest.get("host") or {}
-    return host.get("accelerator") or (f"{host['processor']}, {host['cores']} cores" if host else None)
+    return host.get("accelerator") or (
+        f"{host.get('processor')}, {host.get('cores')} cores" if host else None
+    )
 
 
 def _all(values: Iterable[Any]) -> str:

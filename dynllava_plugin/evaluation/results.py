@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,17 @@ from dynllava_plugin.evaluation.benchmarks import (
     Metric,
     find_metrics,
 )
+from dynllava_plugin.evaluation.judging import failure
 from dynllava_plugin.evaluation.order import in_order
-from dynllava_plugin.evaluation.run_settings import SETTINGS, run_settings
+from dynllava_plugin.evaluation.result_files import (
+    number,
+    prediction_rows,
+    question_count,
+    read_json,
+    read_manifest,
+    say_skipped,
+)
+from dynllava_plugin.evaluation.run_settings import SETTINGS, generation_label, run_settings
 
 MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
 COUNTS = (
@@ -36,7 +45,8 @@ COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
 KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
 _NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
-# What a cell without a figure says: nobody ran it is "-", these were run.
+_KIT_RUN = re.compile(r"T\d{8}[-_].*")  # the folder in which a kit notes one start
+# What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`judging.failure`).
 SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
 
@@ -62,16 +72,13 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     Raises
     ------
     UserError
-        For a folder that doesn't exist or holds no results, or a file that can't be read.
+        For a folder that doesn't exist or holds no results. A file that isn't what a harness writes is left out,
+        and a line on the error output names it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     places = [folder] if only is None else list(only)
-    files = [path for place in places for path in place.rglob("[0-9]*_results.json")]
-    files += [path for place in places for path in place.rglob("status.json")]
-    rows: list[dict[str, Any]] = []
-    for path in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
-        rows += _lmms_eval_rows(path) if path.name != "status.json" else _vlmevalkit_rows(path)
+    rows = [row for path in _files(places) for row in _rows(path)]
     saved = folder / saved_table.NAME
     if not rows and only is None and saved.is_file():
         table = saved_table.read_saved(saved, COLUMNS, (*KEYS, "value"), ("n", *_NUMBERS), SCORED)
@@ -86,33 +93,62 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     return in_order(table).reset_index(drop=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
+def _files(places: Iterable[Path]) -> list[Path]:
+    """Results of both harnesses, the oldest first."""
+    files: dict[Path, float] = {}
+    for place in places:
+        for path in [*place.rglob("[0-9]*_results.json"), *place.rglob("status.json")]:
+            if path.name == "status.json" and _KIT_RUN.fullmatch(path.parent.name):
+                continue  # a kit's notes of one start of its own; the model's folder above has the results
+            try:
+                files[path] = path.stat().st_mtime
+            except OSError as error:
+                say_skipped(f"{path}: can't be read ({error.strerror})")
+    return sorted(files, key=lambda path: (files[path], path.name))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The figures of one file; none, and a line that says so, where it isn't what a harness writes."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not a readable JSON file ({error}); delete it or run the evaluation again"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a harness's results; delete it or name another folder")
-    return content
+        rows = list(_vlmevalkit_rows(path) if path.name == "status.json" else _lmms_eval_rows(path))
+        for row in rows:
+            _check(row)
+        return rows
+    except UserError as error:
+        say_skipped(error)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # a list for an object, a text for a number
+        say_skipped(f"{path}: not a harness's results ({type(error).__name__}: {error}); delete it")
+    return []
+
+
+def _check(row: dict[str, Any]) -> None:
+    """`TypeError` for a row with something in it that is neither a text nor a number, or a text for a number."""
+    for name, value in row.items():
+        wanted = (int, float) if name in ("n", *_NUMBERS) else (str, int, float)
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
 def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
     manifest_path = path.with_name(path.name.removesuffix("_results.json") + f"_{MANIFEST_NAME}")
-    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-    common = run_settings(manifest, content.get("config", {}).get("model_args", ""), path)
+    manifest = read_manifest(manifest_path)
+    config = content.get("config", {})
+    common = run_settings(manifest, config.get("model_args", ""), path, generation_label(config, manifest))
     for task, scores in content.get("results", {}).items():
-        count = content.get("n-samples", {}).get(task, {}).get("effective")
+        count = question_count(content.get("n-samples", {}).get(task, {}).get("effective"), path)
         counts = _counts(manifest, task)
         for benchmark, metric, key, factor in find_metrics(LMMS_EVAL, task):
             row = _row(common, LMMS_EVAL, benchmark, metric, count, counts, path)
             if benchmark.server:
                 yield {**row, "status": SUBMISSION}
             elif benchmark.judge and not _judged(manifest, task):
-                yield {**row, "status": NEEDS_JUDGE}
+                yield {**row, "status": _unjudged(manifest, task, count)}
             else:
                 value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
                 value = _recorded(manifest, task, key) if value is None else value
@@ -123,15 +159,15 @@ def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _figure(scores: dict[str, Any], key: str) -> float | None:
     """The figure under ``key,<filter>``; None where there is none, or ``N/A``."""
-    values = [value for name, value in scores.items() if name.partition(",")[0] == key]
-    return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+    values = [number(value) for name, value in scores.items() if name.partition(",")[0] == key]
+    return next((value for value in values if value is not None), None)
 
 
 def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
     manifest_path = path.with_name(MANIFEST_NAME)
-    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-    common = run_settings(manifest, "", path)
+    manifest = read_manifest(manifest_path)
+    common = run_settings(manifest, "", path, generation_label({}, manifest))
     model = content.get("model_name", path.parent.name)
     for dataset, entry in content.get("datasets", {}).items():
         if not isinstance(entry, dict):
@@ -139,18 +175,18 @@ def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
         metrics = entry.get("metrics") or {}
         counts = _counts(manifest, dataset)
         rows = (manifest.get("questions") or {}).get(dataset) or counts.get("n")
-        count = rows or prediction_rows(path.parent, f"{model}_{dataset}")
+        count = question_count(rows, path) or prediction_rows(path.parent, f"{model}_{dataset}")
         for benchmark, metric, key, factor in find_metrics(VLMEVALKIT, dataset):
             row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
             if benchmark.judge and not (metrics and _judged(manifest, dataset)):
                 if count:  # predictions are there
-                    yield {**row, "status": NEEDS_JUDGE}
+                    yield {**row, "status": _unjudged(manifest, dataset, count)}
                 continue
             if entry.get("error_message"):
                 continue
             names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
-            value = metrics[names[0]] if names else _recorded(manifest, dataset, key)
-            if isinstance(value, (int, float)):
+            value = number(metrics[names[0]]) if names else _recorded(manifest, dataset, key)
+            if value is not None:
                 yield {**row, "value": value * factor, "status": SCORED}
 
 
@@ -167,7 +203,7 @@ def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
         found = [part[task][name] for part in parts if name in part.get(task, {})]
     else:
         found = [parts[0 if generated else 1].get(task, {}).get(name)]
-    return found[0] if found else None
+    return number(found[0]) if found else None
 
 
 def _judged(manifest: dict[str, Any], task: str) -> bool:
@@ -175,6 +211,12 @@ def _judged(manifest: dict[str, Any], task: str) -> bool:
     judge = manifest.get("judge") or {}
     asked = bool(judge.get("model")) and task in judge.get("tasks", [task])
     return asked and not judge.get("unanswered", {}).get(task)
+
+
+def _unjudged(manifest: dict[str, Any], task: str, count: int | None) -> str:
+    """What the cell of a task that isn't `_judged` says."""
+    failed = (manifest.get("judge") or {}).get("unanswered", {}).get(task)
+    return failure(failed, count) if failed else NEEDS_JUDGE
 
 
 def _row(
@@ -203,12 +245,3 @@ def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
     # The perplexity task generates nothing: its answer task's counts go with it, or those of what it scored.
     scored = (manifest.get("scored") or {}).get(task) or {}
     return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or scored
-
-
-def prediction_rows(folder: Path, stem: str) -> int | None:
-    """Questions in VLMEvalKit's prediction file; None where it has none."""
-    path = folder / f"{stem}.tsv"
-    if path.is_file():
-        return len(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))
-    path = folder / f"{stem}.xlsx"
-    return len(pd.read_excel(path)) if path.is_file() else None

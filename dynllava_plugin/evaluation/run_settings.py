@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.evaluation.modes import draws_from_seed, mode_name, policy_label, uses_keep_rate
+from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import SPARSITY_KEYS
 
 # Columns of the tidy table beside the names of a row.
@@ -21,6 +22,15 @@ SETTINGS = (
     "dtype",
     "attn_implementation",
     "prompts",
+    "generation",
+)
+# Options of lmms-eval's that change what is asked or how.
+_CHANGES_ANSWERS = (
+    "offset",
+    "num_fewshot",
+    "system_instruction",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
 )
 # Of these a table says what a run had only where its runs differ in it.
 _SHOWN_WHERE_DIFFERENT = {
@@ -28,10 +38,34 @@ _SHOWN_WHERE_DIFFERENT = {
     "dtype": "{}",
     "attn_implementation": "{}",
     "prompts": "{} prompts",
+    "generation": "{}",
 }
 
 
-def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[str, Any]:
+def generation_label(config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+    """What a run asked for beyond its tasks' own generation, questions and prompts: ``temperature=0.7, offset=8``.
+
+    Parameters
+    ----------
+    config : dict
+        Of lmms-eval's results file; empty for VLMEvalKit.
+    manifest : dict
+        VLMEvalKit's tell a limit of new tokens that isn't the usual one.
+    """
+    given = config.get("gen_kwargs") or {}
+    asked = dict(given) if isinstance(given, dict) else {"gen_kwargs": given}
+    command = config.get("resolved_cli_args") or {}
+    asked |= {name: command[name] for name in _CHANGES_ANSWERS if command.get(name)}
+    if asked.get("do_sample"):
+        asked["seed"] = config.get("torch_seed")
+    if (limit := manifest.get("max_new_tokens")) not in (None, MAX_NEW_TOKENS):
+        asked["max_new_tokens"] = limit
+    return ", ".join(f"{name}={asked[name]}" for name in sorted(asked)) or None
+
+
+def run_settings(
+    manifest: dict[str, Any], model_args: str, path: Path, generation: str | None = None
+) -> dict[str, Any]:
     """``checkpoint``, ``mode``, `SETTINGS` and ``seconds`` of a run.
 
     Parameters
@@ -42,6 +76,8 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
         lmms-eval's, which tell a little of a run without a manifest.
     path : Path
         The harness's results file.
+    generation : str, optional
+        `generation_label` of the run.
     """
     given = manifest.get("settings") or {}
     if manifest:
@@ -66,6 +102,7 @@ def run_settings(manifest: dict[str, Any], model_args: str, path: Path) -> dict[
         "dtype": loaded.get("dtype") or given.get("dtype"),
         "attn_implementation": loaded.get("attn_implementation") or given.get("attn_implementation"),
         "prompts": manifest.get("prompts"),
+        "generation": generation,
         "seconds": manifest.get("seconds"),
     }
 
@@ -94,7 +131,8 @@ def told_apart(table: pd.DataFrame) -> pd.DataFrame:
     several = (hashes > 1) & table["checkpoint_hash"].notna()
     table.loc[several, "checkpoint"] += " (" + table.loc[several, "checkpoint_hash"].astype(str) + ")"
     for column, text in _SHOWN_WHERE_DIFFERENT.items():
-        if table[column].nunique() > 1:
+        # A run that asked for nothing is a run of its own beside one that did; elsewhere nothing means not known.
+        if table[column].nunique(dropna=column != "generation") > 1:
             known = table[column].notna()
             table.loc[known, "mode"] += [", " + text.format(value) for value in table.loc[known, column]]
     return table

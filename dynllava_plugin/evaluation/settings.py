@@ -37,6 +37,7 @@ class ModelSettings:
     attn_implementation: str | None = _setting(
         "sdpa, eager, flash_attention_2 (default: transformers' choice)"
     )
+    quantization: str | None = _setting("8bit or 4bit: the LLM's weights, through bitsandbytes")
     mode: str | None = _setting(f"{'|'.join(MODES)}: what is dropped (default: the checkpoint's)")
     vision_keep_rate: float | None = _setting("share of image tokens that stay, in (0, 1]")
     text_keep_rate: float | None = _setting("written down with the run; how much text stays was learned")
@@ -124,7 +125,11 @@ class ModelSettings:
             facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
         parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
-        parts += [str(value) for value in (self.dtype, self.attn_implementation) if value is not None]
+        parts += [
+            str(value)
+            for value in (self.dtype, self.attn_implementation, self.quantization)
+            if value is not None
+        ]
         parts += self.asking_labels()
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
 

@@ -68,6 +68,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:0, ...")
     add("--dtype", help="float32, bfloat16, float16, auto")
     add("--attn-implementation", "--attn_implementation", help="sdpa, eager, flash_attention_2")
+    add("--quantization", choices=("8bit", "4bit"), help="the LLM's weights, through bitsandbytes")
     add(
         "--batch-size",
         "--batch_size",
@@ -111,6 +112,8 @@ def kit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge")
     parser.add_argument("--judge-base-url")
     parser.add_argument("--judge-key")
+    parser.add_argument("--judge-retry")
+    parser.add_argument("--judge-timeout")
     return parser
 
 

@@ -14,9 +14,12 @@ from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
 from dynllava_plugin.evaluation.identity import source_digest
 from dynllava_plugin.evaluation.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
+from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser, split_modes
+from dynllava_plugin.evaluation.vlmevalkit_cells import keep_cells, watch_rows
+from dynllava_plugin.evaluation.vlmevalkit_judging import BOUNDS, repair_judged
 from dynllava_plugin.evaluation.vlmevalkit_manifest import write_manifest
 from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
 from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
@@ -31,6 +34,7 @@ from dynllava_plugin.evaluation.vlmevalkit_setup import (
     use_local_data,
     without_judge,
 )
+from dynllava_plugin.files import check_folder
 from dynllava_plugin.model.checkpoints.sources import read_json
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
@@ -67,6 +71,7 @@ def _run(arguments: list[str]) -> int:
         name: getattr(own, name)
         for name in (
             *names,
+            "quantization",
             "image_policy",
             "random_seed",
             "policy",
@@ -89,6 +94,8 @@ def _run(arguments: list[str]) -> int:
         peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, own, peek)
         forwarded += ["--work-dir", str(peek.work_dir)]
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
+    asks_help = bool({"-h", "--help"} & set(arguments))
+    check_folder("--work-dir", work_dir)
     models, datasets = _selected(peek)
     judge = _judge(peek, datasets, forwarded)
 
@@ -96,34 +103,42 @@ def _run(arguments: list[str]) -> int:
         os.environ.setdefault("PRED_FORMAT", "tsv")
     fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
     kit = import_kit()
+    keep_cells()
+    watch_rows(kit)
     register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
     if own.data_root is not None:
         use_local_data(own.data_root)
     if peek.config is None:
         check_datasets(datasets)
-    journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(unjudged)
+    if judge is not None:
+        repair_judged(judge.url)
     use_gloo()
     gather_before_leaving()
-    if fresh:
-        forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
-    started = time.time()
-    sys.argv = [sys.argv[0], *forwarded]
-    kit.main()
-    if int(os.environ.get("RANK", 0)) != 0:
-        return 0
-    failures = []
-    for model in models:
-        failures += check_run(work_dir / model, model, datasets, started, unjudged)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if len(models) == 1:
-        facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
-        scored_by = None if kit_mode == "infer" else judge
-        write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
-    if journal is not None and not failures:
-        shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
+    # One process holds the folder for all of a distributed run.
+    alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
+    with locks(alone, "another `run_vlmevalkit.py`"):
+        journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
+        if fresh:
+            forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
+        started = time.time()
+        sys.argv = [sys.argv[0], *forwarded]
+        kit.main()
+        if int(os.environ.get("RANK", 0)) != 0:
+            return 0
+        failures = []
+        for model in models:
+            failures += check_run(work_dir / model, model, datasets, started, unjudged)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        if len(models) == 1:
+            facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
+            facts["max_new_tokens"] = own.max_new_tokens
+            scored_by = None if kit_mode == "infer" else judge
+            write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
+        if journal is not None and not failures:
+            shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
     print(f"results: {work_dir}")
     return 1 if failures else 0
 
@@ -169,6 +184,9 @@ def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) 
         forwarded += ["--judge", judge.model]
     if not peek.judge_base_url:
         forwarded += ["--judge-base-url", judge.url]
+    for name, bound in BOUNDS.items():
+        if getattr(peek, name) is None:
+            forwarded += [f"--{name.replace('_', '-')}", bound]
     return judge
 
 

@@ -10,7 +10,8 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
 from dynllava_plugin.evaluation.judges import Judge
 from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.results import MANIFEST_NAME, prediction_rows, read_json
+from dynllava_plugin.evaluation.result_files import prediction_rows, read_manifest
+from dynllava_plugin.evaluation.results import MANIFEST_NAME
 from dynllava_plugin.evaluation.vlmevalkit_outcome import judge_failures
 from dynllava_plugin.files import write_json
 
@@ -44,7 +45,10 @@ def write_manifest(
     if reused:
         rows = {name: prediction_rows(folder, f"{folder.name}_{name}") for name in datasets}
         manifest["questions"] = {name: count for name, count in rows.items() if count}
-    if all(earlier.get(key) == manifest[key] for key in ("checkpoint_hash", "sparsity", "model", "prompts")):
+    if all(
+        earlier.get(key) == manifest.get(key)
+        for key in ("checkpoint_hash", "sparsity", "model", "prompts", "max_new_tokens")
+    ):
         for part in ("tokens", "scored", "questions"):
             others = {
                 name: value for name, value in (earlier.get(part) or {}).items() if name not in datasets
@@ -67,6 +71,6 @@ def _judged(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_manifest(path)
     except UserError:
         return {}  # it is written anew

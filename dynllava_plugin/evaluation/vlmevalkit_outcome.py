@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from dynllava_plugin.evaluation.judging import failed_samples
+from dynllava_plugin.evaluation.result_files import read_json
 from dynllava_plugin.files import write_json
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
@@ -88,10 +92,12 @@ def check_run(
             if not any(path.stem != f"{model}_{dataset}" and path.suffix != ".pkl" for path in files):
                 missing.append(f"{dataset}: VLMEvalKit wrote no score in {folder}")
         return missing
-    status = json.loads(status_file.read_text(encoding="utf-8")).get("datasets", {})
+    status = read_json(status_file).get("datasets", {})
     failures = []
     for dataset in datasets:
         entry = status.get(dataset, {})
+        if not _is_of_this_run(entry, started):
+            entry = {}  # an earlier run's, or another's that wrote meanwhile
         reason = entry.get("error_message") or entry.get("skip_reason")
         if entry.get("status") != "done":
             failures.append(f"{dataset}: VLMEvalKit didn't finish it (see its log in {folder.parent})")
@@ -102,9 +108,21 @@ def check_run(
     return failures
 
 
+def _is_of_this_run(entry: dict[str, Any], started: float) -> bool:
+    """Whether the kit wrote an entry of `status.json` since `started`; one without a time may be."""
+    written = entry.get("updated_at")
+    try:
+        return written is None or datetime.fromisoformat(written).timestamp() >= started - 1
+    except (TypeError, ValueError):
+        return False
+
+
 def judge_failures(folder: Path) -> dict[str, int]:
     """Answers that the judge gave no score, by dataset; datasets without any are left out."""
     from vlmeval.smp import collect_run_benchmark_report
 
     rows = collect_run_benchmark_report(str(folder)) or []
-    return {row["benchmark"]: int(row["judge_failed"]) for row in rows if row.get("judge_failed")}
+    # Of a dataset with an error the kit counts all answers; ours says how many.
+    told = {row["benchmark"]: failed_samples(str(row.get("eval_error"))) for row in rows}
+    failed = {row["benchmark"]: told[row["benchmark"]] or row.get("judge_failed") for row in rows}
+    return {name: int(count) for name, count in failed.items() if count}

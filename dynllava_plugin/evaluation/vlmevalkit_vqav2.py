@@ -27,12 +27,24 @@ class VQAv2(ImageVQADataset):
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Columns index, image_path (absolute), question, answer (the ten answers' list as text)."""
+        """Columns index, question, answer (the ten answers' list as text), and image_path (absolute) or image (base64).
+
+        Raises
+        ------
+        UserError
+            For a user's own file without a column of images.
+        """
         root = Path(LMUDataRoot())
         path = root / f"{dataset}.tsv"
         if not path.is_file():
             write_text(path, _from_hub(root / "images" / dataset).to_csv(sep="\t", index=False))
         data = pd.read_csv(path, sep="\t", dtype={"question": str, "answer": str}, keep_default_na=False)
+        if missing := [name for name in ("index", "question", "answer") if name not in data]:
+            raise UserError(f"{path}: it has no column {missing[0]}")
+        if "image" in data:  # as the kit's own files have it
+            return data
+        if "image_path" not in data:
+            raise UserError(f"{path}: it has neither a column image (base64) nor image_path")
         data["image_path"] = [str(root / "images" / dataset / name) for name in data["image_path"]]
         return data
 

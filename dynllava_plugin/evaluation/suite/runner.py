@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError, reason_in
+from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.manifests import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
@@ -27,12 +28,12 @@ from dynllava_plugin.evaluation.suite.data import (
     is_same_data,
     locate,
 )
-from dynllava_plugin.evaluation.suite.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.files import write_json
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
+WRITER = "another `dynllava eval`, or a run that one left behind,"
 PATIENCE = 45.0  # seconds to end after SIGTERM; torchrun gives its workers 30
 _UNREACHABLE = (
     "Couldn't reach",
@@ -102,7 +103,11 @@ class Runner:
         outcomes: list[Outcome] = []
         progress = Progress(len(self.runs), self.jobs, self.report)
         folders = {run.folder.parents[1] for run in self.runs}
-        with terminated_like_interrupted(), locks(folders) as held, ThreadPoolExecutor(self.jobs) as pool:
+        with (
+            terminated_like_interrupted(),
+            locks(folders, WRITER) as held,
+            ThreadPoolExecutor(self.jobs) as pool,
+        ):
             self._held = held
             pending: set[Future[Outcome]] = {pool.submit(self._guarded, run, progress) for run in self.runs}
             try:

@@ -14,8 +14,14 @@ from dynllava_plugin.errors import UserError
 
 
 @contextmanager
-def locks(folders: set[Path]) -> Iterator[dict[Path, int]]:
+def locks(folders: set[Path], writer: str) -> Iterator[dict[Path, int]]:
     """Hold each folder for this process, and for those that are given its file descriptor.
+
+    Parameters
+    ----------
+    folders : set of Path
+    writer : str
+        Who else may hold one, for the error.
 
     Yields
     ------
@@ -35,9 +41,7 @@ def locks(folders: set[Path]) -> Iterator[dict[Path, int]]:
             try:
                 fcntl.flock(files[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"{folder}: another `dynllava eval`, or a run that one left behind, is writing there"
-                ) from None
+                raise UserError(f"{folder}: {writer} is writing there") from None
     except OSError as error:
         _close(files)
         raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None

@@ -1,0 +1,91 @@
+"""lmms-eval's judged tasks within bounds: a judge that fails ends in missing scores, not in minutes for each sample.
+
+lmms-eval asks for MM-Vet's number again and again, for ever where it isn't between 0 and 1, and takes 0 in the end as
+if the judge had said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, llava_scores, mm_vet_score
+
+
+def bound_judge(judge: str) -> None:
+    """Ask for each score three times at most; `judge` is the judge's address, for messages."""
+    import lmms_eval.evaluator as harness
+
+    load: Callable[..., dict[str, Any]] = harness.get_task_dict
+
+    def bounded(loaded: dict[Any, Any]) -> None:
+        for name, task in loaded.items():
+            if isinstance(task, dict):
+                bounded(task)
+            elif name in _REPAIRS:
+                # The functions that a task's YAML names live in a module of their own for each task.
+                _REPAIRS[name](task.config.process_results.__globals__, Patience(f"{judge} of {name}"))
+
+    def load_bounded(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded = load(*args, **kwargs)
+        bounded(loaded)
+        return loaded
+
+    harness.get_task_dict = load_bounded
+
+
+def _repair_mm_vet(module: dict[str, Any], patience: Patience) -> None:
+    server, model = _impatient(module["server"]), module["MODEL_VERSION"]
+
+    def get_response(prompt: str, temperature: float = 0.0, **kwargs: Any) -> tuple[str, str]:
+        """The judge's number and name; both empty, which the task counts as no score, where it gave none."""
+        from lmms_eval.llm_judge import Request
+
+        def question(attempt: int) -> float | None:
+            config = _once(model, attempt * 0.5, 128)
+            request = Request(messages=[{"role": "user", "content": prompt}], config=config)
+            return mm_vet_score(server.evaluate(request).content)
+
+        score = patience.ask(question)
+        return ("", "") if score is None else (str(score), model)
+
+    module["get_chat_response"] = get_response
+
+
+def _repair_llava(module: dict[str, Any], patience: Patience) -> None:
+    model, result = module["MODEL_VERSION"], module["VerifyResult"]
+    made: list[Any] = []
+
+    def verify(content: str = "", **kwargs: Any) -> Any:
+        """Where the judge gave no two scores both are -1, which `judges.unanswered` counts."""
+        from lmms_eval.llm_judge import Request, get_server
+
+        if not made:
+            made.append(_impatient(get_server(module["API_TYPE"], config=_once(model, 0.0, 1024))))
+        said = [""]
+
+        def question(attempt: int) -> tuple[float, float] | None:
+            request = Request(messages=[{"role": "user", "content": content}], config=_once(model, 0.0, 1024))
+            said.append(made[0].evaluate(request).content)
+            return llava_scores(said[-1])
+
+        scores = patience.ask(question) or (-1.0, -1.0)
+        return result(score=0.0, is_correct=False, raw_output=said[-1], metadata={"scores": list(scores)})
+
+    module["_get_pipeline"] = lambda: verify
+
+
+def _once(model: str, temperature: float, max_tokens: int) -> Any:
+    from lmms_eval.llm_judge import ServerConfig
+
+    return ServerConfig(model, temperature, max_tokens, timeout=TIMEOUT, num_retries=1, retry_delay=0)
+
+
+def _impatient(server: Any) -> Any:
+    """The client waits ten minutes for an answer, three times."""
+    if getattr(server, "client", None) is not None:
+        server.client = server.client.with_options(timeout=TIMEOUT, max_retries=0)
+    return server
+
+
+_REPAIRS = {"mmvet": _repair_mm_vet, "llava_in_the_wild": _repair_llava}

@@ -1,0 +1,109 @@
+"""Cells that VLMEvalKit's files would change, kept as they were written: options, answers and predictions.
+
+The kit reads its tables with pandas' guesses and writes predictions to Excel: an option "None" is no option, a
+prediction "N/A" is missing, "=3" is a formula without a value, a long address is dropped, "007" becomes 7.
+"""
+
+from __future__ import annotations
+
+import string
+import sys
+from typing import Any
+
+import pandas as pd
+
+# What pandas takes for a missing cell and a dataset or a model may mean.
+_WORDS = {"None", "N/A", "n/a", "NA", "<NA>", "NULL", "null"}
+_MISSING = {"", "nan", "NaN", "-nan", "-NaN", "#N/A", "#NA", "#N/A N/A"}
+_TEXTS = {"question", "answer", "prediction", *string.ascii_uppercase}
+_PLACEHOLDER = "<image>"
+
+
+class _Tables:
+    """pandas as the kit's reader sees it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pd, name)
+
+    def read_csv(self, path: Any, **kwargs: Any) -> pd.DataFrame:
+        names = pd.read_csv(path, nrows=0, **kwargs).columns
+        return pd.read_csv(path, **kwargs, **_as_written(names))
+
+    def read_excel(self, path: Any, **kwargs: Any) -> pd.DataFrame:
+        names = pd.read_excel(path, nrows=0, **kwargs).columns
+        return pd.read_excel(path, **kwargs, **_as_written(names))
+
+
+def _as_written(names: Any) -> dict[str, Any]:
+    """How to read columns of these names: texts keep what they say, in the others pandas guesses as ever."""
+    missing = {name: _MISSING if name in _TEXTS else _MISSING | _WORDS for name in names}
+    return {"keep_default_na": False, "na_values": missing, "dtype": {"prediction": str}}
+
+
+def keep_cells() -> None:
+    """Let the kit read and write tables without changing what they say."""
+    import vlmeval.smp.file as files
+    import xlsxwriter
+
+    if isinstance(files.pd, _Tables):
+        return
+    files.pd = _Tables()
+    make = xlsxwriter.Workbook.__init__
+
+    def make_of_texts(self: Any, filename: Any = None, options: dict[str, Any] | None = None) -> None:
+        make(self, filename, {"strings_to_formulas": False, "strings_to_urls": False, **(options or {})})
+
+    xlsxwriter.Workbook.__init__ = make_of_texts
+
+
+def watch_rows(kit: Any) -> None:
+    """Mend what can be mended of a dataset that `kit` (its command's module) has built, and tell the rest."""
+    build = kit.build_dataset
+
+    def build_watched(name: str, *args: Any, **kwargs: Any) -> Any:
+        dataset = build(name, *args, **kwargs)
+        data = getattr(dataset, "data", None)
+        if isinstance(data, pd.DataFrame):
+            for line in mend_rows(name, data):
+                print(line, file=sys.stderr, flush=True)
+        return dataset
+
+    kit.build_dataset = build_watched
+
+
+def mend_rows(name: str, data: pd.DataFrame) -> list[str]:
+    """Take ``data:`` prefixes off images and literal placeholders out of questions, in place.
+
+    Returns
+    -------
+    list of str
+        A line for each thing that a reader of the score has to know.
+    """
+    told = []
+    if "image" in data:
+        data["image"] = [
+            [_bare(image) for image in images] if isinstance(images, list) else _bare(images)
+            for images in data["image"]
+        ]
+    if "question" in data:
+        asks = data["question"].astype(str).str.contains(_PLACEHOLDER, regex=False)
+        if asks.any():
+            texts = data.loc[asks, "question"].str.replace(_PLACEHOLDER, "", regex=False)
+            data.loc[asks, "question"] = texts.str.strip()
+            told.append(
+                f"{name}: {int(asks.sum())} questions have a literal {_PLACEHOLDER}, which is taken out; a row's "
+                "images come before its question"
+            )
+    if "index" in data:
+        repeated = int(data["index"].astype(str).duplicated().sum())
+        if repeated:
+            told.append(
+                f"{name}: {repeated} rows have the index of an earlier row; VLMEvalKit gives them its answer, so "
+                "the score isn't theirs: make the column index unique"
+            )
+    return told
+
+
+def _bare(image: Any) -> Any:
+    """Base64 without ``data:image/png;base64,`` before it."""
+    return image.partition(",")[2] if isinstance(image, str) and image.startswith("data:") else image

@@ -1,0 +1,135 @@
+"""VLMEvalKit's judged datasets, where the kit makes figures of answers that no judge gave, or can't run at all.
+
+Its MM-Vet counts 0 points for an answer that it gets no number for, and divides by zero where a capability has no
+rows (`--limit`); its LLaVA-Bench imports ``vlmeval.dataset.smp``, which doesn't exist, and takes the mean over -1
+for a missing score. Here a figure that lacks answers of the judge is an error of that dataset, which the kit notes
+in its `status.json`; the next run asks for what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, failure, llava_scores, mm_vet_score
+
+_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+_NO_SCORE = -1.0
+# The kit's own tries and seconds for one answer, six and 600: ours are counted around them.
+BOUNDS = {"judge_retry": "1", "judge_timeout": str(TIMEOUT)}
+
+
+class JudgeFailed(RuntimeError):
+    """A dataset without all of its judge's scores; its text is what a table's cell says."""
+
+
+def repair_judged(judge: str) -> None:
+    """Have MM-Vet and LLaVA-Bench scored as the module says; `judge` is the judge's address, for messages."""
+    _provide_log_module()
+    _repair_mm_vet(Patience(f"{judge} of MMVet"))
+    _repair_llava_bench(Patience(f"{judge} of LLaVABench"))
+
+
+def _provide_log_module() -> None:
+    """What LLaVA-Bench's scoring imports by the wrong name; a kit that has it keeps its own."""
+    name = "vlmeval.dataset.smp"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[f"{name}.log"] = importlib.import_module("vlmeval.smp.log")
+
+
+def _repair_mm_vet(patience: Patience) -> None:
+    utils: Any = importlib.import_module("vlmeval.dataset.utils.mmvet")
+
+    def score_sample(model: Any, line: Any) -> dict[str, Any]:
+        prompt, said = utils.build_mmvet_gpt4_prompt(line), ["not asked"]
+
+        def question(attempt: int) -> float | None:
+            said.append(str(model.generate(prompt, temperature=attempt * 0.5)))
+            return mm_vet_score(said[-1])
+
+        score = patience.ask(question)
+        return {"log": said[-1], "score": _NO_SCORE if score is None else score}
+
+    def figures(result_file: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        from vlmeval.smp import dump, load
+
+        data = load(result_file)
+        missing = data["score"].isna() | (data["score"] < 0)
+        if missing.any():
+            path = Path(result_file)
+            path.unlink()
+            kept = path.with_suffix(".pkl")  # the scores as they came in
+            if kept.is_file():
+                unknown = set(data.loc[missing, "index"])
+                dump({key: value for key, value in load(str(kept)).items() if key not in unknown}, str(kept))
+            raise JudgeFailed(failure(int(missing.sum()), len(data)))
+        return mm_vet_figures(data)
+
+    utils.MMVet_auxeval, utils.MMVet_acc = score_sample, figures
+
+
+def mm_vet_figures(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The kit's two tables, by capability and by set of capabilities; those without a row are left out.
+
+    The kit counts a row whose set is one capability twice in that capability; its ``Overall`` is the same.
+
+    Parameters
+    ----------
+    data : DataFrame
+        Columns ``category`` (capabilities, comma-separated) and ``score`` (0 to 1).
+
+    Returns
+    -------
+    (DataFrame, DataFrame)
+        Columns ``Category``, ``tot`` (questions) and ``acc`` (percent).
+    """
+    categories, scores = data["category"].astype(str), data["score"].astype(float)
+    # As in the kit, a capability is looked for anywhere in the text.
+    single = {name: scores[categories.str.contains(name, regex=False)] for name in _CAPABILITIES}
+    names = categories.str.replace(",", "_")
+    sets = {name: scores[names == name] for name in dict.fromkeys(names)}
+
+    def table(groups: dict[str, pd.Series]) -> pd.DataFrame:
+        rows = [
+            {"Category": name, "tot": len(group), "acc": group.mean() * 100}
+            for name, group in {**groups, "Overall": scores}.items()
+            if len(group)
+        ]
+        return pd.DataFrame(rows)
+
+    return table(single), table(sets)
+
+
+def _repair_llava_bench(patience: Patience) -> None:
+    from vlmeval.dataset import LLaVABench
+    from vlmeval.smp import get_intermediate_file_path
+
+    utils: Any = importlib.import_module("vlmeval.dataset.utils.llavabench")
+    make_figures, evaluate = utils.LLaVABench_score, LLaVABench.evaluate.__func__
+
+    def score_sample(model: Any, prompt: str) -> list[float]:
+        found = patience.ask(lambda attempt: llava_scores(str(model.generate(prompt))))
+        return [_NO_SCORE, _NO_SCORE] if found is None else list(found)
+
+    def figures(data: pd.DataFrame) -> pd.DataFrame:
+        given = (data[["gpt4_score", "score"]] >= 0).all(axis="columns")
+        if not given.all():
+            raise JudgeFailed(failure(int((~given).sum()), len(data)))
+        return make_figures(data)
+
+    def evaluated(cls: Any, eval_file: str, **judge: Any) -> Any:
+        try:
+            return evaluate(cls, eval_file, **judge)
+        except JudgeFailed:
+            Path(get_intermediate_file_path(eval_file, "_openai_result")).unlink(missing_ok=True)
+            raise
+
+    utils.LLaVABench_atomeval, utils.LLaVABench_score = score_sample, figures
+    LLaVABench.evaluate = classmethod(evaluated)

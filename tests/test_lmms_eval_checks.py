@@ -1,0 +1,112 @@
+"""What `lmms_eval` tells before it starts, and in one line where data is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tenacity import Future, RetryError
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.lmms_eval_checks import (
+    checked_generation,
+    missing_data,
+    tell_test_splits,
+    user_error,
+)
+from dynllava_plugin.files import check_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *((text, text) for text in (None, "", "max_new_tokens=8", "temperature=0", "until=a", "num_beams=2")),
+        ("temperature=0.7", "temperature=0.7,do_sample=True"),
+        ("temperature=0.7,do_sample=False", "temperature=0.7,do_sample=False"),
+        ("top_p=0.9,temperature=1", "top_p=0.9,temperature=1,do_sample=True"),
+    ],
+)
+def test_generation_arguments_are_taken_as_meant(given: str | None, meant: str | None) -> None:
+    assert checked_generation(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("temprature=0.7", "--gen_kwargs temprature: no such argument .*did you mean temperature"),
+        ("max_new_token=8", "did you mean max_new_tokens"),
+        ("stop=a", "--gen_kwargs stop: no such"),
+        ("min_p=0.1", "--gen_kwargs min_p: no such"),
+        ("num_return_sequences=3", "--gen_kwargs num_return_sequences: no such"),
+        ("temperature", "--gen_kwargs temperature: expected name=value"),
+        ("temperature=hot", "--gen_kwargs temperature=hot: expected a number"),
+        ("temperature=-1", "--gen_kwargs temperature=-1.0: expected a number"),
+    ],
+)
+def test_arguments_that_would_vanish_are_refused(given: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        checked_generation(given)
+
+
+def test_the_size_of_a_test_split_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_test_splits("vqav2_val,gqa,textvqa_test,easy_vqa")
+    assert capsys.readouterr().err == ""
+    tell_test_splits("vqav2,gqa,vizwiz_vqa")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "vqav2_val and vqav2_test, whose 447,793 questions" in lines[0]
+
+
+def retried(error: Exception) -> RetryError:
+    attempt = Future(3)
+    attempt.set_exception(error)
+    return RetryError(attempt)
+
+
+def test_data_that_is_missing_is_named_inside_a_retry() -> None:
+    error = retried(ConnectionError("Couldn't reach 'lmms-lab-encoder/VQAv2' on the Hub"))
+    found = user_error(error)
+    assert found is not None and "dataset lmms-lab-encoder/VQAv2 isn't here" in str(found)
+    other = missing_data(retried(ConnectionError("Couldn't reach 'someone/Some-Set' on the Hub")))
+    assert other is not None and "hf download someone/Some-Set" in str(other)
+    assert user_error(retried(ValueError("something else"))) is None
+    assert user_error(retried(UserError("ours"))) is not None
+
+
+def test_offline_without_data_is_one_line(tmp_path: Path) -> None:
+    """As it is typed; what the hub's client really raises offline."""
+    command = [sys.executable, "-m", "dynllava_plugin.evaluation.lmms_eval_command", "--model", "dynllava"]
+    command += ["--model_args", "pretrained=tiny", "--tasks", "vqav2,textvqa", "--limit", "1"]
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **home, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "dataset lmms-lab-encoder/" in errors[0] and "RetryError" not in errors[0]
+    assert "447,793 questions" in done.stderr
+
+
+def test_an_output_place_that_can_t_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere/deep")
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "deep",
+        tmp_path / "link",
+        Path("/proc/none"),
+        Path("/dev/full"),
+    ):
+        with pytest.raises(UserError, match=f"--output_path {folder}: can't be written"):
+            check_folder("--output_path", folder)
+    check_folder("--output_path", tmp_path / "new" / "deep")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
