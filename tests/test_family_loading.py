@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from dynllava_plugin import DynamicLlavaForConditionalGeneration, load_model
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints import check_settings
 from dynllava_plugin.model.families import FAMILIES as CLASSES
 from tests.families.checkpoints import FAMILIES, conversation, picture, sample_batch, write_checkpoint
 
@@ -100,6 +101,15 @@ def test_weights_that_do_not_fit(edit, message, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
         load_model(tmp_path, device="cpu")
+
+
+def test_settings_are_checked_before_weights_are_read(tmp_path):
+    write_checkpoint("qwen2_5_vl", tmp_path)
+    check_settings(tmp_path, attn_implementation="eager", policy="fastv")
+    with pytest.raises(UserError, match="attn_implementation"):
+        check_settings(tmp_path, attn_implementation="none_such")
+    with pytest.raises(UserError, match="layer 9 is outside the model"):
+        check_settings(tmp_path, policy="fastv,k=9")
 
 
 def test_a_truncated_file(tmp_path):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
+from dynllava_plugin.model.configuration import PREFIX
+from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 
 _READY = "_is_hf_initialized"  # transformers' mark of tensors and modules that initialisation leaves alone
@@ -23,10 +25,11 @@ def empty_model(
     ImportError, ValueError
         An attention implementation that isn't there.
     """
+    family: Any = FAMILIES[config.model_type.removeprefix(PREFIX)]
     with torch.device("meta"):
         if _spread_over_processes():
-            return DynamicLlavaForConditionalGeneration(config)
-        return DynamicLlavaForConditionalGeneration._from_config(config, dtype=dtype, **_options(attention))
+            return family(config)
+        return family._from_config(config, dtype=dtype, **_options(attention))
 
 
 def fill(
