@@ -26,7 +26,7 @@ DEFAULT_POLICIES = (
     "cdpruner",
     "prumerge+",
 )
-BUDGETS = ("keep", "r", "n")
+BUDGETS = ("keep", "r", "n", "ratio", "tokens")
 
 
 @dataclass(frozen=True)
