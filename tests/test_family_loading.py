@@ -112,5 +112,7 @@ def test_a_truncated_file(tmp_path):
 
 def test_a_class_refuses_another_family(tmp_path):
     write_checkpoint("qwen2_5_vl", tmp_path)
-    with pytest.raises(UserError, match="model_type 'qwen2_5_vl' is not of DynamicLlavaConfig"):
+    with pytest.raises(
+        UserError, match="model_type 'qwen2_5_vl' is not of DynamicLlavaConfig"
+    ):
         DynamicLlavaForConditionalGeneration.from_pretrained(tmp_path)
