@@ -38,7 +38,7 @@ class Mode:
 
     def context(self, layers: int, images: int, text: int, vision_rate: float, text_rate: float) -> Context:
         """What this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
-        policy = self.policy(vision_rate)
+        policy = self.policy(vision_rate).of_depth(layers)
         return context_of(policy, layers, images, policy.kept_tokens(images), text, text_rate)
 
 

@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine.load(settings, args.batch_size)
     config = engine.model.config
     wanted = subjects(args.policies, args.keep, config.sparsity, config.text_config.num_hidden_layers)
+    for subject in wanted:
+        policy = subject.of(config.sparsity).of_depth(config.text_config.num_hidden_layers)
+        engine.model.check_family(policy)
+        engine.model.check_images(policy, config)
     tasks = task_names(args.tasks)
     made_from = {
         "checkpoint": _fingerprint(engine, settings),

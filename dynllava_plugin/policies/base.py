@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -40,6 +40,7 @@ __all__ = [
     "top_tokens",
 ]
 IMAGE, OUTPUT, CACHE = "image", "output", "cache"
+P = TypeVar("P", bound="Policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Policy:
     # The LLM's, told by `of_depth`; None as long as no model is in sight. No argument of a user's.
     num_layers: int | None = field(default=None, repr=False, metadata={"argument": False})
 
-    def of_depth(self, num_layers: int) -> Policy:
+    def of_depth(self: P, num_layers: int) -> P:
         """Return the same policy in a model of `num_layers` layers."""
         return replace(self, num_layers=num_layers)
 
