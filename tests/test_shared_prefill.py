@@ -88,7 +88,10 @@ def test_shared_prompts_answer_as_whole_ones(case, seed, scenes):
 def test_who_reads_the_question():
     assert {name for name, policy in POLICIES.items() if policy.reads_question} == {
         "fastv",
+        "pyramiddrop",
+        "dart",
         "h2o",
+        "snapkv",
         "cdpruner",
     }
 

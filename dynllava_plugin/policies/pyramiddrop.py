@@ -86,9 +86,11 @@ class PyramidDrop(ImagePolicy):
 
     def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
         """As `left`; where `total` and `kept` are sums or means over images, each gate's share of them is the same."""
-        gates = self.gates(num_layers)
-        if isinstance(total, int) and self.of_depth(num_layers).kept_tokens(total) == kept:
-            return tuple(zip(gates, self.of_depth(num_layers).left(total, gates), strict=True))
+        gates, whole = self.gates(num_layers), int(total)
+        if whole == total:
+            left = self.of_depth(num_layers).left(whole, gates)
+            if left[-1] == kept:  # of one image, to the token
+                return tuple(zip(gates, left, strict=True))
         ratio = (kept / total) ** (1 / len(gates)) if total else 1.0
         return tuple((layer, total * ratio ** (stage + 1)) for stage, layer in enumerate(gates))
 
