@@ -8,7 +8,7 @@ predictors and the logits. The vision tower is in neither: it costs every mode t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,20 @@ class DecoderShape:
         return 2 * self.kv_width * itemsize
 
 
+class Segment(NamedTuple):
+    """A run of layers with one context: its prompt tokens, the share of the output that stays, and what its cache holds of both."""
+
+    layers: int
+    prompt: float
+    text_keep: float
+    held_share: float
+    held_output_share: float
+
+    def held(self, generated: float) -> float:
+        """Tokens in one layer's cache after `generated` output tokens."""
+        return self.held_share * self.prompt + self.held_output_share * self.text_keep * generated
+
+
 @dataclass(frozen=True)
 class Context:
     """What a mode leaves to layers from `split` on.
@@ -102,8 +116,11 @@ class Context:
         Share of the output tokens that stay as context from `split` on.
     image_predictor, text_predictor : bool
         Whether the predictors run.
-    held_share : float
-        Share of the tokens fed to layers from `split` on that their cache holds: a policy may let tokens go again.
+    held_share, held_output_share : float
+        Share of the prompt's and of the output tokens fed to layers from `split` on that their cache holds: a policy may let
+        tokens go again.
+    later : tuple of (layer, image tokens, text_keep)
+        Further gates: what layers from `layer` on see instead of `kept_images` and `text_keep`.
     """
 
     split: int
@@ -114,6 +131,8 @@ class Context:
     image_predictor: bool = False
     text_predictor: bool = False
     held_share: float = 1.0
+    held_output_share: float = 1.0
+    later: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def prompt(self) -> int:
@@ -124,27 +143,35 @@ class Context:
         """Tokens fed to layers from `split` on that stay as context, after `generated` output tokens."""
         return self.kept_images + self.text + self.text_keep * generated
 
+    def segments(self, layers: int) -> list[Segment]:
+        """What each run of layers between two gates sees."""
+        before = Segment(self.split, self.prompt, 1.0, 1.0, 1.0)
+        starts = [(self.split, self.kept_images, self.text_keep), *self.later]
+        ends = [start for start, _, _ in starts[1:]] + [layers]
+        return [before] + [
+            Segment(end - start, images + self.text, text_keep, self.held_share, self.held_output_share)
+            for (start, images, text_keep), end in zip(starts, ends, strict=True)
+        ]
+
     def held(self, layers: int, generated: float) -> float:
         """Tokens held, summed over `layers` layers, after `generated` output tokens."""
-        return self.split * (self.prompt + generated) + (layers - self.split) * self.held_share * self.kept(
-            generated
-        )
+        return sum(part.layers * part.held(generated) for part in self.segments(layers))
 
 
 def paper_prefill_flops(shape: DecoderShape, context: Context, batch: int = 1) -> float:
     """Eq. 13 over image tokens, as the paper's tables count: 32 B N C^2 + 4 B N^2 C a layer."""
 
-    def layer(tokens: int) -> float:
+    def layer(tokens: float) -> float:
         return 32.0 * tokens * shape.hidden**2 + 4.0 * tokens**2 * shape.hidden
 
-    return batch * (
-        context.split * layer(context.images) + (shape.layers - context.split) * layer(context.kept_images)
+    return batch * sum(
+        part.layers * layer(part.prompt - context.text) for part in context.segments(shape.layers)
     )
 
 
 def prefill_flops(shape: DecoderShape, context: Context, batch: int = 1) -> float:
     """Exact count of a prompt's prefill with logits for the last token."""
-    return batch * _pass_flops(shape, context, 0, 0)
+    return batch * _pass_flops(shape, context, 0)
 
 
 def uncached_step_flops(shape: DecoderShape, context: Context, generated: int, batch: int = 1) -> float:
@@ -154,7 +181,7 @@ def uncached_step_flops(shape: DecoderShape, context: Context, generated: int, b
     """
     if not generated:
         return prefill_flops(shape, context, batch)
-    return batch * _pass_flops(shape, context, generated, context.text_keep * (generated - 1) + 1)
+    return batch * _pass_flops(shape, context, generated)
 
 
 def token_flops(shape: DecoderShape, layers: int, seen: float) -> float:
@@ -169,11 +196,11 @@ def logits_flops(shape: DecoderShape) -> float:
 
 def decode_step_flops(shape: DecoderShape, context: Context, generated: int, batch: int = 1) -> float:
     """Exact count of the step that feeds output token number `generated` + 1 behind a cache."""
-    below = token_flops(shape, context.split, context.prompt + generated + 1)
-    held = context.held_share * context.kept(generated)
-    above = token_flops(shape, shape.layers - context.split, held + 1)
+    layers = sum(
+        token_flops(shape, part.layers, part.held(generated) + 1) for part in context.segments(shape.layers)
+    )
     predictor = 2.0 * shape.text_predictor_parameters if context.text_predictor else 0.0
-    return batch * (below + above + logits_flops(shape) + predictor)
+    return batch * (layers + logits_flops(shape) + predictor)
 
 
 def decode_step_weights(shape: DecoderShape, text_predictor: bool) -> int:
@@ -193,10 +220,12 @@ def _head(dim: int) -> int:
     return dim * dim // 2 + dim * dim // 8 + dim // 4 * 2
 
 
-def _pass_flops(shape: DecoderShape, context: Context, generated: int, kept_generated: float) -> float:
-    first = _layer_flops(shape, context.prompt + generated)
-    rest = _layer_flops(shape, context.kept_images + context.text + kept_generated)
-    total = context.split * first + (shape.layers - context.split) * rest + 2.0 * shape.hidden * shape.vocab
+def _pass_flops(shape: DecoderShape, context: Context, generated: int) -> float:
+    """The last output token is computed in every layer, those before it where they stay."""
+    total = logits_flops(shape)
+    for part in context.segments(shape.layers):
+        output = part.text_keep * (generated - 1) + 1 if generated else 0
+        total += part.layers * _layer_flops(shape, part.prompt + output)
     if context.image_predictor:
         total += 2.0 * context.images * shape.image_predictor_parameters
         total += shape.predictor_layers * 4.0 * context.images**2 * shape.predictor_dim

@@ -17,13 +17,14 @@ class Case:
     """A policy as a user writes it.
 
     `kept` is the number of image tokens that stay of each 16-token image (None: it varies); `full` the arguments with
-    which it must equal full context.
+    which it must equal full context. `gates` is their number inside the LLM.
     """
 
     text: str
     kept: int | None
     full: str
     cacheless: bool = True
+    gates: int = 1
 
 
 def floor(rate: float) -> int:
@@ -48,9 +49,21 @@ CASES = [
     Case("visionzip,n=6,contextual=2", 6, "visionzip,n=16"),
     Case("visionzip+text,positions=original", floor(0.3), ""),
     Case("divprune,r=0.25", 4, "divprune,r=1"),
-    Case("cdpruner,n=5", 5, "cdpruner,n=99"),
+    Case("cdpruner,n=5", 5, "cdpruner,n=16"),
     Case("prumerge+", None, ""),
     Case("prumerge+,keep=0.4", floor(0.4), "prumerge+,keep=1"),
+    Case("pyramiddrop,stages=2,at=2-4,ratio=0.6", 5, "pyramiddrop,keep=1", gates=2),
+    Case("pyramiddrop,tokens=12", 10, "", gates=3),
+    Case("pyramiddrop,at=3,keep=0.25", 4, ""),
+    Case("pyramiddrop+text,ratio=0.5", 2, "", gates=3),
+    Case("dart,keep=0.6", 9, "dart,keep=1"),
+    Case("dart,pivots=2,layer=1,tokens=13", 12, ""),
+    Case("snapkv,r=0.5,window=4,kernel=3", 16, "snapkv,r=1", cacheless=False),
+    Case("fastv+snapkv,k=2,fastv.r=0.5,snapkv.r=0.6", 8, "fastv+snapkv,keep=1,snapkv.r=1", cacheless=False),
+    Case("fastervlm,n=6", 6, "fastervlm,n=16"),
+    Case("vispruner,n=7,positions=original", 7, "vispruner,n=16"),
+    Case("vispruner,tokens=3", 3, ""),
+    Case("fastv,tokens=12,k=1", 11, ""),
     Case("fastv+random_text,fastv.r=0.5,random_text.r=0.5", 8, ""),
 ]
 IDS = [case.text for case in CASES]

@@ -59,6 +59,9 @@ SETTINGS = [
     "cdpruner,keep=0.4",
     "two_gates",
     "h2o,r=0.5",
+    "pyramiddrop,ratio=0.6",
+    "dart,keep=0.4",
+    "snapkv,r=0.5,window=6,kernel=3",
 ]
 drawn_shapes = st.tuples(
     st.integers(0, 2**16),

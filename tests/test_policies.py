@@ -158,7 +158,7 @@ def plain_logits(policy, sample, answer, out):
     return MODEL._logits(llm.norm(embeds))[0, -1]
 
 
-@pytest.mark.parametrize(**cases(lambda case: case.cacheless))
+@pytest.mark.parametrize(**cases(lambda case: case.cacheless and case.gates == 1))
 def test_positions_are_as_promised_and_dropped_tokens_unseen(case):
     policy = use(case.text)
     rng, samples = some_samples(2)
@@ -267,7 +267,7 @@ def test_what_a_sequential_policy_cannot_do_is_said():
     ("text", "message"),
     [
         ("fast", "policy: unknown value 'fast'; choose one of full, image, image_text"),
-        ("fastv,q=1", "fastv: no argument 'q'; it has keep, k, r"),
+        ("fastv,q=1", "fastv: no argument 'q'; it has keep, tokens, k, r"),
         ("fastv,r=1", r"fastv: r=1 is outside \[0, 1\)"),
         ("fastv,r=0.5,keep=0.5", "fastv: keep and r say the same thing"),
         ("fastv,k=9", r"fastv: layer 9 is outside the model, which has layers 0\.\.4"),

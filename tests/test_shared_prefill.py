@@ -87,7 +87,7 @@ def test_shared_prompts_answer_as_whole_ones(case, seed, scenes):
 
 def test_who_reads_the_question():
     reading = {name for name, policy in POLICIES.items() if policy.reads_question}
-    assert reading >= {"fastv", "h2o", "cdpruner"}
+    assert reading >= {"fastv", "h2o", "cdpruner", "pyramiddrop", "dart", "snapkv"}
     assert not reading & {"full", "image", "image_text", "text", "random", "random_text", "structure"}
     assert not reading & {"downsample", "visionzip", "divprune", "prumerge+"}
 

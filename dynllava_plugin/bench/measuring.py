@@ -42,7 +42,10 @@ def measure(args: argparse.Namespace) -> int:
     if args.repeats < 1 or args.warmup < 0:
         raise UserError("--repeats must be at least 1 and --warmup at least 0")
     for mode in modes:
-        mode.policy(args.vision_keep_rate).check(shape.layers)
+        policy = mode.policy(args.vision_keep_rate).of_depth(shape.layers)
+        policy.check(shape.layers)
+        if args.image_tokens:
+            policy.check_image(args.image_tokens)
     plan = Run(None, None, modes, batches, lengths, paths, args.repeats, args.warmup)  # type: ignore[arg-type]
     _check_memory(args, plan, shape, phases, device, dtype)
     common = {

@@ -42,7 +42,7 @@ class Mode:
         """What this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
         from dynllava_plugin.policies.contexts import context_of
 
-        policy = self.policy(vision_rate)
+        policy = self.policy(vision_rate).of_depth(layers)
         return context_of(policy, layers, images, policy.kept_tokens(images), text, text_rate)
 
 

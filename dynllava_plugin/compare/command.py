@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
     config = engine.model.config
     policies, layers = args.policies or DEFAULT_POLICIES, config.text_config.num_hidden_layers
     wanted = subjects(policies, args.keep, config.sparsity, layers)
+    for subject in wanted:
+        policy = subject.of(config.sparsity).of_depth(layers)
+        engine.model.check_family(policy)
+        engine.model.check_images(policy, config)
     tasks = task_names(args.tasks)
     made_from = {
         "checkpoint": _fingerprint(engine, settings),

@@ -17,7 +17,7 @@ DEFAULT_POLICIES = (
     *(name for name, policy in POLICIES.items() if policy.decides != {OUTPUT}),
     "fastv+h2o",
 )
-BUDGETS = ("keep", "r", "n")
+BUDGETS = ("keep", "r", "n", "ratio", "tokens")
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def _has_own_rule(name: str) -> bool:
 
 
 def _budget(name: str, arguments: dict[str, Any]) -> str | None:
-    """The argument that a share is given to: `keep` of image tokens, or `r` of H2O's cache alone."""
+    """The argument that a share is given to: `keep` of image tokens, or `r` of a cache alone."""
     known = arguments_of(name)
     if {key.rpartition(".")[2] for key in arguments} & set(BUDGETS):
         return None
     if "keep" in known:
         return "keep"
-    return "r" if name == "h2o" else None
+    return "r" if name in ("h2o", "snapkv") else None

@@ -74,6 +74,6 @@ class Calls:
 
     def cost(self, dense: int, sparse: int, keep: list[bool]) -> OutputCost | None:
         """As `output_cost`; None under a policy whose cache isn't split at one layer for good."""
-        if self.policy.sequential or self.policy.at_input:
+        if self.policy.sequential or self.policy.at_input or len(self.policy.splits) > 1:
             return None
         return output_cost(replace(self._decoder, sparse_layer=self.policy.gate_layer), dense, sparse, keep)

@@ -183,7 +183,7 @@ class SparseDecoder(nn.Module):
         settings = call_settings(self) or self.config.sparsity
         held = self._policy
         if held is None or held[0] != settings:
-            held = self._policy = copy.deepcopy(settings), policy_of(settings)
+            held = self._policy = copy.deepcopy(settings), policy_of(settings).of_depth(len(self.layers))
         return held[1]
 
     def new_cache(self) -> SparseContextCache:

@@ -208,6 +208,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         settings = current.replace(**policy_changes(changes))
         policy = check_policy(settings, self.config.text_config.num_hidden_layers)
         self.check_family(policy)
+        self.check_images(policy, self.config)
         return settings
 
     @classmethod
@@ -219,6 +220,12 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 f"policy: {policy.name} looks at the class token of a CLIP vision tower, which {family} doesn't give; "
                 "choose another policy"
             )
+
+    @classmethod
+    def check_images(cls, policy: Policy, config: Any) -> None:
+        """Raise `UserError` for a budget of image tokens that no image can have, where all have one number of tokens."""
+        if cls.has_class_token:
+            policy.check_image(config.image_seq_length)
 
     def positions(
         self,

@@ -141,6 +141,7 @@ def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor
         image_rows=layout.image_rows,
         image_index=image_mask.flatten().nonzero()[:, 0],
         image_seeds=layout.image_seeds,
+        image_totals=layout.image_totals or layout.image_lengths,
         output_mask=output,
         output_start=start,
     )

@@ -12,9 +12,10 @@ A policy overrides the points where it decides something and says so in `decides
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -39,6 +40,7 @@ __all__ = [
     "top_tokens",
 ]
 IMAGE, OUTPUT, CACHE = "image", "output", "cache"
+P = TypeVar("P", bound="Policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,15 @@ class Policy:
     follows: ClassVar[bool] = True
     # `keep` doesn't default to the model's rate.
     own_budget: ClassVar[bool] = False
+    # Its gates follow from the model's depth: no other policy can share its layer.
+    several_gates: ClassVar[bool] = False
+
+    # The LLM's, told by `of_depth`; None as long as no model is in sight. No argument of a user's.
+    num_layers: int | None = field(default=None, repr=False, metadata={"argument": False})
+
+    def of_depth(self: P, num_layers: int) -> P:
+        """Return the same policy in a model of `num_layers` layers."""
+        return replace(self, num_layers=num_layers)
 
     @property
     def gate_layer(self) -> int:
@@ -107,6 +118,11 @@ class Policy:
     def cache_share(self) -> float:
         """Share of the tokens fed to the layers from the gate on that their KV cache holds."""
         return 1.0
+
+    @property
+    def cache_output_share(self) -> float:
+        """The same of the output tokens alone."""
+        return self.cache_share
 
     @property
     def image_seed(self) -> int | None:
@@ -146,12 +162,22 @@ class Policy:
         """An empty KV cache."""
         return SparseContextCache(num_layers, self.splits)
 
-    def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
-        """Equivalent tokens: mean over the LLM's layers of the image tokens present, `kept` of `total` behind the decision."""
+    def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
+        """Return (layer, image tokens from it on) of every gate, in order: of `total`, `kept` are left behind the last."""
         if IMAGE not in self.decides:
-            return total
-        before = 0 if self.at_input else self.gate_layer
-        return (before * total + (num_layers - before) * kept) / num_layers
+            return ()
+        return ((0 if self.at_input else self.gate_layer, kept),)
+
+    def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
+        """Return equivalent tokens: the mean over the LLM's layers of the image tokens present, `kept` of `total` in the end."""
+        summed, start, present = 0.0, 0, total
+        for layer, left in self.image_stages(total, kept, num_layers):
+            summed += (layer - start) * present
+            start, present = layer, left
+        return (summed + (num_layers - start) * present) / num_layers
+
+    def check_image(self, total: int) -> None:
+        """`UserError` for a budget that an image of `total` tokens can't have; for models whose images all have so many."""
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """`UserError` for an argument out of range or a policy that doesn't fit the model."""
@@ -172,20 +198,63 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePolicy(Policy):
-    """A policy with a budget of image tokens: the share `keep` of each image's, at least one."""
+    """A policy with a budget of image tokens: the share `keep` of each image's, at least one.
+
+    `tokens` is the budget as papers count it, the mean over the LLM's layers of an image's tokens, whatever the layer at
+    which the policy acts; the largest that doesn't exceed it is kept. An image of no more tokens is kept whole.
+    """
 
     decides: ClassVar[frozenset[str]] = frozenset({IMAGE})
 
     keep: float = 0.2
+    tokens: float | None = None
+
+    def named_tokens(self, total: int) -> int:
+        """How many of an image's `total` tokens stay, by the policy's own arguments."""
+        return num_kept_image_tokens(total, self.keep)
 
     def kept_tokens(self, total: int) -> int:
         """How many of an image's `total` tokens stay."""
-        return num_kept_image_tokens(total, self.keep)
+        return self.named_tokens(total) if self.tokens is None else self.solved_tokens(total)
+
+    def solved_tokens(self, total: int) -> int:
+        """The most behind the gate with which the mean over layers is no more than `tokens`."""
+        assert self.tokens is not None
+        before, layers = (0, 1) if self.at_input else (self.gate_layer, self._depth)
+        found = math.floor((self.tokens * layers - before * total) / (layers - before) + 1e-9)
+        self.reached(found >= 1, (before * total + layers - before) / layers, total)
+        return min(found, total)
+
+    @property
+    def _depth(self) -> int:
+        if self.num_layers is None:
+            raise UserError(f"{self.name}: tokens={self.tokens} depends on the model's number of layers")
+        return self.num_layers
+
+    def reached(self, reached: bool, nearest: float, total: int) -> None:
+        """`UserError` unless the budget is `reached`; `nearest` is the smallest there is for an image of `total` tokens."""
+        if not reached:
+            raise UserError(
+                f"{self.name}: no setting of it leaves tokens={self.tokens} of an image's {total}; the nearest is {nearest:g}"
+            )
+
+    def check_image(self, total: int) -> None:
+        """That `tokens` or `n` isn't more than there are, and that some setting reaches it."""
+        for argument in ("tokens", "n"):
+            wanted = getattr(self, argument, None)
+            if wanted is not None and wanted > total:
+                raise UserError(f"{self.name}: {argument}={wanted}, but an image has {total} tokens")
+        self.kept_tokens(total)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """As `Policy.check`, and the budget."""
         super().check(num_layers, text_predictor)
         share(self.name, "keep", self.keep)
+        tokens = self.tokens
+        if tokens is not None and (
+            isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not tokens >= 1
+        ):
+            raise UserError(f"{self.name}: tokens={tokens!r} is not a number of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

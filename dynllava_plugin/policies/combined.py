@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import CACHE, IMAGE, OUTPUT, Choice, Gate, Patches, Policy
@@ -38,7 +38,13 @@ class Combined(Policy):
         for name in ("uses_chance", "sequential", "reads_question", "reduces_patches"):
             object.__setattr__(self, name, any(getattr(part, name) for part in self.parts))
         object.__setattr__(self, "vision_layer", self._image.vision_layer)
-        layers = {part.name: part.gate_layer for part in self.parts if not part.at_input}
+        several = next((part.name for part in self.parts if part.several_gates), None)
+        if several and CACHE in owners:
+            raise UserError(
+                f"{self.name}: {several} has gates at several layers, {owners[CACHE].name}'s cache begins at one; "
+                "combine it with a policy of one gate"
+            )
+        layers = {part.name: part.gate_layer for part in self.parts if not _apart(part)}
         if len(set(layers.values())) > 1:
             found = " and ".join(f"{name} at layer {layer}" for name, layer in layers.items())
             raise UserError(f"{self.name}: {found}; give them the same layer")
@@ -50,10 +56,15 @@ class Combined(Policy):
     def _image(self) -> Policy:
         return self._owner(IMAGE)
 
+    def of_depth(self, num_layers: int) -> Combined:
+        """Every part."""
+        parts = tuple(part.of_depth(num_layers) for part in self.parts)
+        return replace(self, parts=parts, num_layers=num_layers)
+
     @property
     def gate_layer(self) -> int:
-        """The one that its parts share."""
-        return next((part.gate_layer for part in self.parts if not part.at_input), 1)
+        """The one that its parts share, or the first."""
+        return min((part.gate_layer for part in self.parts if not part.at_input), default=1)
 
     @property
     def at_input(self) -> bool:  # type: ignore[override]
@@ -88,6 +99,11 @@ class Combined(Policy):
     def cache_share(self) -> float:
         """As the cache policy's."""
         return self._owner(CACHE).cache_share
+
+    @property
+    def cache_output_share(self) -> float:
+        """As the cache policy's."""
+        return self._owner(CACHE).cache_output_share
 
     @property
     def image_seed(self) -> int | None:
@@ -126,14 +142,23 @@ class Combined(Policy):
         owner = self._owner(CACHE)
         return owner.new_cache(num_layers) if owner is not _NOTHING else super().new_cache(num_layers)
 
-    def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
+    def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
         """As the image policy."""
-        return self._image.image_tokens(total, kept, num_layers)
+        return self._image.image_stages(total, kept, num_layers)
+
+    def check_image(self, total: int) -> None:
+        """As the image policy."""
+        self._image.check_image(total)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
         """Every part."""
         for part in self.parts:
             part.check(num_layers, text_predictor)
+
+
+def _apart(part: Policy) -> bool:
+    """Whether a part's gates may be elsewhere than the others'."""
+    return part.at_input or part.several_gates
 
 
 _NOTHING = Policy()

@@ -25,7 +25,7 @@ class DivPrune(InputPolicy):
 
     r: float | None = None
 
-    def kept_tokens(self, total: int) -> int:
+    def named_tokens(self, total: int) -> int:
         """floor(r * total), at least one."""
         return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
 

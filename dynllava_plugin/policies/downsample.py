@@ -27,6 +27,10 @@ class Downsample(InputPolicy):
 
     r: float | None = None
 
+    def named_tokens(self, total: int) -> int:
+        """floor(r * total), at least one."""
+        return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
+
     def kept_tokens(self, total: int) -> int:
         """Rows times columns of the pooled grid."""
         rows, columns = self.grid(total)
@@ -37,7 +41,7 @@ class Downsample(InputPolicy):
         side = math.isqrt(total)
         if side * side != total:
             raise UserError(f"{self.name}: {total} image tokens are not a square grid")
-        budget = num_kept_image_tokens(total, self.keep if self.r is None else self.r)
+        budget = super().kept_tokens(total)
         rows = math.isqrt(budget)
         return rows, min(budget // rows, side)
 

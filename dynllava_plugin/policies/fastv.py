@@ -31,7 +31,7 @@ class FastV(ImagePolicy):
         """The layer before."""
         return (self.k - 1,)
 
-    def kept_tokens(self, total: int) -> int:
+    def named_tokens(self, total: int) -> int:
         """floor((1 - r) * total), at least one."""
         return num_kept_image_tokens(total, self.keep if self.r is None else 1 - self.r)
 

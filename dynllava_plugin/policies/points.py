@@ -21,6 +21,8 @@ class TokenLayout:
         Image tokens; None where the call has no image.
     image_lengths : tuple of int
         Tokens of each of the call's M images, in the order of their places.
+    image_totals : tuple of int
+        The same before any gate; empty where no gate has dropped a token.
     image_rows : tuple of int
         The sample that each image belongs to.
     image_index : int64 [T], optional
@@ -49,6 +51,7 @@ class TokenLayout:
     ends_real: bool = True
     image_seeds: tuple[int, ...] | None = None
     image_marks: torch.Tensor | None = None
+    image_totals: tuple[int, ...] = ()
 
     def before_output(self, columns: torch.Tensor) -> torch.Tensor:
         """bool [L] or [B, L]: which of the call's `columns` int64 [L] come before each sample's first output token."""
@@ -57,11 +60,13 @@ class TokenLayout:
         return columns < torch.where(self.output_mask, columns, len(columns)).amin(1, keepdim=True)
 
     def image_groups(self) -> list[tuple[int, list[int]]]:
-        """(tokens an image, the images that have so many), so that each group is one rectangle."""
-        groups: dict[int, list[int]] = {}
-        for image, length in enumerate(self.image_lengths):
-            groups.setdefault(length, []).append(image)
-        return list(groups.items())
+        """(tokens an image, the images that have and had so many), so that each group is one rectangle."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for image, both in enumerate(
+            zip(self.image_lengths, self.image_totals or self.image_lengths, strict=True)
+        ):
+            groups.setdefault(both, []).append(image)
+        return [(length, images) for (length, _), images in groups.items()]
 
 
 @dataclass
@@ -132,6 +137,12 @@ class Gate:
     def tokens_per_image(self) -> int:
         """N of the images in question."""
         return self.layout.image_lengths[self.images[0]] if len(self.images) else 0
+
+    @property
+    def whole_image(self) -> int:
+        """What N was before any gate."""
+        totals = self.layout.image_totals
+        return totals[self.images[0]] if totals and len(self.images) else self.tokens_per_image
 
     @property
     def image_seeds(self) -> list[int]:

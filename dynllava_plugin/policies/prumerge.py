@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count, share
+from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count
 from dynllava_plugin.policies.visionzip import in_places
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruMergePlus(InputPolicy):
-    """How many tokens stay is the image's own affair, unless `keep` fixes the share.
+    """How many tokens stay is the image's own affair, unless `keep` or `tokens` fixes it.
 
     The class token's attention in the vision tower's last layer is taken over all channels at once. Outliers of it
     (above the third quartile by more than 1.5 interquartile ranges) stay, and so do patches spaced evenly at a third of
@@ -23,7 +23,7 @@ class PruMergePlus(InputPolicy):
 
     Notes
     -----
-    With `keep`, a quarter of the tokens are the most attended ones, the rest evenly spaced. An image without an outlier
+    With `keep` or `tokens`, a quarter of the tokens are the most attended ones, the rest evenly spaced. An image without an outlier
     keeps its most attended patch. In a batch every image has its own number (the published code takes the first's).
     """
 
@@ -38,20 +38,25 @@ class PruMergePlus(InputPolicy):
     keep: float | None = None  # type: ignore[assignment]
     neighbours: int = 32
 
-    def kept_tokens(self, total: int) -> int:
+    def named_tokens(self, total: int) -> int:
         """As many as there are at most, where the image decides."""
         return total if self.keep is None else num_kept_image_tokens(total, self.keep)
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the user says how many stay."""
+        return self.keep is not None or self.tokens is not None
 
     def chosen(self, attention: torch.Tensor) -> torch.Tensor:
         """float32 [N] -> int64 [n] places that stay, the most attended first, then the evenly spaced ones."""
         total = len(attention)
-        if self.keep is None:
+        if not self._fixed:
             low, high = torch.quantile(attention, torch.tensor([0.25, 0.75]).to(attention))
             outliers = max(1, int((attention > high + 1.5 * (high - low)).sum()))
             spacing = max(1, int(int(total / outliers) / 3))
             spaced = torch.arange(0, total - 1, spacing, device=attention.device)
         else:
-            budget = num_kept_image_tokens(total, self.keep)
+            budget = self.kept_tokens(total)
             budget -= budget > 1  # the token of all others
             outliers = max(1, budget // 4)
             spaced = None
@@ -81,7 +86,7 @@ class PruMergePlus(InputPolicy):
         """[N, c] patches -> the same with merged tokens in their places, and bool [N]."""
         total = len(hidden)
         keep = torch.zeros(total, dtype=torch.bool, device=hidden.device)
-        whole = self.keep is not None and num_kept_image_tokens(total, self.keep) == total
+        whole = self._fixed and self.kept_tokens(total) == total
         if whole:
             return hidden, ~keep
         places = self.chosen(attention)
@@ -92,7 +97,7 @@ class PruMergePlus(InputPolicy):
         near = similarity.topk(min(self.neighbours, total - 1), dim=-1).indices
         weighted = hidden.float() * attention[:, None]
         tokens = [hidden[places].float() + weighted[near].sum(1)]
-        if not bool(keep.all()) and (self.keep is None or num_kept_image_tokens(total, self.keep) > 1):
+        if not bool(keep.all()) and (not self._fixed or self.kept_tokens(total) > 1):
             tokens.append(weighted[~keep].sum(0, keepdim=True))
             first_free = (~keep).to(torch.uint8).argmax()[None]
             places = torch.cat([places, first_free])
@@ -101,8 +106,7 @@ class PruMergePlus(InputPolicy):
         return placed[0], keep
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """`keep` where it is given, positions and neighbours."""
-        if self.keep is not None:
-            super().check(num_layers, text_predictor)
-            share(self.name, "keep", self.keep)
+        """`keep` and `tokens` where they are given, positions and neighbours."""
+        whole = replace(self, keep=1.0) if self.keep is None else self
+        super(PruMergePlus, whole).check(num_layers, text_predictor)
         count(self.name, "neighbours", self.neighbours)

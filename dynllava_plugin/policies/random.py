@@ -36,7 +36,7 @@ class RandomImage(ImagePolicy):
     r: float | None = None
     seed: int = 0
 
-    def kept_tokens(self, total: int) -> int:
+    def named_tokens(self, total: int) -> int:
         """floor(r * total), at least one."""
         return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
 

@@ -11,14 +11,18 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Policy
 from dynllava_plugin.policies.cdpruner import CDPruner
 from dynllava_plugin.policies.combined import Combined
+from dynllava_plugin.policies.dart import DART
 from dynllava_plugin.policies.divprune import DivPrune
 from dynllava_plugin.policies.downsample import Downsample
+from dynllava_plugin.policies.fastervlm import FasterVLM, VisPruner
 from dynllava_plugin.policies.fastv import FastV
 from dynllava_plugin.policies.full import Full
 from dynllava_plugin.policies.h2o import H2O
 from dynllava_plugin.policies.learned import LearnedImage, LearnedImageText, LearnedText
 from dynllava_plugin.policies.prumerge import PruMergePlus
+from dynllava_plugin.policies.pyramiddrop import PyramidDrop
 from dynllava_plugin.policies.random import RandomImage, RandomText
+from dynllava_plugin.policies.snapkv import SnapKV
 from dynllava_plugin.policies.structure import Structure
 from dynllava_plugin.policies.visionzip import VisionZip
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -31,12 +35,17 @@ POLICIES: dict[str, type[Policy]] = {
         LearnedImageText,
         LearnedText,
         FastV,
+        PyramidDrop,
+        DART,
         H2O,
+        SnapKV,
         RandomImage,
         RandomText,
         Structure,
         Downsample,
         VisionZip,
+        FasterVLM,
+        VisPruner,
         DivPrune,
         CDPruner,
         PruMergePlus,
@@ -50,7 +59,7 @@ SHARED = {
     "start_layer": "sparse_layer",
     "seed": "random_seed",
 }
-_EXCLUSIVE = ("keep", "r", "n")  # ways to give one budget
+_EXCLUSIVE = ("keep", "r", "n", "ratio", "tokens")  # ways to give one budget
 
 
 def policy_of(sparsity: SparsityConfig) -> Policy:
@@ -93,11 +102,13 @@ def _policy(
         for part, policy in zip(parts, made, strict=True)
     }
     leaders = {
-        m.gate_layer for part, m in zip(parts, made, strict=True) if not follower[part] and not m.at_input
+        m.gate_layer
+        for part, m in zip(parts, made, strict=True)
+        if not (follower[part] or m.at_input or m.several_gates)
     }
     if len(leaders) == 1:
         for index, part in enumerate(parts):
-            if follower[part] and not made[index].at_input:
+            if follower[part] and not (made[index].at_input or made[index].several_gates):
                 made[index] = replace(made[index], **{made[index].layer_argument: min(leaders)})
     return Combined(parts=tuple(made))
 
@@ -142,6 +153,8 @@ def check_policy(sparsity: SparsityConfig, num_layers: int | None = None) -> Pol
     """The policy of the settings, which fit it and a model of `num_layers` layers, or a `UserError`."""
     sparsity.validate(num_layers)
     policy = policy_of(sparsity)
+    if num_layers is not None:
+        policy = policy.of_depth(num_layers)
     policy.check(num_layers, sparsity.text_predictor)
     return policy
 
@@ -194,7 +207,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _names(policy: type[Policy]) -> list[str]:
-    return [field.name for field in fields(policy)]
+    return [field.name for field in fields(policy) if field.metadata.get("argument", True)]
 
 
 def _distribute(name: str, parts: list[str], arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,7 @@ class VisionZip(InputPolicy):
     n: int | None = None
     contextual: int | None = None
 
-    def kept_tokens(self, total: int) -> int:
+    def named_tokens(self, total: int) -> int:
         """n, but no more than there are."""
         return num_kept_image_tokens(total, self.keep) if self.n is None else min(self.n, total)
 

@@ -157,7 +157,9 @@ class _Checkpoint:
         text: Any = self.config.text_config
         text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
         self.policy = check_policy(text.sparsity, text.num_hidden_layers)
-        FAMILIES[self.config.model_type.removeprefix(PREFIX)].check_family(self.policy)
+        family = FAMILIES[self.config.model_type.removeprefix(PREFIX)]
+        family.check_family(self.policy)
+        family.check_images(self.policy, self.config)
         self.tokenizer = None if self.layout == FAMILY else read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
             _add_placeholders(self.directory, self.config, self.tokenizer)

@@ -1,0 +1,180 @@
+"""SnapKV: once the prompt is read, each head of the cache keeps what the prompt's end looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.policies.base import CACHE, Policy, count, share
+from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
+from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Policy):
+    """Layers from `start_layer` on hold the share `r` of the prompt, and every token behind it.
+
+    The prompt's last `window` tokens stay. Of the others each head keeps those that these attend to most: attention summed
+    over the window and averaged along the prompt over `kernel` neighbours.
+
+    Notes
+    -----
+    The published budget is a number of tokens, here a share of the prompt. The window is at most half of the budget, so that
+    short prompts have a choice to make (the published code asks for a budget larger than the window). With grouped
+    queries a key-value head ranks by the attention of its group. What comes behind the first prompt part stays whole. As the
+    prompt is attended whole before it is cut, there is no decoding without a cache, and scoring runs step by step.
+    """
+
+    name = "snapkv"
+    rule = "what the prompt's end attends to stays in the cache of the prompt"
+    source = "arXiv 2404.14469"
+    decides = frozenset({CACHE})
+    sequential = True
+    layer_argument = "start_layer"
+
+    r: float = 0.5
+    start_layer: int = 2
+    window: int = 32
+    kernel: int = 5
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Where its cache begins to let tokens go."""
+        return (self.start_layer,)
+
+    @property
+    def cache_rule(self) -> tuple[str, float, int, int]:
+        """The cache's own."""
+        return ("snapkv", self.r, self.window, self.kernel)
+
+    @property
+    def cache_share(self) -> float:
+        """`r` of the prompt."""
+        return self.r
+
+    @property
+    def cache_output_share(self) -> float:
+        """All of the output."""
+        return 1.0
+
+    def new_cache(self, num_layers: int) -> SnapCache:
+        """A cache that cuts the prompt."""
+        return SnapCache(num_layers, self)
+
+    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+        """As `Policy.check`, r, window and kernel."""
+        super().check(num_layers, text_predictor)
+        share(self.name, "r", self.r)
+        count(self.name, "window", self.window)
+        count(self.name, "kernel", self.kernel)
+        if self.kernel % 2 == 0:
+            raise UserError(f"{self.name}: kernel={self.kernel} is not odd")
+
+
+class SnapTrack(ContextTrack):
+    """A track that holds max(1, floor(r * n)) of a prompt's n tokens."""
+
+    def __init__(self, policy: SnapKV) -> None:
+        self.policy = policy
+        super().__init__()
+
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
+        """As `ContextTrack.begin`; then plan how many tokens of a prompt stay."""
+        first = self.lengths is None
+        mask = super().begin(keep, counts)
+        if first:
+            assert self._pending is not None
+            self.arriving, self.full = keep, self._pending
+            self._pending = (self.full * self.policy.r + 1e-6).floor().long().clamp(min=1)
+            self._pending = torch.minimum(self.full, self._pending)
+            self._pending_bound = int(self._pending.max())
+            self.capacity = self._pending_bound + self.growth_step
+        return mask
+
+
+class SnapLayer(RaggedLayer):
+    """Keys and values whose prompt is stored by `observe`, once its attention is known."""
+
+    track: SnapTrack
+    _prompt: Any = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `RaggedLayer.update`."""
+        if isinstance(self.track.plan, Prefill):
+            self._prompt = (key_states, value_states)
+            return key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Store a prompt of rotated queries [B, H, L, D] and keys [B, H_kv, L, D], cut to the budget."""
+        track = self.track
+        if not isinstance(track.plan, Prefill):
+            return
+        assert track._pending is not None
+        budget = track._pending[:, None]  # [B, 1]
+        window = (budget + 1).div(2, rounding_mode="floor").clamp(max=track.policy.window)
+        seen = self._window_attention(query, key, window, scaling)
+        order = packing_order(track.arriving) if track.plan.order is None else track.plan.order
+        seen = seen.gather(2, order[:, None].expand(-1, seen.shape[1], -1))
+        places = torch.arange(order.shape[1], device=seen.device)
+        there, recent = places < track.full[:, None], places >= track.full[:, None] - window
+        seen = seen.masked_fill((recent | ~there)[:, None], 0)
+        kernel = track.policy.kernel
+        score = torch.nn.functional.avg_pool1d(seen, kernel, stride=1, padding=kernel // 2)
+        score = score.masked_fill(recent[:, None], math.inf).masked_fill(~there[:, None], -math.inf)
+        ranks = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        stays = packing_order((ranks < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1, 1)
+        self.dtype, self.device = key.dtype, key.device
+        room = track.capacity - stays.shape[2]
+        keys, values = (gather_tokens(states, order) for states in self._prompt)
+        self.keys, self.values = (
+            torch.nn.functional.pad(
+                states.gather(2, stays.expand(-1, -1, -1, states.shape[3])), (0, 0, 0, room)
+            )
+            for states in (keys, values)
+        )
+        self.is_initialized, self._prompt = True, None
+
+    def _window_attention(
+        self, query: torch.Tensor, key: torch.Tensor, window: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """float32 [B, H_kv, L]: what each column receives from its sample's last `window` [B, 1] tokens, mean over the group."""
+        arriving = self.track.arriving
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        number = arriving.cumsum(1) - 1
+        inside = arriving & (number >= self.track.full[:, None] - window)
+        rows = packing_order(inside)  # [B, w]
+        real = inside.gather(1, rows)
+        query = gather_tokens(query, rows).view(batch, groups, heads // groups, -1, width)
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", query, key).float() * scaling
+        columns = torch.arange(length, device=query.device)
+        visible = arriving[:, None] & (columns <= rows[..., None])  # [B, w, L]
+        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
+        weights = scores.softmax(-1) * real[:, None, None, :, None]
+        return weights.sum(3).mean(2)
+
+
+class SnapCache(SparseContextCache):
+    """Layers before the policy's `start_layer` hold every token, the others a part of the prompt."""
+
+    observes = True
+
+    def __init__(self, num_layers: int, policy: SnapKV) -> None:
+        super().__init__(num_layers, policy.splits)
+        self.rule = policy.cache_rule
+        self.tracks[-1] = SnapTrack(policy)
+        for index in range(policy.start_layer, num_layers):
+            self.layers[index] = SnapLayer(self.tracks[-1])
+
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Cut what a layer holds of the prompt."""
+        if isinstance(self.layers[layer], SnapLayer):
+            self.layers[layer].observe(query, key, scaling)
