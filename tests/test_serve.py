@@ -83,7 +83,9 @@ def direct(model: Any, processor: Any, text: str, *images: Image.Image, new: int
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
-    ids = model.generate(**inputs, max_new_tokens=new, do_sample=False, **more)[0, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=new, do_sample=False, **more)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     return processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -131,7 +133,7 @@ def test_an_image_by_http_url(client: Any, tiny: Any) -> None:
 
 def test_a_policy_belongs_to_a_request(client: Any, tiny: Any) -> None:
     model, processor = tiny
-    images = [boxes(shift) for shift in range(0, 16, 2)]
+    images = [boxes(shift) for shift in (0, 6, 12)]
     policies = (None, "fastv,k=1,r=0.97", "random,r=0.95")
 
     def both(image: Image.Image, policy: str | None) -> tuple[str, str]:
@@ -150,8 +152,10 @@ def test_a_policy_belongs_to_a_request(client: Any, tiny: Any) -> None:
 
 def test_bad_requests_are_one_line(client: Any) -> None:
     good = turn("What is this?")
-    refused(lambda: ask(client, good, extra_body={"policy": "fastvv"}), "policy: unknown value 'fastvv'", "fastv")
-    refused(lambda: ask(client, good, extra_body={"policy": "fastv,k=99"}), "k")
+    refused(
+        lambda: ask(client, good, extra_body={"policy": "fastvv"}), "policy: unknown value 'fastvv'", "fastv"
+    )
+    refused(lambda: ask(client, good, extra_body={"policy": "fastv,k=99"}), "layer 99 is outside the model")
     refused(lambda: ask(client, good, extra_body={"policy": 3}), "policy: 3")
     refused(lambda: ask(client, turn("word " * 3000)), "tokens", "2048", "shorten the text")
     refused(lambda: ask(client, good, max_tokens=5000), "max_tokens 5000", "2048")
@@ -195,25 +199,27 @@ def test_32_requests_at_once_equal_one_by_one(client: Any) -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_server(server: Server, client: Any, stream: bool) -> None:
-    """Ten clients that leave wanted 2,000 tokens each; the next one doesn't wait for them."""
-    endless = {"logit_bias": {"2": -100}, "max_tokens": 1900, "stream": stream}
+def test_clients_that_leave_free_the_server(client: Any) -> None:
+    """Clients that leave wanted 1,900 tokens each, minutes together; the next one doesn't wait for them."""
+    endless = {"logit_bias": {"2": -100}, "max_tokens": 1900}
     start = time.perf_counter()
-    for _ in range(10):
+    for _ in range(5):
         with pytest.raises(openai.APITimeoutError):
-            list(ask(client.with_options(timeout=0.3), turn("Go on."), **endless))
+            ask(client.with_options(timeout=0.5), turn("Go on."), **endless)
+        stream = ask(client, turn("Go on."), stream=True, **endless)
+        assert [next(stream) for _ in range(3)]
+        stream.close()
     text_of(client, turn("What is this?"))
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 20
 
 
 def test_memory_stays_flat(server: Server, client: Any) -> None:
     question = turn("What is this?", data_url(boxes()))
     for _ in range(40):
-        text_of(client, question, max_tokens=2)
+        text_of(client, question, max_tokens=1)
     before = server.resident()
     for _ in range(200):
-        text_of(client, question, max_tokens=2)
+        text_of(client, question, max_tokens=1)
     assert server.resident() - before < 8 << 20
 
 
@@ -237,9 +243,7 @@ def test_it_starts_with_what_matters_and_ends_quietly(tmp_path: Path) -> None:
     server = Server("tiny", tmp_path / "log", "--device", "cpu", "--policy", "image_text")
     client = server.client()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(
-            text_of, client, turn("Go on."), logit_bias={"2": -100}, max_tokens=1900
-        )
+        waiting = pool.submit(text_of, client, turn("Go on."), logit_bias={"2": -100}, max_tokens=1900)
         time.sleep(1)
         assert server.stop() == 0
         with pytest.raises(openai.APIError):
@@ -260,3 +264,11 @@ def test_a_port_in_use_is_one_line(server: Server, capsys: pytest.CaptureFixture
         free.bind(("127.0.0.1", 0))
     assert main(["serve", "no/such/folder", "--port", "0"]) == 2
     assert "no/such/folder" in capsys.readouterr().err
+
+
+def test_what_the_page_types(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code and "dynllava serve tiny --port 8000 --policy full" in page
+    exec(code[1].replace("http://127.0.0.1:8000/v1", server.url), {"IMAGE": data_url(boxes())})
+    assert capsys.readouterr().out.strip()

@@ -17,7 +17,6 @@ from dynllava_plugin.serve.chat import ChatHandler
 from dynllava_plugin.serve.manager import OneModel
 
 KEPT = ("/v1/models", "/health")  # of transformers' routes; the others load models or bypass the policies
-WATCH = 0.1  # seconds between two looks whether a client is still there
 
 
 def build_app(handler: ChatHandler) -> FastAPI:
@@ -39,14 +38,22 @@ def build_app(handler: ChatHandler) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict) -> Response:
         answer = asyncio.ensure_future(handler.handle_request(body, request.state.request_id))
-        while not (await asyncio.wait({answer}, timeout=WATCH))[0]:
-            if await request.is_disconnected():
-                answer.cancel()
+        gone = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            answer.cancel()
+        gone.cancel()  # a stream listens for itself
+        await asyncio.wait({answer, gone})
         if answer.cancelled():
             return _error("the server ends", 503)
         return answer.result()
 
     return app
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _error(message: str, status: int) -> JSONResponse:

@@ -78,7 +78,10 @@ class ChatHandler(ChatCompletionHandler):
         if top_p is not None and not (type(top_p) in (int, float) and 0 < top_p <= 1):
             raise UserError(f"top_p: {top_p!r} is not above 0 and at most 1")
         try:
-            config = self._build_generation_config({**body, "seed": None}, model.generation_config)
+            # The seed is set when the request's turn comes; a bias is a float to transformers.
+            bias = {int(token): float(by) for token, by in (body.get("logit_bias") or {}).items()} or None
+            given = {**body, "seed": None, "logit_bias": bias}
+            config = self._build_generation_config(given, model.generation_config)
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"generation settings: {' '.join(str(error).split())[:200]}") from None
         if temperature is not None:

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, hub id, or tiny; requests call it so")
     add(
-        "--policy", help='of requests that name none, e.g. image_text or "fastv,k=3" (default: the checkpoint\'s)'
+        "--policy",
+        help='of requests that name none, e.g. image_text or "fastv,k=3" (default: the checkpoint\'s)',
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")

@@ -101,9 +101,7 @@ class RequestGeneration(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, Any]:
         """Return the text, the prompt's length in tokens and the answer's tokens; cancelled, the thread is freed."""
-        streamer = DirectStreamer(
-            processor.tokenizer._tokenizer, asyncio.get_running_loop(), asyncio.Queue()
-        )
+        streamer = DirectStreamer(processor.tokenizer._tokenizer, asyncio.get_running_loop(), asyncio.Queue())
         self.running.add(streamer)
 
         def work() -> Any:
