@@ -19,7 +19,7 @@ from dynllava_plugin.serve.manager import OneModel
 from dynllava_plugin.serve.policy import Policies
 
 
-class Parameters(TransformersCompletionCreateParamsStreaming, total=False):
+class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # type: ignore[call-arg]
     """A request's fields: OpenAI's, transformers', and `policy`."""
 
     policy: str
