@@ -26,6 +26,10 @@ COMMANDS = {
         "dynllava_plugin.compare.command",
         "policies on one checkpoint: accuracy, equivalent tokens, time",
     ),
+    "serve": (
+        "dynllava_plugin.serve.command",
+        "an OpenAI-compatible server over one checkpoint, a policy per request",
+    ),
     "show": (
         "dynllava_plugin.visualize.command",
         "a picture of what a policy keeps of an image and its answer",

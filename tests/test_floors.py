@@ -17,7 +17,7 @@ FLOORS = (
     ("policies",),
     ("model",),
     ("dynllava_plugin", "auto_classes"),
-    ("evaluation", "compare", "bench", "visualize", "demo"),
+    ("evaluation", "compare", "bench", "visualize", "demo", "serve"),
     ("cli", "checkpoint_command"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -42,6 +42,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         "pixel_values",
     )  # what `get_image_features` takes of forward's arguments
     has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
+    fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
 
     def __init__(self, config: Any) -> None:

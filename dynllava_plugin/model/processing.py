@@ -17,6 +17,10 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN
 
+# How `apply_chat_template(..., sanitize_control_tokens=True)` marks tokens in a user's text, which are text.
+MARK = "\U000f0000"
+MARKED = re.compile(f"{MARK}.*?\U000f0001")
+
 
 class DynamicLlavaProcessor(LlavaProcessor):
     """`LlavaProcessor` with the original LLaVA-1.5's image padding and token ids, padding on the left.
@@ -97,7 +101,8 @@ class DynamicLlavaProcessor(LlavaProcessor):
         samples = [text] if isinstance(text, str) else text
         groups = _grouped(images, samples, self.image_token)
         if samples is not None:
-            check_markers(samples, groups, self.image_token)
+            shown = [MARKED.sub("", sample) for sample in samples]
+            check_markers(shown, groups, self.image_token)
             prepared = [self.prepare_text(sample) for sample in samples]
             text = prepared[0] if isinstance(text, str) else prepared
         flat = [image for group in groups for image in group]
@@ -134,13 +139,14 @@ class DynamicLlavaProcessor(LlavaProcessor):
             return text
         specials = sorted({*self.tokenizer.all_special_tokens, self.image_token}, key=len, reverse=True)
         result, previous = "", self.image_token
-        for piece in re.split("(" + "|".join(map(re.escape, specials)) + ")", text):
+        for piece in re.split(f"(?<!{MARK})(" + "|".join(map(re.escape, specials)) + ")", text):
             if not piece:
                 continue
             if piece not in specials and (self.spacing == "special" or previous == self.image_token):
                 piece = " " + piece
             result += piece
-            previous = piece
+            if result != self.tokenizer.bos_token:  # a template's own, in the place of the tokenizer's
+                previous = piece
         return result
 
 
@@ -189,7 +195,7 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
     return groups
 
 
-def _fetched(address: str) -> Image.Image:
+def fetched(address: str) -> Image.Image:
     """An image behind an http(s) or data URL, its pixels as a local file's: not turned by EXIF, which LLaVA ignores."""
     with urllib.request.urlopen(address, timeout=60) as response:
         return Image.open(io.BytesIO(response.read()))
@@ -208,7 +214,7 @@ def _rgb(image: Any, name: str) -> Image.Image:
             with Image.open(image) as opened:
                 return _eight_bits(opened).convert("RGB")
         if remote:
-            return _eight_bits(_fetched(str(image))).convert("RGB")
+            return _eight_bits(fetched(str(image))).convert("RGB")
         array = np.asarray(image)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

@@ -179,6 +179,7 @@ class _Checkpoint:
             with _quiet_transformers():
                 model, fresh = self._family_model(wanted, attn_implementation, target, bits)
             self._warn_of_fresh_predictors(fresh)
+            model.fresh_predictors = fresh
             return model.eval()
         if not is_adapter(self.directory):
             read_ahead(self.directory)
@@ -195,6 +196,7 @@ class _Checkpoint:
             bits = find_quantization(quantization, number_type)
             model = fill(model, tensors, number_type, attn_implementation, target, bits)
         model.config.name_or_path = str(self.directory)
+        model.fresh_predictors = fresh
         model.generation_config = self._generation_config()
         if quantization is None:  # quantised layers are where they belong
             torch.nn.Module.to(model, target)

@@ -1,0 +1,1 @@
+"""`dynllava serve`: transformers' OpenAI-compatible server over one checkpoint, with a policy per request."""

@@ -1,0 +1,120 @@
+"""`/v1/chat/completions`: transformers' handler; what differs is the policy, the checks and where the work is done."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transformers.cli.serving.chat_completion import (
+    ChatCompletionHandler,
+    TransformersCompletionCreateParamsStreaming,
+)
+from transformers.cli.serving.utils import DirectStreamer, GenerationState, InferenceThread
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.serve import messages
+from dynllava_plugin.serve.generation import RequestGeneration
+from dynllava_plugin.serve.manager import OneModel
+from dynllava_plugin.serve.policy import Policies
+
+
+class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # type: ignore[call-arg]
+    """A request's fields: OpenAI's, transformers', and `policy`."""
+
+    policy: str
+
+
+class ChatHandler(ChatCompletionHandler):
+    """Answers of one model, one request at a time in the order they came."""
+
+    _valid_params_class = Parameters
+
+    def __init__(self, manager: OneModel) -> None:
+        super().__init__(manager, GenerationState())
+        self.policies = Policies(manager.model)
+        self.thread = InferenceThread()
+        self.running: set[DirectStreamer] = set()
+        # A tokenizer's settings are its own for the time of a call: one call at a time.
+        self.preparing = ThreadPoolExecutor(1)
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Return a request's JSON or its stream; `UserError` for what the client can mend."""
+        self._validate_request(body)
+        model_id, model, processor = self._resolve_model(body)
+        policy = body.get("policy")
+        self.policies.check(policy)
+        seed, stop = _seed(body), _stop(body)
+        turns = messages.conversation(body.get("messages"))
+        inputs = await self._inputs(body, turns, processor)
+        inputs = inputs.to(model.device, dtype=model.dtype)
+        config = self._generation_config(body, model, inputs["input_ids"].shape[-1])
+        generation = RequestGeneration(self.thread, self.running, policy, seed, stop)
+        given = request_id, model, processor, model_id, inputs, config
+        if body.get("stream"):
+            return self._streaming(*given, gen_manager=generation, tools=body.get("tools"))
+        return await self._non_streaming(*given, gen_manager=generation, tools=body.get("tools"))
+
+    async def _inputs(self, body: dict[str, Any], turns: list[dict[str, Any]], processor: Any) -> Any:
+        """Fetch and prepare away from the event loop, which other requests' streams need."""
+        await asyncio.to_thread(messages.fetch_images, turns, processor)
+        more = body.get("chat_template_kwargs") or {}
+
+        def prepare() -> Any:
+            return messages.tensors(turns, processor, body.get("tools"), **more)
+
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, prepare)
+
+    def _generation_config(self, body: dict[str, Any], model: Any, length: int) -> Any:
+        """Return the request's generation settings, which fit behind a prompt of `length` tokens."""
+        for name in ("max_tokens", "max_completion_tokens"):
+            number = body.get(name)
+            if number is not None and (type(number) is not int or number < 1):
+                raise UserError(f"{name}: {number!r} is not a positive whole number")
+        temperature = body.get("temperature")
+        if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 2):
+            raise UserError(f"temperature: {temperature!r} is not between 0 and 2")
+        top_p = body.get("top_p")
+        if top_p is not None and not (type(top_p) in (int, float) and 0 < top_p <= 1):
+            raise UserError(f"top_p: {top_p!r} is not above 0 and at most 1")
+        try:
+            # The seed is set when the request's turn comes; a bias is a float to transformers.
+            bias = {int(token): float(by) for token, by in (body.get("logit_bias") or {}).items()} or None
+            given = {**body, "seed": None, "logit_bias": bias}
+            config = self._build_generation_config(given, model.generation_config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"generation settings: {' '.join(str(error).split())[:200]}") from None
+        if temperature is not None:
+            config.do_sample = temperature > 0
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+        room = model.config.text_config.max_position_embeddings - length
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if room < (asked or 1):
+            wanted = f" and max_tokens {asked}" if asked else ""
+            raise UserError(
+                f"messages: {length} tokens{wanted} don't fit the model's {room + length}; shorten the text"
+                f"{', take fewer images or a smaller max_tokens' if asked else ' or take fewer images'}"
+            )
+        config.max_new_tokens = min(config.max_new_tokens, room)
+        return config
+
+    def cancel_all(self) -> None:
+        """Let every answer end with its next token."""
+        for streamer in list(self.running):
+            streamer.cancel()
+
+
+def _seed(body: dict[str, Any]) -> int | None:
+    seed = body.get("seed")
+    if seed is not None and type(seed) is not int:
+        raise UserError(f"seed: {seed!r} is not a whole number")
+    return seed
+
+
+def _stop(body: dict[str, Any]) -> list[str]:
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise UserError("stop: give a text or a list of texts")
+    return stop

@@ -1,0 +1,274 @@
+"""`dynllava serve` over real HTTP, as the `openai` client and a browser's closed tab use it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dynllava_plugin import load_model
+from dynllava_plugin.cli import main
+from tests.server import Server
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+
+LONG = "Describe the image in detail."
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server("tiny", tmp_path_factory.mktemp("serve") / "log", "--device", "cpu", "--policy", "full")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    return load_model("tiny", device="cpu", policy="full")
+
+
+def boxes(shift: int = 0) -> Image.Image:
+    image = Image.new("RGB", (128, 96), "white")
+    image.paste((200, 30, 30), (10 + shift, 20, 50 + shift, 70))
+    image.paste((30, 30, 200), (70, 50, 110, 90))
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def turn(text: str, *urls: str) -> list[dict[str, Any]]:
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def ask(client: Any, messages: Any, **more: Any) -> Any:
+    settings = {"model": "tiny", "max_tokens": 40, "temperature": 0, **more}
+    return client.chat.completions.create(messages=messages, **settings)
+
+
+def text_of(client: Any, messages: Any, **more: Any) -> str:
+    return ask(client, messages, **more).choices[0].message.content
+
+
+def direct(model: Any, processor: Any, text: str, *images: Image.Image, new: int = 40, **more: Any) -> str:
+    """The answer of `generate` to the same conversation."""
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    ids = model.generate(**inputs, max_new_tokens=new, do_sample=False, **more)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def refused(call: Any, *words: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        call()
+    message = caught.value.body["message"]
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_text_and_images_are_answered_as_generate_answers(client: Any, tiny: Any) -> None:
+    assert text_of(client, [{"role": "user", "content": "What is this?"}]) == direct(*tiny, "What is this?")
+    image = boxes()
+    wanted = direct(*tiny, LONG, image)
+    assert len(wanted) > 20
+    answer = ask(client, turn(LONG, data_url(image)))
+    assert answer.choices[0].message.content == wanted
+    assert answer.usage.prompt_tokens > 64 and answer.choices[0].finish_reason == "length"
+    pieces = list(ask(client, turn(LONG, data_url(image)), stream=True))
+    assert len(pieces) > 5
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
+
+
+def test_an_image_by_http_url(client: Any, tiny: Any) -> None:
+    picture = png(boxes(9))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/boxes.png" else 404)
+            self.end_headers()
+            self.wfile.write(picture)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    pictures = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=pictures.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{pictures.server_port}"
+    try:
+        assert text_of(client, turn(LONG, f"{address}/boxes.png")) == direct(*tiny, LONG, boxes(9))
+        refused(lambda: ask(client, turn(LONG, f"{address}/none.png")), "none.png", "404")
+    finally:
+        pictures.shutdown()
+        pictures.server_close()
+
+
+def test_a_policy_belongs_to_a_request(client: Any, tiny: Any) -> None:
+    model, processor = tiny
+    images = [boxes(shift) for shift in (0, 6, 12)]
+    policies = (None, "fastv,k=1,r=0.97", "random,r=0.95")
+
+    def both(image: Image.Image, policy: str | None) -> tuple[str, str]:
+        extra = {} if policy is None else {"policy": policy}
+        return text_of(client, turn(LONG, data_url(image)), extra_body=extra), direct(
+            model, processor, LONG, image, policy=policy
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        given = [pool.submit(both, image, policy) for image in images for policy in policies]
+        pairs = [future.result() for future in given]
+    assert all(answer == wanted for answer, wanted in pairs)
+    by_policy = [[answer for answer, _ in pairs[index::3]] for index in range(3)]
+    assert by_policy[0] != by_policy[1] != by_policy[2]
+
+
+def test_bad_requests_are_one_line(client: Any) -> None:
+    good = turn("What is this?")
+    refused(
+        lambda: ask(client, good, extra_body={"policy": "fastvv"}), "policy: unknown value 'fastvv'", "fastv"
+    )
+    refused(lambda: ask(client, good, extra_body={"policy": "fastv,k=99"}), "layer 99 is outside the model")
+    refused(lambda: ask(client, good, extra_body={"policy": 3}), "policy: 3")
+    refused(lambda: ask(client, turn("word " * 3000)), "tokens", "2048", "shorten the text")
+    refused(lambda: ask(client, good, max_tokens=5000), "max_tokens 5000", "2048")
+    refused(lambda: ask(client, good, max_tokens=0), "max_tokens: 0")
+    refused(lambda: ask(client, good, temperature=-1), "temperature: -1")
+    refused(lambda: ask(client, good, model="other"), "'tiny'", "'other'")
+    refused(lambda: ask(client, turn(LONG, "/etc/hostname")), "data:, http:// or https://")
+    refused(lambda: ask(client, turn(LONG, "data:image/png;base64,AAAA")), "cannot be read as an image")
+    refused(lambda: ask(client, []), "messages")
+    refused(lambda: ask(client, [{"role": "user", "content": [{"type": "input_audio"}]}]), "input_audio")
+    assert text_of(client, good)
+
+
+def test_an_image_token_in_a_text_is_text(client: Any) -> None:
+    plain = ask(client, turn("What is this?", data_url(boxes())))
+    written = ask(client, turn("What is <image> this?</s>", data_url(boxes())))
+    more = written.usage.prompt_tokens - plain.usage.prompt_tokens
+    assert 2 < more < 16  # the letters of "<image>" and "</s>": not 64 tokens of an image, not one
+    assert ask(client, turn("What is <image>?")).usage.prompt_tokens < 64
+
+
+def test_stop_texts_and_sampling(client: Any) -> None:
+    messages = turn(LONG, data_url(boxes()))
+    whole = text_of(client, messages)
+    stop = whole[15:20]
+    wanted = whole[: whole.index(stop)]
+    answer = ask(client, messages, stop=[stop, "never"])
+    assert answer.choices[0].message.content == wanted and answer.choices[0].finish_reason == "stop"
+    pieces = ask(client, messages, stop=stop, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
+    drawn = [text_of(client, messages, temperature=2, seed=seed) for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1] and len({whole, *drawn}) > 2
+
+
+def test_32_requests_at_once_equal_one_by_one(client: Any) -> None:
+    questions = [turn(f"What is in part {n}? {LONG}", data_url(boxes(n))) for n in range(16)]
+    questions += [turn(f"Is {n} red?") for n in range(16)]
+    alone = [text_of(client, question, max_tokens=12) for question in questions]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda question: text_of(client, question, max_tokens=12), questions))
+    assert together == alone
+
+
+def test_clients_that_leave_free_the_server(client: Any) -> None:
+    """Clients that leave wanted 1,900 tokens each, minutes together; the next one doesn't wait for them."""
+    endless = {"logit_bias": {"2": -100}, "max_tokens": 1900}
+    start = time.perf_counter()
+    for _ in range(5):
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.5), turn("Go on."), **endless)
+        stream = ask(client, turn("Go on."), stream=True, **endless)
+        assert [next(stream) for _ in range(3)]
+        stream.close()
+    text_of(client, turn("What is this?"))
+    assert time.perf_counter() - start < 20
+
+
+def test_memory_stays_flat(server: Server, client: Any) -> None:
+    question = turn("What is this?", data_url(boxes()))
+    for _ in range(40):
+        text_of(client, question, max_tokens=1)
+    before = server.resident()
+    for _ in range(200):
+        text_of(client, question, max_tokens=1)
+    assert server.resident() - before < 8 << 20
+
+
+def test_another_family(tmp_path: Path) -> None:
+    from tests.families.checkpoints import write_checkpoint
+
+    folder = str(write_checkpoint("qwen2_5_vl", tmp_path / "qwen"))
+    server = Server(folder, tmp_path / "log", "--device", "cpu", "--policy", "fastv,k=2")
+    try:
+        client = server.client()
+        model, processor = load_model(folder, device="cpu", policy="fastv,k=2")
+        answer = ask(client, turn("What is this?", data_url(boxes())), model=folder, max_tokens=8)
+        assert answer.choices[0].message.content == direct(model, processor, "What is this?", boxes(), new=8)
+        written = ask(client, turn("What is <|image_pad|><|im_end|> this?"), model=folder, max_tokens=2)
+        assert written.usage.prompt_tokens > 20
+    finally:
+        assert server.stop() == 0
+
+
+def test_it_starts_with_what_matters_and_ends_quietly(tmp_path: Path) -> None:
+    server = Server("tiny", tmp_path / "log", "--device", "cpu", "--policy", "image_text")
+    client = server.client()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(text_of, client, turn("Go on."), logit_bias={"2": -100}, max_tokens=1900)
+        time.sleep(1)
+        assert server.stop() == 0
+        with pytest.raises(openai.APIError):
+            waiting.result()
+    said, serving = server.text.splitlines()
+    assert "has no predictors" in said and re.match(r"serving tiny \(image_text\) at http", serving)
+
+
+def test_a_port_in_use_is_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    port = server.url.split(":")[2].split("/")[0]
+    assert main(["serve", "tiny", "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --port: {port} on 127.0.0.1 can't be had (address already in use)")
+    assert error.count("\n") == 1
+    assert main(["serve", "tiny", "--port", "70000"]) == 2
+    assert main(["serve", "tiny", "--host", "203.0.113.7"]) == 2
+    with socket.socket() as free:  # and what's wrong with the checkpoint is the usual line
+        free.bind(("127.0.0.1", 0))
+    assert main(["serve", "no/such/folder", "--port", "0"]) == 2
+    assert "no/such/folder" in capsys.readouterr().err
+
+
+def test_what_the_page_types(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code and "dynllava serve tiny --port 8000 --policy full" in page
+    exec(code[1].replace("http://127.0.0.1:8000/v1", server.url), {"IMAGE": data_url(boxes())})
+    assert capsys.readouterr().out.strip()
