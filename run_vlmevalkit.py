@@ -2,7 +2,7 @@
 
 import sys
 
-from dynllava_plugin.evaluation.vlmevalkit_command import main
+from dynllava_plugin.evaluation.vlmevalkit.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError, nearest
-from dynllava_plugin.evaluation import table_command
-from dynllava_plugin.evaluation.generation import command as build_command
 from dynllava_plugin.evaluation.minis import command as mini_command
+from dynllava_plugin.evaluation.own_sets.generation import command as build_command
+from dynllava_plugin.evaluation.results import command as table_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 
 # Modules with `add_arguments(parser)` and `run(args)`, imported where they are asked for.

@@ -19,14 +19,14 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.answering import answer_batch
-from dynllava_plugin.evaluation.answers import Answer
-from dynllava_plugin.evaluation.journal import Journal
-from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava, LossAndGreedy
-from dynllava_plugin.evaluation.prompting import VICUNA
-from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.requests import Generation
-from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run, forget_finished
+from dynllava_plugin.evaluation.engine.answering import answer_batch
+from dynllava_plugin.evaluation.engine.answers import Answer
+from dynllava_plugin.evaluation.engine.prompting import VICUNA
+from dynllava_plugin.evaluation.engine.requests import Generation
+from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava, LossAndGreedy
+from dynllava_plugin.evaluation.results.journal import Journal
+from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
 
@@ -172,9 +172,9 @@ def test_images_are_decoded_when_their_turn_comes(lm: DynamicLlava, monkeypatch:
 
     done: list[int] = []
     lm.task_dict = {"many": {"test": Documents()}}
-    monkeypatch.setattr("dynllava_plugin.evaluation.engine._WINDOW", 4)
+    monkeypatch.setattr("dynllava_plugin.evaluation.engine.engine._WINDOW", 4)
     monkeypatch.setattr(
-        "dynllava_plugin.evaluation.engine.answer_batch",
+        "dynllava_plugin.evaluation.engine.engine.answer_batch",
         lambda calls, batch, generation: done.append(len(decoded)) or [ANSWER] * len(batch),
     )
     calls = [("is it red?", {}, visual, index, "many", "test") for index in range(20)]
@@ -194,7 +194,7 @@ def test_a_run_that_was_cut_short_asks_only_what_is_missing(
     monkeypatch.setattr(lm, "_journal", Journal(tmp_path))
     asked: list[str] = []
     monkeypatch.setattr(
-        "dynllava_plugin.evaluation.engine.answer_batch",
+        "dynllava_plugin.evaluation.engine.engine.answer_batch",
         lambda calls, batch, generation: (
             asked.extend(item.request.name for item in batch) or answer_batch(calls, batch, generation)
         ),
@@ -264,7 +264,7 @@ def test_upstream_checkout_is_found(tmp_path: Path) -> None:
     (tmp_path / "vlmeval").mkdir()
     (tmp_path / "vlmeval" / "__init__.py").touch()
     (tmp_path / "run.py").write_text("def main():\n    return 'upstream'\n")
-    code = "from dynllava_plugin.evaluation.vlmevalkit_setup import import_kit; print(import_kit().main())"
+    code = "from dynllava_plugin.evaluation.vlmevalkit.setup import import_kit; print(import_kit().main())"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "upstream", done.stderr
@@ -306,9 +306,9 @@ class Questions:
 
 def kit_model(calls: list[int], size: int = 1) -> Any:
     """The adapter with a model that answers with the question itself; it looks four batches ahead."""
-    from dynllava_plugin.evaluation.answers import Answer
-    from dynllava_plugin.evaluation.journal import Journal
-    from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+    from dynllava_plugin.evaluation.engine.answers import Answer
+    from dynllava_plugin.evaluation.results.journal import Journal
+    from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 
     class Echo:
         batch_size = size
@@ -370,8 +370,8 @@ def test_vlmevalkit_refuses_video() -> None:
 
 def test_vlmevalkit_conversations_equal_lmms_evals(lm: DynamicLlava, tmp_path: Path) -> None:
     """The same rounds, the same context, the same score."""
-    from dynllava_plugin.evaluation.vlmevalkit_model import TURNS
-    from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+    from dynllava_plugin.evaluation.vlmevalkit.model import TURNS
+    from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 
     path = tmp_path / "image.png"
     Image.new("RGB", (20, 30), "red").save(path)
@@ -403,7 +403,7 @@ def test_vlmevalkit_conversations_equal_lmms_evals(lm: DynamicLlava, tmp_path: P
     ],
 )  # fmt: skip
 def test_llava_wording(dataset: str, row: dict, text: str) -> None:
-    from dynllava_plugin.evaluation.vlmevalkit_prompts import has_own_wording, llava_question
+    from dynllava_plugin.evaluation.vlmevalkit.prompts import has_own_wording, llava_question
 
     assert has_own_wording(dataset) and llava_question(dataset, row).startswith(text)
     assert not has_own_wording("GQA_TestDev_Balanced") and not has_own_wording("CV-Bench-2D")

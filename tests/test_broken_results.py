@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.cli import main
-from dynllava_plugin.evaluation import result_files
-from dynllava_plugin.evaluation.result_files import prediction_rows
-from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.results import result_files
+from dynllava_plugin.evaluation.results.result_files import prediction_rows
+from dynllava_plugin.evaluation.results.results import read_results
 
 WRITTEN = Path(__file__).parent / "harness_files"
 LMMS, LMMS_RUN = "lmms_eval_judged/*_results.json", "lmms_eval_judged/*_dynllava_run.json"

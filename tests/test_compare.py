@@ -19,7 +19,7 @@ from dynllava_plugin.compare.costs import cache_bytes
 from dynllava_plugin.compare.report import draw, make_table, to_markdown
 from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, Subject, subjects
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.prefill_costs import context_of
+from dynllava_plugin.evaluation.engine.prefill_costs import context_of
 from dynllava_plugin.policies import policy_of
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.property_tests import examples

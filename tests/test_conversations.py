@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynllava_plugin.evaluation.costs import CachedDecoder, OutputCost, output_cost
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.prompting import VICUNA
-from dynllava_plugin.evaluation.requests import Generation
+from dynllava_plugin.evaluation.engine.costs import CachedDecoder, OutputCost, output_cost
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.prompting import VICUNA
+from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.flops import DecoderShape
 from tests.property_tests import examples

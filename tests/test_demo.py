@@ -12,7 +12,7 @@ from dynllava_plugin.demo.__main__ import main, parse_arguments
 from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
 from dynllava_plugin.demo.runs import SETTINGS, Run, evaluate, plan
 from dynllava_plugin.demo.summary import summary
-from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT, mode_name
+from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT, mode_name
 
 
 def test_every_setting_runs_in_both_harnesses(tmp_path: Path) -> None:

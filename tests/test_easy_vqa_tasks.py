@@ -9,7 +9,7 @@ import pytest
 
 from dynllava_plugin.easy_vqa import facts
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import easy_vqa, text_metrics
+from dynllava_plugin.evaluation.own_sets import easy_vqa, text_metrics
 
 
 def test_rows_are_fixed_and_shuffled(easy_vqa_data: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from PIL import Image, ImageFile
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import easy_vqa
-from dynllava_plugin.evaluation.answers import Answer, mean_counts
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.images import load_image
-from dynllava_plugin.evaluation.prompting import VICUNA
-from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.evaluation.engine.answers import Answer, mean_counts
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.images import load_image
+from dynllava_plugin.evaluation.engine.prompting import VICUNA
+from dynllava_plugin.evaluation.engine.requests import Generation, Request
+from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 SHORT = Generation.from_task({"max_new_tokens": 12})

@@ -19,17 +19,17 @@ from PIL import Image
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.requests import Generation
+from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
 from dynllava_plugin.evaluation.minis import hub_short
 from dynllava_plugin.evaluation.minis.hub import write_repo
 from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
-from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.requests import Generation
-from dynllava_plugin.evaluation.results import read_results
-from dynllava_plugin.evaluation.run_settings import run_settings
+from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.run_settings import run_settings
 from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
 
@@ -147,7 +147,7 @@ def test_both_harnesses_answer_easy_vqa_alike(
     family: str, folder: Callable[[str], Path], easy_vqa_data: Path
 ) -> None:
     """Batches of other sizes, images of other token counts than text; what stays is counted an image at a time."""
-    from dynllava_plugin.evaluation.vlmevalkit_datasets import EasyVQA
+    from dynllava_plugin.evaluation.vlmevalkit.datasets import EasyVQA
 
     settings = {"pretrained": str(folder(family)), "device": "cpu", "mode": "image_text"}
     kit, dataset = KitModel(batch_size=3, **settings), EasyVQA("EasyVQA")
@@ -314,7 +314,7 @@ def test_our_tasks_ask_lmms_evals_own_models_too(easy_vqa_data: Path) -> None:
     """By messages, as they want it; lmms-eval itself would hand them what a model asked by a text wants."""
     from lmms_eval.tasks import TaskManager
 
-    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER, tell_how_to_ask
+    from dynllava_plugin.evaluation.lmms_eval.tasks import TASKS_FOLDER, tell_how_to_ask
 
     manager = TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=False)
     loaded = manager.load_task_or_group(["easy_vqa", "easy_vqa_describe"], "chat")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dynllava_plugin.evaluation import easy_vqa
-from dynllava_plugin.evaluation.tables import read_results
+from dynllava_plugin.evaluation.own_sets import easy_vqa
+from dynllava_plugin.evaluation.results.tables import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 LMMS_EVAL = str(Path(sys.executable).with_name("lmms_eval"))
@@ -192,7 +192,7 @@ def test_vlmevalkit_fails_where_a_dataset_fails(tmp_path: Path, broken_data: Pat
 def test_vlmevalkit_names_a_bad_flag_at_once(
     flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dynllava_plugin.evaluation.vlmevalkit_command import main
+    from dynllava_plugin.evaluation.vlmevalkit.command import main
 
     assert main(["--model", "dynllava", "--data", "EasyVQA", *flags]) == 2
     assert capsys.readouterr().err.startswith(f"error: {problem}")

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dynllava_plugin.evaluation import lmms_eval_judging, vlmevalkit_judging
 from dynllava_plugin.evaluation.judges import unanswered
 from dynllava_plugin.evaluation.judging import FAILED_IN_A_ROW, TRIES, Patience, llava_scores, mm_vet_score
+from dynllava_plugin.evaluation.lmms_eval import judging as lmms_eval_judging
 from dynllava_plugin.evaluation.minis.command import make_minis
-from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.vlmevalkit import judging as vlmevalkit_judging
 from tests.judge_server import FAILS, HANGS, NO_JSON, judge_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def minis(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(harness: str, minis: Path, output: Path, url: str, *more: str) -> subprocess.CompletedProcess[str]:
     if harness == "lmms-eval":
-        command = ["-m", "dynllava_plugin.evaluation.lmms_eval_command", "--model", "dynllava"]
+        command = ["-m", "dynllava_plugin.evaluation.lmms_eval.command", "--model", "dynllava"]
         command += ["--model_args", "pretrained=tiny", "--tasks", "mmvet,llava_in_the_wild"]
         command += ["--gen_kwargs", "max_new_tokens=4", "--output_path", str(output)]
     else:

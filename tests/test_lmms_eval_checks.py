@@ -11,7 +11,7 @@ import pytest
 from tenacity import Future, RetryError
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.lmms_eval_checks import (
+from dynllava_plugin.evaluation.lmms_eval.checks import (
     checked_generation,
     missing_data,
     tell_test_splits,
@@ -79,7 +79,7 @@ def test_data_that_is_missing_is_named_inside_a_retry() -> None:
 
 def test_offline_without_data_is_one_line(tmp_path: Path) -> None:
     """As it is typed; what the hub's client really raises offline."""
-    command = [sys.executable, "-m", "dynllava_plugin.evaluation.lmms_eval_command", "--model", "dynllava"]
+    command = [sys.executable, "-m", "dynllava_plugin.evaluation.lmms_eval.command", "--model", "dynllava"]
     command += ["--model_args", "pretrained=tiny", "--tasks", "vqav2,textvqa", "--limit", "1"]
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

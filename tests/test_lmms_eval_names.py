@@ -8,8 +8,8 @@ import pytest
 from lmms_eval.tasks import TaskManager
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.lmms_eval_names import check_model, watch_task_names
-from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
+from dynllava_plugin.evaluation.lmms_eval.names import check_model, watch_task_names
+from dynllava_plugin.evaluation.lmms_eval.tasks import TASKS_FOLDER
 
 
 @pytest.fixture

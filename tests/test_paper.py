@@ -12,14 +12,29 @@ import pytest
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import easy_vqa, lmms_eval_command, vlmevalkit_command
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from dynllava_plugin.evaluation.manifests import footer
-from dynllava_plugin.evaluation.paper import METHODS, compare, paper_results, paper_value, render_comparison
-from dynllava_plugin.evaluation.table_command import benchmarks_text
-from dynllava_plugin.evaluation.tables import by_benchmark, read_results, render
+from dynllava_plugin.evaluation.lmms_eval import command as lmms_eval_command
+from dynllava_plugin.evaluation.own_sets import easy_vqa
+from dynllava_plugin.evaluation.results.command import benchmarks_text
+from dynllava_plugin.evaluation.results.manifests import footer
+from dynllava_plugin.evaluation.results.paper import (
+    METHODS,
+    compare,
+    paper_results,
+    paper_value,
+    render_comparison,
+)
+from dynllava_plugin.evaluation.results.tables import by_benchmark, read_results, render
+from dynllava_plugin.evaluation.vlmevalkit import command as vlmevalkit_command
 
-CSV = Path(__file__).resolve().parents[1] / "dynllava_plugin" / "evaluation" / "data" / "paper_results.csv"
+CSV = (
+    Path(__file__).resolve().parents[1]
+    / "dynllava_plugin"
+    / "evaluation"
+    / "results"
+    / "data"
+    / "paper_results.csv"
+)
 
 
 def write_run(folder: Path, mode: str, scores: dict[str, dict[str, Any]], **manifest: Any) -> None:

@@ -11,11 +11,11 @@ from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
+from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
+from dynllava_plugin.evaluation.results.tables import mode_name
 from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.evaluation.tables import mode_name
-from dynllava_plugin.evaluation.vlmevalkit_command import main
-from dynllava_plugin.evaluation.vlmevalkit_model import DynamicLlava as KitModel
+from dynllava_plugin.evaluation.vlmevalkit.command import main
+from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.policies.registry import parse_policy, policy_changes
 from tests.policy_cases import Case, cases
 

@@ -9,8 +9,8 @@ import pytest
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results import COLUMNS, read_results
-from dynllava_plugin.evaluation.tables import render
+from dynllava_plugin.evaluation.results.results import COLUMNS, read_results
+from dynllava_plugin.evaluation.results.tables import render
 from tests.test_paper import write_kit, write_run
 
 ROOT = Path(__file__).resolve().parents[1]

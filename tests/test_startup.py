@@ -135,7 +135,7 @@ def test_what_a_caller_waits_for(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_lmms_evals_help_ends_with_our_model_arguments() -> None:
-    code = "import sys; from dynllava_plugin.evaluation.lmms_eval_command import main; main()"
+    code = "import sys; from dynllava_plugin.evaluation.lmms_eval.command import main; main()"
     theirs, _, ours = python(code, "--help").partition("--model_args of --model dynllava")
     assert "usage: lmms-eval" in theirs
     assert [line.split()[0] for line in ours.splitlines()[1:]] == [

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import easy_vqa, judges
-from dynllava_plugin.evaluation.answers import Answer, Score
+from dynllava_plugin.evaluation import judges
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from dynllava_plugin.evaluation.costs import OutputCost
-from dynllava_plugin.evaluation.journal import Journal, entry_key
-from dynllava_plugin.evaluation.manifests import footer
+from dynllava_plugin.evaluation.engine.answers import Answer, Score
+from dynllava_plugin.evaluation.engine.costs import OutputCost
+from dynllava_plugin.evaluation.own_sets import easy_vqa
+from dynllava_plugin.evaluation.results.journal import Journal, entry_key
+from dynllava_plugin.evaluation.results.manifests import footer
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runner
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
@@ -196,7 +197,7 @@ def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
     ]
     roots = [plan(config(tmp_path, **variant), None)[0].folder.parents[1] for variant in variants]
     (model / "model.safetensors").write_bytes(b"two")  # the same size and, perhaps, the same time
-    from dynllava_plugin.evaluation.identity import checkpoint_hash
+    from dynllava_plugin.evaluation.results.identity import checkpoint_hash
 
     checkpoint_hash.cache_clear()
     roots.append(plan(config(tmp_path, pretrained=str(model)), None)[0].folder.parents[1])
@@ -212,7 +213,7 @@ def test_commands_are_the_harnesses_own(tmp_path: Path) -> None:
     lmms, kit = plan(chosen, None)[:2]
     assert (
         "torch.distributed.run" in lmms.command
-        and "dynllava_plugin.evaluation.lmms_eval_command" in lmms.command
+        and "dynllava_plugin.evaluation.lmms_eval.command" in lmms.command
     )
     text = " ".join(lmms.command)
     assert "--model_args pretrained=tiny,mode=image --log_samples --tasks gqa --batch_size 8" in text

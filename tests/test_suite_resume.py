@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import identity
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
 from dynllava_plugin.evaluation.locks import locks
+from dynllava_plugin.evaluation.results import identity
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runs as suite_runs
 from dynllava_plugin.evaluation.suite.report import report

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.cli import main
-from dynllava_plugin.evaluation.paper import compare, render_comparison
-from dynllava_plugin.evaluation.results import read_results
-from dynllava_plugin.evaluation.tables import by_benchmark, pivot, render, span
+from dynllava_plugin.evaluation.results.paper import compare, render_comparison
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.tables import by_benchmark, pivot, render, span
 from tests.test_paper import row, write_kit, write_run
 
 GQA = {"gqa": {"exact_match,none": 0.5}}

@@ -15,8 +15,8 @@ from dynllava_plugin.cli import main
 from dynllava_plugin.demo.chart import draw
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-from dynllava_plugin.evaluation.manifests import footer
-from dynllava_plugin.evaluation.tables import mode_name, pivot, read_results, render
+from dynllava_plugin.evaluation.results.manifests import footer
+from dynllava_plugin.evaluation.results.tables import mode_name, pivot, read_results, render
 
 
 def manifest(harness: str, tokens: dict[str, Any], **sparsity: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main as command
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.model.checkpoints.adapters import merge_adapter
 from tests.training_kit import save_checkpoint, save_mixture
 from train.adapters import add_adapter

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from dynllava_plugin import load_model
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.model.prompts import vicuna_v1
 from tests.training_kit import save_checkpoint, save_mixture
 from train.finetune import main, split

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.vlmevalkit_cells import mend_rows
+from dynllava_plugin.evaluation.vlmevalkit.cells import mend_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SAID = [
@@ -44,7 +44,7 @@ def picture(prefix: str = "") -> str:
 def test_predictions_come_back_as_they_were_said(tmp_path: Path, ending: str) -> None:
     """In a process of its own: the kit's reader and writer are changed for good."""
     code = f"""
-from dynllava_plugin.evaluation.vlmevalkit_cells import keep_cells
+from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
 keep_cells()
 keep_cells()
 import pandas as pd
@@ -115,7 +115,7 @@ def test_vqav2_of_an_ordinary_file_and_its_oddities(tmp_path: Path) -> None:
 
 
 def test_vqav2_of_a_file_without_images_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynllava_plugin.evaluation.vlmevalkit_vqav2 import NAME, VQAv2
+    from dynllava_plugin.evaluation.vlmevalkit.vqav2 import NAME, VQAv2
 
     monkeypatch.setenv("LMUData", str(tmp_path))
     (tmp_path / f"{NAME}.tsv").write_text("index\tquestion\tanswer\n0\tWhat?\t['a']\n")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import vlmevalkit_command as command
 from dynllava_plugin.evaluation.locks import locks
-from dynllava_plugin.evaluation.vlmevalkit_outcome import check_run
+from dynllava_plugin.evaluation.vlmevalkit import command
+from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run
 
 NOW = time.time()
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import vlmevalkit_command as command
-from dynllava_plugin.evaluation import vlmevalkit_manifest
-from dynllava_plugin.evaluation.answers import Answer
+from dynllava_plugin.evaluation.engine.answers import Answer
 from dynllava_plugin.evaluation.judges import Judge
-from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.evaluation.vlmevalkit_arguments import kit_parser, own_parser
-from dynllava_plugin.evaluation.vlmevalkit_setup import check_datasets
+from dynllava_plugin.evaluation.vlmevalkit import command
+from dynllava_plugin.evaluation.vlmevalkit import manifest as vlmevalkit_manifest
+from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser
+from dynllava_plugin.evaluation.vlmevalkit.setup import check_datasets
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
 JUDGE = Judge("gpt", "http://host/v1")
@@ -152,7 +152,7 @@ def test_reused_answers_are_counted(folder: Path) -> None:
 
 def test_samples_of_one_id_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kit keeps answers by index: equal ones would be one answer."""
-    from dynllava_plugin.evaluation.generation import vlmevalkit_datasets as sets
+    from dynllava_plugin.evaluation.own_sets.generation import vlmevalkit_datasets as sets
 
     row = {"id": "7", "image": "a.png", "turns": [("What?", "this")]}
     monkeypatch.setattr(sets, "load_rows", lambda name: [row, row])

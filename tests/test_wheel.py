@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynllava_plugin.evaluation.easy_vqa import DATA_VARIABLE
+from dynllava_plugin.evaluation.own_sets.easy_vqa import DATA_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = "dynllava_plugin/evaluation/suites"
@@ -80,9 +80,9 @@ def test_nothing_but_the_package_and_all_of_it(wheel: Path) -> None:
     for data in (
         "assets/tiny_llava/model.safetensors",
         "bench/paper_efficiency.csv",
-        "evaluation/data/paper_results.csv",
+        "evaluation/results/data/paper_results.csv",
         "evaluation/suites/understanding.yaml",
-        "evaluation/tasks/easy_vqa/easy_vqa.yaml",
+        "evaluation/lmms_eval/task_files/easy_vqa/easy_vqa.yaml",
     ):
         assert f"dynllava_plugin/{data}" in wanted
 
@@ -126,6 +126,6 @@ def test_a_packaged_suite_runs_in_lmms_eval(installed: Path, tmp_path: Path, eas
 
 def test_lmms_eval_knows_the_model(installed: Path, tmp_path: Path, easy_vqa_folder: Path) -> None:
     flags = ["--model", "dynllava", "--model_args", "pretrained=tiny", "--tasks", "easy_vqa", "--limit", "2"]
-    module = "dynllava_plugin.evaluation.lmms_eval_command"
+    module = "dynllava_plugin.evaluation.lmms_eval.command"
     printed = run(installed, tmp_path, "-m", module, *flags, **{DATA_VARIABLE: str(easy_vqa_folder)})
     assert "|easy_vqa" in printed.replace(" ", "")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.answers import Answer, Score
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.requests import Generation, Request
+from dynllava_plugin.evaluation.engine.answers import Answer, Score
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from train.agreement import gather, together
 from train.chat import ChatEncoder
 from train.conversation import ConversationEncoder

@@ -9,12 +9,12 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_metrics
-from dynllava_plugin.evaluation.engine import Engine
-from dynllava_plugin.evaluation.images import load_image
-from dynllava_plugin.evaluation.records import RECORD
-from dynllava_plugin.evaluation.requests import Request
+from dynllava_plugin.evaluation.engine.engine import Engine
+from dynllava_plugin.evaluation.engine.images import load_image
+from dynllava_plugin.evaluation.engine.requests import Request
+from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.tables import LMMS_EVAL
 from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.evaluation.tables import LMMS_EVAL
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Harness:
 def _tasks_known(all_of_them: bool) -> Any:
     from lmms_eval.tasks import TaskManager
 
-    from dynllava_plugin.evaluation.lmms_eval_tasks import TASKS_FOLDER
+    from dynllava_plugin.evaluation.lmms_eval.tasks import TASKS_FOLDER
 
     return TaskManager(
         "ERROR", include_path=str(TASKS_FOLDER), include_defaults=all_of_them, model_name="dynllava"
@@ -151,8 +151,8 @@ def _loaded(engine: Engine, settings: ModelSettings) -> Any:
     """lmms-eval's model around an engine that is there already and stays."""
     from lmms_eval.api.model import lmms
 
-    from dynllava_plugin.evaluation.journal import Journal
-    from dynllava_plugin.evaluation.lmms_eval_model import DynamicLlava
+    from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
+    from dynllava_plugin.evaluation.results.journal import Journal
 
     class Loaded(DynamicLlava):
         def __init__(self) -> None:

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from dynllava_plugin.compare.answers import Harness, task_names
     from dynllava_plugin.compare.store import Store, figures_to_json
     from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, subjects
-    from dynllava_plugin.evaluation.engine import Engine
-    from dynllava_plugin.evaluation.prompting import VICUNA
+    from dynllava_plugin.evaluation.engine.engine import Engine
+    from dynllava_plugin.evaluation.engine.prompting import VICUNA
     from dynllava_plugin.evaluation.settings import ModelSettings
 
     settings = ModelSettings(
@@ -125,7 +125,7 @@ def _costs(
 ) -> dict[str, Any]:
     """By benchmark: what the table calls costs."""
     from dynllava_plugin.compare.long_answers import reference_cache_kib
-    from dynllava_plugin.evaluation.prefill_costs import prefill_costs
+    from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
     from dynllava_plugin.flops import DecoderShape
 
     shape = DecoderShape.of(engine.model.config.text_config)

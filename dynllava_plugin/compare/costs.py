@@ -10,7 +10,7 @@ import torch
 
 from dynllava_plugin.bench.timing import seconds, summary
 from dynllava_plugin.compare.subjects import Subject
-from dynllava_plugin.evaluation.engine import Engine
+from dynllava_plugin.evaluation.engine.engine import Engine
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ import torch
 
 from dynllava_plugin.compare.answers import model_inputs
 from dynllava_plugin.compare.costs import cache_bytes
-from dynllava_plugin.evaluation import easy_vqa
-from dynllava_plugin.evaluation.requests import Request
+from dynllava_plugin.evaluation.engine.requests import Request
+from dynllava_plugin.evaluation.own_sets import easy_vqa
 
 SAMPLES = 16
 BENCHMARK = "easy_vqa_describe"

@@ -12,7 +12,7 @@ import pandas as pd
 from dynllava_plugin.compare.answers import Figure
 from dynllava_plugin.compare.bootstrap import interval, resampled_means
 from dynllava_plugin.compare.subjects import Subject
-from dynllava_plugin.evaluation.figures import decimals
+from dynllava_plugin.evaluation.results.figures import decimals
 from dynllava_plugin.files import write_figure
 from dynllava_plugin.markup import in_markdown
 

@@ -18,7 +18,7 @@ from typing import Any
 from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, call, digest, is_done, mark_done
 from dynllava_plugin.demo.runs import CHECKPOINT, evaluate, plan
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.tables import read_results, render
+from dynllava_plugin.evaluation.results.tables import read_results, render
 from dynllava_plugin.files import write_json, write_text
 
 # The paper's recipe with larger steps: its rates suit 665K samples, here are a few minutes on two cores.

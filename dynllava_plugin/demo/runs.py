@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, digest, is_done, mark_done
 from dynllava_plugin.errors import reason_in
-from dynllava_plugin.evaluation.easy_vqa import DATA_VARIABLE
-from dynllava_plugin.evaluation.tables import LMMS_EVAL, VLMEVALKIT
+from dynllava_plugin.evaluation.own_sets.easy_vqa import DATA_VARIABLE
+from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT
 
 CHECKPOINT = "dynamic_tiny"
 SHORT, LONG = ("easy_vqa", "easy_vqa_scenes"), "easy_vqa_describe"

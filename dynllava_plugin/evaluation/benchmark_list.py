@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynllava_plugin.evaluation.benchmark import PERCENT, Benchmark, Metric, Place
-from dynllava_plugin.evaluation.text_metrics import METEOR, METEOR_WITHOUT_SYNONYMS
+from dynllava_plugin.evaluation.own_sets.text_metrics import METEOR, METEOR_WITHOUT_SYNONYMS
 
 
 def _one(

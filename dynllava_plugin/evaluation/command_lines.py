@@ -9,8 +9,8 @@ from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 _MODULES = {
-    LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval_command",
-    VLMEVALKIT: "dynllava_plugin.evaluation.vlmevalkit_command",
+    LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval.command",
+    VLMEVALKIT: "dynllava_plugin.evaluation.vlmevalkit.command",
 }
 
 

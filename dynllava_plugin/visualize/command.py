@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output: {output} must end in .png")
 
     from dynllava_plugin import explain, load_model
-    from dynllava_plugin.evaluation.images import load_image
+    from dynllava_plugin.evaluation.engine.images import load_image
     from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import write_bytes, write_text
     from dynllava_plugin.policies.registry import policy_changes

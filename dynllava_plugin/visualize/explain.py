@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.images import load_image
-from dynllava_plugin.evaluation.prefill_costs import prefill_costs
-from dynllava_plugin.evaluation.prompting import style_of
+from dynllava_plugin.evaluation.engine.images import load_image
+from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
+from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 

@@ -10,7 +10,7 @@ from typing import Any
 from dynllava_plugin.easy_vqa.facts import load_tiles
 from dynllava_plugin.easy_vqa.scenes import DESCRIPTIONS, describe, scene_questions
 from dynllava_plugin.easy_vqa.writing import draw_scene, tile_scene
-from dynllava_plugin.evaluation.generation.command import build
+from dynllava_plugin.evaluation.own_sets.generation.command import build
 from dynllava_plugin.files import write_text
 
 SIZE = 4  # samples of each set

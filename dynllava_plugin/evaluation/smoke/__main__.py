@@ -20,15 +20,15 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.manifests import STATE, footer
 from dynllava_plugin.evaluation.minis.command import make_minis
-from dynllava_plugin.evaluation.results import read_results
+from dynllava_plugin.evaluation.results.manifests import STATE, footer
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.tables import render
 from dynllava_plugin.evaluation.smoke.check import check_table
 from dynllava_plugin.evaluation.suite.command import evaluate
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import LONG
 from dynllava_plugin.evaluation.suite.runs import Run, plan
-from dynllava_plugin.evaluation.tables import render
 from dynllava_plugin.files import write_text
 
 SUITE = Path("smoke")

@@ -11,19 +11,19 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation import easy_vqa
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
-from dynllava_plugin.evaluation.predictions import (
+from dynllava_plugin.evaluation.own_sets import easy_vqa
+from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
+from dynllava_plugin.evaluation.results.predictions import (
     journal_entries,
     lmms_eval_predictions,
     lmms_eval_samples,
     vlmevalkit_predictions,
     vlmevalkit_rows,
 )
-from dynllava_plugin.evaluation.results import COSTS, NEEDS_JUDGE, SCORED, SUBMISSION
+from dynllava_plugin.evaluation.results.results import COSTS, NEEDS_JUDGE, SCORED, SUBMISSION
 from dynllava_plugin.evaluation.smoke.expected import EXPECTED
 from dynllava_plugin.evaluation.suite.runs import Run
-from dynllava_plugin.evaluation.text_metrics import meteor
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 
 TOLERANCE = 1e-4  # of percent; perplexity passes through float32 losses
@@ -174,7 +174,7 @@ def _mean_perplexity(score: dict[str, Any]) -> float:
 
 
 def _meteor(run: Run, limit: int | None) -> float:
-    from dynllava_plugin.evaluation.generation.sets import load_rows
+    from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows
 
     if run.benchmark.name == "easy_vqa_describe":
         references = [[row["answer"]] for row in easy_vqa.load_rows("easy_vqa_describe")[:limit]]

@@ -11,7 +11,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import HARNESSES, Benchmark, find_benchmark
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite.packaged import find_suite
-from dynllava_plugin.evaluation.vlmevalkit_prompts import PROMPTS
+from dynllava_plugin.evaluation.vlmevalkit.prompts import PROMPTS
 
 BOTH = "both"
 _POSITIVE = ("limit", "batch_size", "num_processes", "jobs", "min_pixels", "max_pixels")

@@ -108,11 +108,11 @@ def _is_cached(place: Path) -> bool:
 
 def _own_data(benchmark: Benchmark, data: Path | None) -> Path | None:
     if is_built(benchmark):
-        from dynllava_plugin.evaluation.generation.sets import data_folder as built_folder
+        from dynllava_plugin.evaluation.own_sets.generation.sets import data_folder as built_folder
 
         folder = data / LONG if data and (data / LONG).is_dir() else built_folder()
     else:
-        from dynllava_plugin.evaluation.easy_vqa import data_folder
+        from dynllava_plugin.evaluation.own_sets.easy_vqa import data_folder
 
         folder = data_folder()
     return folder if folder.is_dir() else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.manifests import count_of_runs, footer
+from dynllava_plugin.evaluation.results.manifests import count_of_runs, footer
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.runner import Outcome, read_state
 from dynllava_plugin.files import write_json, write_text
@@ -37,7 +37,7 @@ def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
 
 def _table(folder: Path, outputs: list[Path]) -> None:
     """Of this invocation's runs only: what other checkpoints or settings left in `folder` is `dynllava table`'s."""
-    from dynllava_plugin.evaluation.tables import read_results, render
+    from dynllava_plugin.evaluation.results.tables import read_results, render
 
     try:
         table = read_results(folder, outputs)
@@ -52,7 +52,7 @@ def _table(folder: Path, outputs: list[Path]) -> None:
 
 def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
     from dynllava_plugin.environment import host, versions
-    from dynllava_plugin.evaluation.identity import checkpoint_hash, commit
+    from dynllava_plugin.evaluation.results.identity import checkpoint_hash, commit
 
     runs: list[dict[str, Any]] = []
     for outcome in outcomes:

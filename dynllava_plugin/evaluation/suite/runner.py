@@ -18,7 +18,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
-from dynllava_plugin.evaluation.manifests import STATE
+from dynllava_plugin.evaluation.results.manifests import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -236,7 +236,7 @@ def _is_same(recorded: Any, planned: dict[str, Any], done: bool) -> bool:
 
 def _lacks_judge(run: Run) -> bool:
     """Whether a cell of a finished run says that it needs a judge."""
-    from dynllava_plugin.evaluation.results import NEEDS_JUDGE, read_results
+    from dynllava_plugin.evaluation.results.results import NEEDS_JUDGE, read_results
 
     try:
         return bool((read_results(run.output)["status"] == NEEDS_JUDGE).any())

@@ -12,8 +12,8 @@ from typing import Any
 
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
-from dynllava_plugin.evaluation.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
+from dynllava_plugin.evaluation.results.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity, is_built
@@ -155,7 +155,7 @@ def _kit_options(config: SuiteConfig, harness: str) -> list[str]:
 
 
 def _given_images() -> str | None:
-    from dynllava_plugin.evaluation.generation.sets import IMAGES_VARIABLE
+    from dynllava_plugin.evaluation.own_sets.generation.sets import IMAGES_VARIABLE
 
     return os.environ.get(IMAGES_VARIABLE)
 

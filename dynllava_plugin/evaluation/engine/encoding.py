@@ -1,0 +1,203 @@
+"""Requests as tensors: LLaVA-1.5's way, whose images are encoded once, and any other family's, by its own processor."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.features import ImageFeatures
+from dynllava_plugin.evaluation.engine.images import load_image
+from dynllava_plugin.evaluation.engine.prefetch import Prepared, PreparedImage
+from dynllava_plugin.evaluation.engine.requests import Request
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
+
+_REMEMBERED = 64  # images whose tensors are kept for the questions that follow
+
+
+def encoder_of(model: Any, processor: Any) -> Encoder:
+    """Return what turns requests into arguments of a loaded model, `processor` being what came with it."""
+    kind = LlavaEncoder if isinstance(processor, DynamicLlavaProcessor) else ProcessorEncoder
+    return kind(model, processor)
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Set how many pixels a processor resizes an image to, at least and at most; its own limit where None.
+
+    Raises
+    ------
+    UserError
+        A processor without such limits, or limits that contradict each other.
+    """
+    if least is None and most is None:
+        return
+    size = dict(processor.image_processor.size)
+    if size.get("shortest_edge") is None or size.get("longest_edge") is None:
+        name = "min_pixels" if least is not None else "max_pixels"
+        raise UserError(f"{name}: this checkpoint's images have no such limit (Qwen's have); leave it out")
+    least = size["shortest_edge"] if least is None else least
+    most = size["longest_edge"] if most is None else most
+    if not 0 < least <= most:
+        raise UserError(f"min_pixels, max_pixels: {least} to {most} pixels is no range")
+    processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
+
+
+class Encoder(ABC):
+    """Turns requests into what the model takes: one by one in the background, then batch by batch.
+
+    Parameters
+    ----------
+    model, processor
+        As `load_model` gives them.
+    """
+
+    window_batches: int  # how many batches are prepared at once, to be sorted by length
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._model, self._processor = model, processor
+        self._image_token: str = processor.image_token
+
+    def prepare(self, index: int, request: Request, text: str) -> Prepared:
+        """Return a request, whose place is `index`, with its images read; `text` is what the model is given of it.
+
+        Raises
+        ------
+        UserError
+            For a bad image, or other than one image for each image token.
+        """
+        markers = text.count(self._image_token)
+        if markers != len(request.images):
+            found = f"{markers} {self._image_token} but {len(request.images)} images came with it"
+            raise UserError(f"{request.name}: the prompt has {found}")
+        return self._prepare(index, request, text)
+
+    @abstractmethod
+    def _prepare(self, index: int, request: Request, text: str) -> Prepared: ...
+
+    @abstractmethod
+    def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
+        """Return the model's arguments: `input_ids` and `attention_mask` int64 [B, L], padded on the left, and the images."""
+
+    def images(self, items: Sequence[Prepared]) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` of the items' images in order; empty where the model encodes them itself."""
+        return {}
+
+    def token_count(self, text: str) -> int:
+        """Return how many tokens a text has, an image counting as one."""
+        return len(self._tokens(text))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))[
+            "input_ids"
+        ]
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer puts its own beginning before a text: not where the chat template has written it."""
+        bos = self._processor.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        filler, width = self._processor.tokenizer.pad_token_id, max(map(len, rows))
+        ids = [[filler] * (width - len(row)) + list(row) for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return {
+            "input_ids": torch.tensor(ids, device=self._model.device),
+            "attention_mask": torch.tensor(mask, device=self._model.device),
+        }
+
+
+class LlavaEncoder(Encoder):
+    """LLaVA-1.5's: every image has the same number of tokens, and one that several questions are about is encoded once.
+
+    Attributes
+    ----------
+    features : ImageFeatures
+    """
+
+    window_batches = 16
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.features = ImageFeatures(model)
+        self._recent: OrderedDict[bytes, PreparedImage] = OrderedDict()
+
+    def _prepare(self, index: int, request: Request, text: str) -> Prepared:
+        images = tuple(self._image(image, request.name) for image in request.images)
+        return Prepared(index, request, images, self._tokens(text))
+
+    def _image(self, image: Any, name: str) -> PreparedImage:
+        picture = self._processor.prepare_image(load_image(image, name), name)
+        key = hashlib.blake2b(picture.tobytes(), digest_size=16, person=b"%dx%d" % picture.size).digest()
+        known = self._recent.pop(key, None)
+        if known is None:
+            pixels = self._processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+            known = PreparedImage(key, pixels[0])
+        self._recent[key] = known
+        if len(self._recent) > _REMEMBERED:
+            self._recent.popitem(last=False)
+        return known
+
+    def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
+        features, image = self.images(items), self._model.config.image_token_id
+        tokens = features["image"].pooler_output.shape[1] if features else 0
+        rows = [
+            [token for token in item.ids for _ in range(tokens if token == image else 1)] for item in items
+        ]
+        return {**self._padded(rows), "mm_encoder_outputs": features}
+
+    def images(self, items: Sequence[Prepared]) -> dict[str, Any]:
+        return self.features.of([image for item in items for image in item.images])
+
+    def _tokens(self, text: str) -> list[int]:
+        return super()._tokens(self._processor.prepare_text(text))
+
+
+class ProcessorEncoder(Encoder):
+    """Any other family's: its processor says how many tokens an image has, the model encodes a batch's images."""
+
+    window_batches = 4  # its images may be large, and each question has its own copy
+
+    def _prepare(self, index: int, request: Request, text: str) -> Prepared:
+        pictures = [load_image(image, request.name) for image in request.images]
+        given = {"images": [pictures]} if pictures else {}
+        try:
+            found = self._processor(
+                text=[text],
+                return_tensors="pt",
+                add_special_tokens=self._adds_special_tokens(text),
+                **given,
+            )
+        except Exception as error:  # image processors refuse an image each in their own way
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UserError(f"{request.name}: the checkpoint's processor refuses it ({reason})") from error
+        tensors = {name: found[name] for name in self._model.image_inputs if name in found}
+        if "pixel_values" in tensors:
+            tensors["pixel_values"] = tensors["pixel_values"].to(self._model.dtype)
+        return Prepared(index, request, (), found["input_ids"][0].tolist(), tensors)
+
+    def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
+        inputs = self._padded([item.ids for item in items])
+        for name in self._model.image_inputs:
+            found = [item.tensors[name] for item in items if name in item.tensors]
+            if found:
+                inputs[name] = _joined(found).to(self._model.device)
+        return inputs
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors one behind the other along their first axis, zeros behind what is shorter along the others.
+
+    So a processor itself pads a batch's images: to the most tiles of one (LLaVA-NeXT, OneVision), to the largest (Mistral3).
+    """
+    most = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [most_of - size for most_of, size in zip(most, part.shape[1:], strict=True)]
+        padded.append(pad(part, [count for size in reversed(missing) for count in (0, size)]))
+    return torch.cat(padded)

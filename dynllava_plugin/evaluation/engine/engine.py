@@ -1,0 +1,182 @@
+"""The one engine behind both harness adapters: batched generation and exact scoring with token counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import torch
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.answering import answer_batch
+from dynllava_plugin.evaluation.engine.answers import Answer, Score
+from dynllava_plugin.evaluation.engine.calls import Calls
+from dynllava_plugin.evaluation.engine.encoding import encoder_of, limit_pixels
+from dynllava_plugin.evaluation.engine.prefetch import Preparation, Prepared
+from dynllava_plugin.evaluation.engine.prompting import style_of
+from dynllava_plugin.evaluation.engine.requests import Generation, Request
+from dynllava_plugin.evaluation.engine.scoring import score_batch
+from dynllava_plugin.evaluation.settings import ModelSettings
+
+DEFAULT_BATCH_SIZE = 8
+# A window is sorted by length and by image, decoded while the one before it is answered.
+_WINDOW = 256
+Result = TypeVar("Result", Answer, Score)
+
+
+class Engine:
+    """A loaded model with its processor.
+
+    It runs without gradients, but not in PyTorch's inference mode: what ZeRO-3 gathers there couldn't be trained afterwards.
+
+    Parameters
+    ----------
+    model, processor
+        As `load_model` gives them, of any family.
+    batch_size : int
+        Samples in one forward pass. In float32 it never changes an answer; half precision may round another way.
+    system_prompt : str, optional
+        As in `style_of`.
+
+    Attributes
+    ----------
+    style : PromptStyle
+        What makes requests of questions.
+    encoder : Encoder
+        What makes arguments of the model of requests.
+    calls : Calls
+        The model's, batch by batch.
+    seconds : float
+        In `generate` and `score` so far.
+    started : float or None
+        `time.perf_counter()` at the first question.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        system_prompt: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not a positive integer")
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.style, self.encoder = style_of(model, processor, system_prompt), encoder_of(model, processor)
+        self.calls = Calls(model, processor, self.encoder)
+        self._preparation = Preparation(self.encoder.prepare)
+        self.seconds = 0.0
+        self.started: float | None = None
+
+    @classmethod
+    def load(cls, settings: ModelSettings, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
+        """Load what `settings` names."""
+        from dynllava_plugin import load_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                0
+            )  # predictors that a checkpoint lacks: the same in every process and resumed run
+            model, processor = load_model(
+                settings.pretrained,
+                device=settings.device,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                quantization=settings.quantization,
+                **settings.sparsity(),
+            )
+        limit_pixels(processor, settings.min_pixels, settings.max_pixels)
+        return cls(model, processor, batch_size, settings.system_prompt)
+
+    @property
+    def shared_prompts(self) -> int:
+        """Prompts so far of batches that prefilled what they begin with alike once."""
+        return self.calls.shared_prompts
+
+    @property
+    def model_seconds(self) -> float:
+        """Of `seconds`, those inside the model."""
+        return self.calls.seconds
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        generation: Generation | None = None,
+        on_batch: Callable[[list[int], list[Answer]], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in request order.
+
+        Parameters
+        ----------
+        requests : sequence of Request
+            May build an item when it is indexed: that is done in the background, a window ahead.
+        generation : Generation, optional
+            Greedy, at most 1,024 new tokens, where None.
+        on_batch : callable, optional
+            Told the places in `requests` and the answers after each batch.
+
+        Raises
+        ------
+        UserError
+            For a request with a bad image, or with other than one image for each ``<image>``.
+        """
+        generation = generation or Generation.from_task(None)
+        return self._all(
+            requests,
+            attrgetter("prompt"),
+            lambda batch: answer_batch(self.calls, batch, generation),
+            on_batch,
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        requests: Sequence[Request],
+        on_batch: Callable[[list[int], list[Score]], None] | None = None,
+    ) -> list[Score]:
+        """Scores of each request's continuation, and of its earlier answers, in request order.
+
+        One parallel pass a batch. Where a request has earlier answers, each is a round of its score.
+
+        Raises
+        ------
+        UserError
+            As `generate`, and for an empty continuation.
+        """
+        return self._all(
+            requests, attrgetter("scored_text"), lambda batch: score_batch(self.calls, batch), on_batch
+        )
+
+    def _all(
+        self,
+        requests: Sequence[Request],
+        text_of: Callable[[Request], str],
+        work: Callable[[list[Prepared]], list[Result]],
+        on_batch: Callable[[list[int], list[Result]], None] | None,
+    ) -> list[Result]:
+        started = time.perf_counter()
+        self.started = self.started or started
+        results: list[Result | None] = [None] * len(requests)
+        size = max(self.batch_size, min(self.encoder.window_batches * self.batch_size, _WINDOW))
+        for window in self._preparation.windows(requests, text_of, size, self.batch_size):
+            for batch in self._batches(window):
+                found = work(batch)
+                for item, result in zip(batch, found, strict=True):
+                    results[item.index] = result
+                if on_batch:
+                    on_batch([item.index for item in batch], found)
+        self.seconds += time.perf_counter() - started
+        return [result for result in results if result is not None]
+
+    def _batches(self, window: list[Prepared]) -> Iterator[list[Prepared]]:
+        """Questions about one image together, longest first: little padding, and the largest batch first."""
+        groups: dict[tuple[bytes, ...], list[Prepared]] = {}
+        for item in sorted(window, key=lambda item: -len(item.ids)):
+            images = tuple(image.key for image in item.images) or (item.index.to_bytes(8, "big"),)
+            groups.setdefault(images, []).append(item)
+        order = [item for group in groups.values() for item in group]
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]

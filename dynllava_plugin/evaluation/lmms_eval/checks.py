@@ -1,0 +1,96 @@
+"""What can be wrong or surprising in an `lmms_eval` command, told before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from dynllava_plugin.errors import UserError, nearest
+from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL
+from dynllava_plugin.evaluation.engine.requests import GENERATION_KEYS
+
+_GENERATION_KEYS = (*GENERATION_KEYS, "max_gen_toks", "until")
+_UNREACHABLE = (
+    "ConnectionError",
+    "DatasetNotFoundError",
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "LocalTokenNotFoundError",
+)
+
+
+def checked_generation(given: str | None) -> str | None:
+    """`--gen_kwargs` as it is meant: a temperature above 0 samples, as in the harness's own LLaVA.
+
+    Raises
+    ------
+    UserError
+        For an argument that our model would leave out in silence, with the nearest that it knows.
+    """
+    if not given:
+        return given
+    from lmms_eval.utils import simple_parse_args_string
+
+    try:
+        asked = simple_parse_args_string(given)
+    except ValueError:
+        raise UserError(f"--gen_kwargs {given}: expected name=value,name=value") from None
+    for name in asked:
+        if name not in _GENERATION_KEYS:
+            near = nearest(name, _GENERATION_KEYS, f"known are {', '.join(_GENERATION_KEYS)}")
+            raise UserError(f"--gen_kwargs {name}: no such argument of dynllava's generation; {near}")
+    temperature = asked.get("temperature")
+    if temperature is not None and (isinstance(temperature, (bool, str)) or temperature < 0):
+        raise UserError(f"--gen_kwargs temperature={temperature}: expected a number from 0")
+    return f"{given},do_sample=True" if temperature and "do_sample" not in asked else given
+
+
+def tell_test_splits(tasks: str) -> None:
+    """A line for each group of `--tasks` that asks a test split's questions too, which only a server can score."""
+    for name in tasks.split(","):
+        for benchmark in BENCHMARKS:
+            for task in benchmark.tasks(LMMS_EVAL) if benchmark.server else []:
+                group = task.removesuffix("_test")
+                if name == group:
+                    print(
+                        f"--tasks {name}: {group}_val and {task}, whose {benchmark.questions:,} questions only a "
+                        f"server scores; name {group}_val for the score alone",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+
+def missing_data(error: BaseException) -> UserError | None:
+    """One line for a dataset that is neither here nor can be fetched, from what lmms-eval raised; else None."""
+    causes = list(_causes(error))
+    if not any(
+        sign in type(cause).__name__ or sign in str(cause) for cause in causes for sign in _UNREACHABLE
+    ):
+        return None
+    text = "\n".join(str(cause) for cause in causes)
+    known = [benchmark.repo for benchmark in BENCHMARKS if benchmark.repo and benchmark.repo in text]
+    repo = known or re.findall(r"['\"\s/]([\w.-]+/[\w.-]+)['\"]", text)
+    if not repo:
+        return None
+    fetch = f"hf download {repo[0]} --repo-type dataset --local-dir {repo[0]}"
+    return UserError(
+        f"dataset {repo[0]} isn't here and can't be downloaded; run `{fetch}` where there is a network, and "
+        "lmms_eval in the folder that holds it"
+    )
+
+
+def _causes(error: BaseException | None) -> Any:
+    """An error and those behind it, also inside what a retry wraps."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        attempt = getattr(error, "last_attempt", None)  # tenacity.RetryError
+        error = (attempt.exception() if attempt is not None else None) or error.__cause__ or error.__context__
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The `UserError` behind an error, or one for data that is missing; None where there is neither."""
+    found = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
+    return found or missing_data(error)

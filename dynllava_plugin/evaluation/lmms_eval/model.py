@@ -1,0 +1,225 @@
+"""Dynamic-LLaVA as an lmms-eval model: translates its requests for the engine and decides nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from tqdm import tqdm
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.answers import Answer, Score, joined
+from dynllava_plugin.evaluation.engine.engine import DEFAULT_BATCH_SIZE, Engine
+from dynllava_plugin.evaluation.engine.requests import Generation
+from dynllava_plugin.evaluation.lmms_eval.questions import Item, LazyRequests, Question, Rounds, is_padding
+from dynllava_plugin.evaluation.results.journal import Journal
+from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.settings import ModelSettings
+
+
+class LossAndGreedy(tuple, GenerationResult):
+    """``(loss, is_greedy)`` of a loglikelihood request.
+
+    lmms-eval 0.7.3 passes model outputs through `unwrap_generation_output`, which turns a plain tuple of
+    numbers into a string; it leaves alone what a `GenerationResult` carries as its text.
+    """
+
+    def __new__(cls, loss: float, is_greedy: bool) -> LossAndGreedy:
+        pair = super().__new__(cls, (loss, is_greedy))
+        pair.text = (loss, is_greedy)
+        pair.token_counts = None
+        return pair
+
+    def __init__(self, loss: float, is_greedy: bool) -> None:
+        """Everything is set in `__new__`, as a tuple's content must be."""
+
+
+class DynamicLlava(lmms):
+    """``--model dynllava``.
+
+    Parameters
+    ----------
+    batch_size : int or str
+        A number as typed (text); ``auto``, or lmms-eval's own default (the number 1), is 8.
+    max_batch_size : int, optional
+        Upper bound of `batch_size`.
+    model_args
+        Fields of `ModelSettings`; anything else is an error that names it.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, batch_size: int | str | None = 1, max_batch_size: int | str | None = None, **model_args: Any
+    ) -> None:
+        super().__init__()
+        settings = ModelSettings.from_dict(model_args)
+        size = _batch_size(batch_size)
+        if max_batch_size is not None:
+            size = min(size, int(max_batch_size))
+        if settings.device is None and torch.cuda.is_available():
+            settings = replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        RECORD.clear()
+        self.engine = Engine.load(settings, size)
+        RECORD.note_model(settings, self.engine.model)
+        self.batch_size = size
+        self._journal = Journal.from_environment()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()  # lmms-eval waits for the other processes through it
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; lmms-eval gathers counts there when several processes evaluate."""
+        return self._device
+
+    @property
+    def engine(self) -> Engine:
+        """The loaded model."""
+        if self._engine is None:
+            raise RuntimeError("the model was released after the last request")
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._device: torch.device = engine.model.device
+
+    def clean(self) -> None:
+        """Release the model before scoring (lmms-eval may start a judge then)."""
+        self._engine = None
+        super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers to single questions; tasks may be mixed."""
+        items = []
+        for request in requests:
+            context, arguments, doc_to_visual, doc_id, task, split = request.args
+            question = Question(self.engine.style, self.task_dict, doc_to_visual, doc_id, task, split)
+            build = partial(question.ask, [(context, None)])
+            items.append(Item(build, question.name, [context], arguments, task, is_padding(request)))
+        answers = self._generate(items)
+        return [_result(answer) for answer in answers]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[LossAndGreedy]:
+        """``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins.
+
+        A continuation may be a conversation, a list of (question, answer): its loss is the logarithm of its
+        rounds' mean perplexity.
+        """
+        items = []
+        for request in requests:
+            context, continuation, doc_to_visual, doc_id, task, split = request.args
+            question = Question(self.engine.style, self.task_dict, doc_to_visual, doc_id, task, split)
+            if callable(continuation):
+                continuation = continuation(question.document)
+            if isinstance(continuation, str):
+                continuation = [(context, continuation)]
+            turns = [(str(asked), str(answer)) for asked, answer in continuation]
+            build = partial(question.ask, [*turns[:-1], (turns[-1][0], None)], turns[-1][1])
+            items.append(Item(build, question.name, turns, {}, task, is_padding(request)))
+        scores = self._score(items)
+        return [LossAndGreedy(math.log(score.perplexity), score.is_greedy) for score in scores]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answers of every round, one list a request; a round's question may depend on earlier answers."""
+        rounds = [Rounds(self.engine.style, self.task_dict, request) for request in requests]
+        while open_rounds := [item for item in rounds if not item.finished]:
+            answers = self._generate([item.question() for item in open_rounds], noted=False)
+            for item, answer in zip(open_rounds, answers, strict=True):
+                item.advance(answer)
+        for item, request in zip(rounds, requests, strict=True):
+            if not is_padding(request):
+                RECORD.note_answers(item.task, [joined(item.given)])
+        return [item.answers for item in rounds]
+
+    def _generate(self, items: Sequence[Item], noted: bool = True) -> list[Answer]:
+        """Answers in order; requests with the same generation arguments share batches across tasks."""
+        known = [self._journal.answer(item.key) for item in items]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            if known[index] is None:
+                groups[repr(sorted(item.arguments.items(), key=str))].append(index)
+        answers: list[Answer | None] = list(known)
+        missing = sum(map(len, groups.values()))
+        with self._progress(len(items), missing, "answering") as progress:
+            for indices in groups.values():
+                chosen = [items[index] for index in indices]
+                started = time.perf_counter()
+                found = self.engine.generate(
+                    LazyRequests(chosen),
+                    Generation.from_task(chosen[0].arguments),
+                    on_batch=partial(self._note, chosen, progress),
+                )
+                _log_throughput(found, time.perf_counter() - started)
+                for index, answer in zip(indices, found, strict=True):
+                    answers[index] = answer
+        complete = [answer for answer in answers if answer is not None]
+        if noted:
+            for item, answer in zip(items, complete, strict=True):
+                if not item.padding:
+                    RECORD.note_answers(item.task, [answer])
+        RECORD.note_time(self.engine)
+        return complete
+
+    def _score(self, items: Sequence[Item]) -> list[Score]:
+        scores = [self._journal.score(item.key) for item in items]
+        indices = [index for index, score in enumerate(scores) if score is None]
+        chosen = [items[index] for index in indices]
+        with self._progress(len(items), len(indices), "scoring") as progress:
+            found = self.engine.score(LazyRequests(chosen), on_batch=partial(self._note, chosen, progress))
+        for index, score in zip(indices, found, strict=True):
+            scores[index] = score
+        complete = [score for score in scores if score is not None]
+        for item, score in zip(items, complete, strict=True):
+            if not item.padding:
+                RECORD.note_scores(item.task, [score])
+        RECORD.note_time(self.engine)
+        return complete
+
+    def _note(self, items: Sequence[Item], progress: Any, places: list[int], found: Sequence[Any]) -> None:
+        """A batch is done: write it down and move the bar."""
+        self._journal.write((items[place].key, result) for place, result in zip(places, found, strict=True))
+        progress.update(len(places))
+
+    def _progress(self, total: int, missing: int, what: str) -> Any:
+        self._journal.expect(total)
+        self._journal.count(total - missing)
+        return tqdm(total=total, initial=total - missing, desc=f"dynllava {what}", disable=self.rank != 0)
+
+
+def _batch_size(value: int | str | None) -> int:
+    # lmms-eval passes what the user typed as text, and 1 as a number where nothing was typed.
+    if value is None or value == 1 or str(value).startswith("auto"):
+        return DEFAULT_BATCH_SIZE
+    text = str(value)
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"batch_size: {value!r} is neither a positive integer nor 'auto'")
+    return int(text)
+
+
+def _result(answer: Answer) -> GenerationResult:
+    return GenerationResult(
+        answer.text, TokenCounts(input_tokens=answer.prompt_tokens, output_tokens=answer.generated_tokens)
+    )
+
+
+def _log_throughput(answers: Sequence[Answer], seconds: float) -> None:
+    tokens = sum(answer.generated_tokens for answer in answers)
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=tokens,
+        avg_speed=tokens / seconds if seconds else 0.0,
+        additional_metrics={"total_requests": len(answers)},
+    )

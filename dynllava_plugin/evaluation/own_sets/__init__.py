@@ -1,0 +1,1 @@
+"""Benchmarks of our own: easy-VQA and long answers."""

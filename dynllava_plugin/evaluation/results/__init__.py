@@ -1,0 +1,1 @@
+"""What the harnesses wrote, as tables."""

@@ -1,0 +1,114 @@
+"""Answers written down as they come, so that a run that was cut short goes on where it stopped.
+
+Both harnesses keep what they were told only when a whole benchmark is answered (lmms-eval) or without token
+counts (VLMEvalKit). The adapters ask this journal first. It lies where ``$DYNLLAVA_JOURNAL`` says, which
+`dynllava eval` sets to a folder of that checkpoint, setting, benchmark and harness only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dynllava_plugin.evaluation.engine.answers import Answer, Score
+from dynllava_plugin.evaluation.engine.costs import OutputCost
+from dynllava_plugin.files import write_json
+
+VARIABLE = "DYNLLAVA_JOURNAL"
+PROGRESS = "progress"
+_BETWEEN_REPORTS = 1.0  # seconds
+
+
+def entry_key(kind: str, *parts: Any) -> str:
+    """Names a question: what is asked of whom, how. Equal parts, equal answer."""
+    text = json.dumps([kind, *parts], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Journal:
+    """Answers and scores by key; a journal without a folder remembers nothing.
+
+    Parameters
+    ----------
+    folder : Path or None
+        Every process of a run writes a file of its own there and reads all of them at its start.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._known: dict[str, dict[str, Any]] = {}
+        self._folder, self._file = folder, None
+        self._done = self._total = 0
+        self._reported = 0.0
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._known[entry.pop("key")] = entry
+                except (json.JSONDecodeError, KeyError, AttributeError):
+                    continue  # cut off while it was written
+        self._rank = int(os.environ.get("RANK", 0))
+        self._file = (folder / f"{self._rank}-{os.getpid()}.jsonl").open("a", encoding="utf-8")
+
+    @classmethod
+    def from_environment(cls) -> Journal:
+        """The journal that `dynllava eval` asked for, or one that remembers nothing."""
+        folder = os.environ.get(VARIABLE)
+        return cls(Path(folder) if folder else None)
+
+    def answer(self, key: str) -> Answer | None:
+        """The answer written down earlier."""
+        found = self._known.get(key)
+        return Answer(**{**found["answer"], "cost": _cost(found["answer"])}) if found else None
+
+    def score(self, key: str) -> Score | None:
+        """The score written down earlier."""
+        found = self._known.get(key)
+        return _score(found["score"]) if found else None
+
+    def write(self, entries: Iterable[tuple[str, Answer | Score]]) -> None:
+        """Add answers or scores; they are on disk when this returns."""
+        entries = list(entries)
+        self.count(len(entries))
+        if self._file is None:
+            return
+        for key, result in entries:
+            kind = "answer" if isinstance(result, Answer) else "score"
+            self._file.write(json.dumps({"key": key, kind: asdict(result)}) + "\n")
+        self._file.flush()
+
+    def expect(self, total: int) -> None:
+        """`total` more questions are to be answered."""
+        self._total += total
+        self._report(at_once=True)
+
+    def count(self, done: int) -> None:
+        """`done` more questions are answered."""
+        self._done += done
+        self._report()
+
+    def _report(self, at_once: bool = False) -> None:
+        """Tell `dynllava eval` how far this process is."""
+        now = time.monotonic()
+        ended = self._done >= self._total
+        if self._folder is None or not (at_once or ended or now - self._reported > _BETWEEN_REPORTS):
+            return
+        self._reported = now
+        write_json(self._folder / f"{PROGRESS}-{self._rank}.json", {"done": self._done, "total": self._total})
+
+
+def _cost(values: dict[str, Any]) -> OutputCost | None:
+    return OutputCost(**values["cost"]) if values.get("cost") else None
+
+
+def _score(values: dict[str, Any]) -> Score:
+    rounds = tuple(_score(part) for part in values["rounds"])
+    return Score(**{**values, "rounds": rounds, "cost": _cost(values)})

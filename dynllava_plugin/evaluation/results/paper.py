@@ -1,0 +1,245 @@
+"""The paper's figures (arXiv 2412.00876, tables 1-14) and ours beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import (
+    BENCHMARKS,
+    HARNESSES,
+    LMMS_EVAL,
+    VLMEVALKIT,
+    Benchmark,
+    Metric,
+    find_benchmark,
+)
+from dynllava_plugin.evaluation.results.figures import decimals
+from dynllava_plugin.evaluation.results.results import SCORED
+from dynllava_plugin.evaluation.results.tables import (
+    COUNT_COLUMNS,
+    FORMATS,
+    frame_text,
+    largest_runs,
+    setting_counts,
+    settings_of,
+)
+
+# Which of the paper's rows a mode stands beside. A mode "full" of a trained checkpoint isn't LLaVA-1.5's
+# weights; its row is still the one of full context.
+METHODS = {"full": "LLaVA-1.5", "image": "Dynamic-LLaVA_I", "image_text": "Dynamic-LLaVA_I|T"}
+LLMS = ("7B", "13B")
+TITLES = {"1": "Table 1 (understanding)", "3": "Table 3 (generation)", "12": "Table 12"}
+_CSV_TABLES = {"1": "1/11"}
+COMPARISON = (
+    "table",
+    "checkpoint",
+    "mode",
+    "benchmark",
+    "metric",
+    "unit",
+    "lmms-eval",
+    "vlmevalkit",
+    "vlmevalkit - lmms-eval",
+    "paper_method",
+    "paper",
+    "lmms-eval - paper",
+    "vlmevalkit - paper",
+    "n lmms-eval",
+    "n vlmevalkit",
+    *COUNT_COLUMNS,
+    "note",
+)
+
+
+@cache
+def paper_results() -> pd.DataFrame:
+    """Every number of the paper's tables: table, llm, method, image_tokens, prefill_tflops, benchmark, metric, value."""
+    path = files("dynllava_plugin.evaluation.results") / "data" / "paper_results.csv"
+    with path.open("r", encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> float | None:
+    """The paper's figure in the metric's unit; None where the paper has none.
+
+    Parameters
+    ----------
+    method : str
+        As the paper names it, e.g. ``Dynamic-LLaVA_I|T``.
+    llm : str
+        ``7B`` or ``13B``.
+    """
+    if not metric.paper or not benchmark.paper_table:
+        return None
+    rows = paper_results()
+    table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
+    wanted = {
+        "table": table,
+        "llm": llm,
+        "method": method,
+        "benchmark": benchmark.name,
+        "metric": metric.paper,
+    }
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
+    return float(rows["value"].iloc[0]) * metric.paper_factor if len(rows) else None
+
+
+def paper_decimals(benchmark: Benchmark, metric: Metric) -> int:
+    """Decimals of the paper's figures of a metric, in the metric's unit."""
+    rows = paper_results()
+    table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
+    values = rows[(rows["table"] == table) & (rows["metric"] == metric.paper)]["value"] * metric.paper_factor
+    return max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+
+
+def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
+    """Every figure of the paper's tables 1, 3 and 12 that was run, beside the paper's and the other harness's.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `read_results` gives it.
+    llm : str, optional
+        ``7B`` or ``13B``; from the checkpoint's name where None, else 7B.
+
+    Returns
+    -------
+    DataFrame
+        Columns `COMPARISON`, one row a checkpoint, mode, benchmark and metric. A harness's column holds a
+        figure, a reason ("needs judge"), or None; `COUNT_COLUMNS` are the setting's.
+
+    Raises
+    ------
+    UserError
+        For another `llm`, or where no benchmark of those tables was run.
+    """
+    if llm is not None and llm not in LLMS:
+        raise UserError(f"--llm: unknown value {llm!r}; choose {' or '.join(LLMS)}")
+    chosen = largest_runs(table)
+    registry = {item.name: item for item in BENCHMARKS if item.paper_table}
+    costs = {setting: setting_counts(chosen, *setting) for setting in settings_of(chosen)}
+    rows: list[dict[str, Any]] = []
+    for keys, group in chosen.groupby(["checkpoint", "mode", "benchmark", "metric"], sort=False):
+        checkpoint, mode, name, metric_name = (str(key) for key in keys)
+        if name not in registry:
+            continue
+        benchmark = registry[name]
+        metric = next(item for item in benchmark.metrics if item.name == metric_name)
+        size = llm or ("13B" if "13b" in checkpoint.lower() else "7B")
+        method = METHODS.get(group["method"].iloc[0], "")
+        value = paper_value(benchmark, metric, method, size)
+        found = {
+            str(row["harness"]): row["value"] if row["status"] == SCORED else str(row["status"])
+            for row in group.to_dict("records")
+        }
+        counts = {str(row["harness"]): row["n"] for row in group.to_dict("records")}
+        ours, kits = found.get(LMMS_EVAL), found.get(VLMEVALKIT)
+        rows.append(
+            {
+                "table": benchmark.paper_table,
+                "checkpoint": checkpoint,
+                "mode": mode,
+                "benchmark": name,
+                "metric": metric_name,
+                "unit": metric.unit,
+                "lmms-eval": ours,
+                "vlmevalkit": kits,
+                "vlmevalkit - lmms-eval": _difference(kits, ours),
+                "paper_method": f"{method} {size}" if method and value is not None else None,
+                "paper": value,
+                "lmms-eval - paper": _difference(ours, value),
+                "vlmevalkit - paper": _difference(kits, value),
+                "n lmms-eval": counts.get(LMMS_EVAL),
+                "n vlmevalkit": counts.get(VLMEVALKIT),
+                **costs[checkpoint, mode],
+                "note": benchmark.note,
+            }
+        )
+    if not rows:
+        raise UserError(
+            "--compare-paper: none of the results is of a benchmark in the paper's tables 1, 3 or 12"
+        )
+    return pd.DataFrame(rows, columns=list(COMPARISON))
+
+
+def render_comparison(comparison: pd.DataFrame, style: str) -> str:
+    """One table for each of the paper's tables, checkpoint and mode, with the notes that belong to it."""
+    if style not in FORMATS:
+        raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
+    if style == "csv":
+        return comparison.to_csv(index=False)
+    parts = []
+    for table, title in TITLES.items():
+        of_table = comparison[comparison["table"] == table]
+        for (checkpoint, mode), rows in of_table.groupby(["checkpoint", "mode"], sort=False):
+            methods = [name for name in rows["paper_method"] if isinstance(name, str)]
+            beside = f", beside the paper's {methods[0]}" if methods else ", which the paper doesn't have"
+            heading = f"{title}: {checkpoint}, mode {mode}{beside}"
+            text = frame_text(_cells(rows), style)
+            counts = _counts(rows.iloc[0])
+            notes = [f"{row['benchmark']}: {row['note']}." for row in rows.to_dict("records") if row["note"]]
+            if style == "latex":
+                parts.append(
+                    f"% {heading}\n% {counts}\n{text}"
+                    + "".join(f"% {note}\n" for note in dict.fromkeys(notes))
+                )
+            else:
+                lines = "\n".join(f"* {note}" for note in dict.fromkeys(notes))
+                parts.append(f"### {heading}\n\n{counts}\n\n{text}" + (f"\n{lines}\n" if notes else ""))
+    return "\n".join(parts)
+
+
+def _counts(row: pd.Series) -> str:
+    """A line with what the setting's figures were reached with."""
+    known = [f"{name} {row[name]}" for name in COUNT_COLUMNS if isinstance(row[name], str)]
+    return f"Of every figure: {', '.join(known)}." if known else "Token counts were not recorded."
+
+
+def _cells(rows: pd.DataFrame) -> pd.DataFrame:
+    out = []
+    for row in rows.to_dict("records"):
+        unit = f" [{row['unit']}]" if row["unit"] else ""
+        cells = {"benchmark": row["benchmark"], "metric": row["metric"] + unit}
+        digits = {name: decimals(row["metric"], row[name]) for name in HARNESSES if _is_number(row[name])}
+        if _is_number(row["paper"]):
+            benchmark = find_benchmark(row["benchmark"])
+            metric = next(item for item in benchmark.metrics if item.name == row["metric"])
+            digits["paper"] = paper_decimals(benchmark, metric)
+        for column in (
+            *HARNESSES,
+            "vlmevalkit - lmms-eval",
+            "paper",
+            "lmms-eval - paper",
+            "vlmevalkit - paper",
+        ):
+            cells[column] = _text(row[column], column, digits)
+        for column in ("n lmms-eval", "n vlmevalkit"):
+            cells[column] = "-" if pd.isna(row[column]) else f"{row[column]:.0f}"
+        out.append(cells)
+    return pd.DataFrame(out)
+
+
+def _text(value: Any, column: str, digits: Mapping[str, int]) -> str:
+    """A difference has the decimals of the coarser of its figures."""
+    if isinstance(value, str):
+        return value
+    if not _is_number(value):
+        return "-"
+    names = column.split(" - ")
+    sign = "+" if len(names) == 2 else ""
+    return f"{float(value):{sign}.{min(digits[name] for name in names)}f}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not pd.isna(value)
+
+
+def _difference(first: Any, second: Any) -> float | None:
+    return float(first) - float(second) if _is_number(first) and _is_number(second) else None

@@ -1,0 +1,247 @@
+"""Both harnesses' files as one tidy table: a row is one figure."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import (
+    LMMS_EVAL,
+    VLMEVALKIT,
+    Benchmark,
+    Metric,
+    find_metrics,
+)
+from dynllava_plugin.evaluation.judging import failure
+from dynllava_plugin.evaluation.results import saved_table
+from dynllava_plugin.evaluation.results.order import in_order
+from dynllava_plugin.evaluation.results.result_files import (
+    number,
+    prediction_rows,
+    question_count,
+    read_json,
+    read_manifest,
+    say_skipped,
+)
+from dynllava_plugin.evaluation.results.run_settings import SETTINGS, generation_label, run_settings
+
+MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
+COUNTS = (
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "kept_tokens",
+    "kept_output_share",
+    "equivalent_tokens",
+    "prefill_gflops",
+)
+COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
+KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
+COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
+_NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
+_KIT_RUN = re.compile(r"T\d{8}[-_].*")  # the folder in which a kit notes one start
+# What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`judging.failure`).
+SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
+
+
+def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFrame:
+    """Every figure under `folder`, one a row.
+
+    Parameters
+    ----------
+    folder : Path
+        Searched recursively for lmms-eval's ``*_results.json`` and VLMEvalKit's ``status.json``; settings and
+        token counts come from the ``dynllava_run.json`` beside them. Where there are none of either, a
+        ``table.csv`` directly in it, as a suite or the demo wrote it, is read instead.
+    only : iterable of Path, optional
+        Folders in `folder`; the others aren't looked at.
+
+    Returns
+    -------
+    DataFrame
+        Columns `COLUMNS`: `value` and `stderr` in the metric's unit (percent where it has one), NaN where
+        `status` isn't "scored"; `n` questions; token counts as means over samples, NaN where not measured.
+        Of two runs of the same checkpoint with the same settings and `n` the later one stands.
+
+    Raises
+    ------
+    UserError
+        For a folder that doesn't exist or holds no results. A file that isn't what a harness writes is left out,
+        and a line on the error output names it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    places = [folder] if only is None else list(only)
+    rows = [row for path in _files(places) for row in _rows(path)]
+    saved = folder / saved_table.NAME
+    if not rows and only is None and saved.is_file():
+        table = saved_table.read_saved(saved, COLUMNS, (*KEYS, "value"), ("n", *_NUMBERS), SCORED)
+        return in_order(table).reset_index(drop=True)
+    if not rows:
+        raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in _NUMBERS:
+        table[column] = pd.to_numeric(table[column])
+    table["file"] = [os.path.relpath(file, folder) for file in table["file"]]
+    table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
+    return in_order(table).reset_index(drop=True)
+
+
+def _files(places: Iterable[Path]) -> list[Path]:
+    """Results of both harnesses, the oldest first."""
+    files: dict[Path, float] = {}
+    for place in places:
+        for path in [*place.rglob("[0-9]*_results.json"), *place.rglob("status.json")]:
+            if path.name == "status.json" and _KIT_RUN.fullmatch(path.parent.name):
+                continue  # a kit's notes of one start of its own; the model's folder above has the results
+            try:
+                files[path] = path.stat().st_mtime
+            except OSError as error:
+                say_skipped(f"{path}: can't be read ({error.strerror})")
+    return sorted(files, key=lambda path: (files[path], path.name))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The figures of one file; none, and a line that says so, where it isn't what a harness writes."""
+    try:
+        rows = list(_vlmevalkit_rows(path) if path.name == "status.json" else _lmms_eval_rows(path))
+        for row in rows:
+            _check(row)
+        return rows
+    except UserError as error:
+        say_skipped(error)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # a list for an object, a text for a number
+        say_skipped(f"{path}: not a harness's results ({type(error).__name__}: {error}); delete it")
+    return []
+
+
+def _check(row: dict[str, Any]) -> None:
+    """`TypeError` for a row with something in it that is neither a text nor a number, or a text for a number."""
+    for name, value in row.items():
+        wanted = (int, float) if name in ("n", *_NUMBERS) else (str, int, float)
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+
+
+def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
+    content = read_json(path)
+    manifest_path = path.with_name(path.name.removesuffix("_results.json") + f"_{MANIFEST_NAME}")
+    manifest = read_manifest(manifest_path)
+    config = content.get("config", {})
+    common = run_settings(manifest, config.get("model_args", ""), path, generation_label(config, manifest))
+    for task, scores in content.get("results", {}).items():
+        count = question_count(content.get("n-samples", {}).get(task, {}).get("effective"), path)
+        counts = _counts(manifest, task)
+        for benchmark, metric, key, factor in find_metrics(LMMS_EVAL, task):
+            row = _row(common, LMMS_EVAL, benchmark, metric, count, counts, path)
+            if benchmark.server:
+                yield {**row, "status": SUBMISSION}
+            elif benchmark.judge and not _judged(manifest, task):
+                yield {**row, "status": _unjudged(manifest, task, count)}
+            else:
+                value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
+                value = _recorded(manifest, task, key) if value is None else value
+                if value is not None:
+                    stderr = None if stderr is None else stderr * factor
+                    yield {**row, "value": value * factor, "stderr": stderr, "status": SCORED}
+
+
+def _figure(scores: dict[str, Any], key: str) -> float | None:
+    """The figure under ``key,<filter>``; None where there is none, or ``N/A``."""
+    values = [number(value) for name, value in scores.items() if name.partition(",")[0] == key]
+    return next((value for value in values if value is not None), None)
+
+
+def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
+    content = read_json(path)
+    manifest_path = path.with_name(MANIFEST_NAME)
+    manifest = read_manifest(manifest_path)
+    common = run_settings(manifest, "", path, generation_label({}, manifest))
+    model = content.get("model_name", path.parent.name)
+    for dataset, entry in content.get("datasets", {}).items():
+        if not isinstance(entry, dict):
+            continue
+        metrics = entry.get("metrics") or {}
+        counts = _counts(manifest, dataset)
+        rows = (manifest.get("questions") or {}).get(dataset) or counts.get("n")
+        count = question_count(rows, path) or prediction_rows(path.parent, f"{model}_{dataset}")
+        for benchmark, metric, key, factor in find_metrics(VLMEVALKIT, dataset):
+            row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
+            if benchmark.judge and not (metrics and _judged(manifest, dataset)):
+                if count:  # predictions are there
+                    yield {**row, "status": _unjudged(manifest, dataset, count)}
+                continue
+            if entry.get("error_message"):
+                continue
+            names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
+            value = number(metrics[names[0]]) if names else _recorded(manifest, dataset, key)
+            if value is not None:
+                yield {**row, "value": value * factor, "status": SCORED}
+
+
+def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
+    """What the run's own record has of a task: the output text's costs.
+
+    In lmms-eval perplexity and answers are two tasks; in VLMEvalKit one dataset, whose keys name the run.
+    """
+    name, generated = key.removesuffix("_ppl_run").removesuffix("_meteor_run"), not key.endswith("_ppl_run")
+    if name not in COSTS:
+        return None
+    parts = [manifest.get(part) or {} for part in ("tokens", "scored")]
+    if name == key:
+        found = [part[task][name] for part in parts if name in part.get(task, {})]
+    else:
+        found = [parts[0 if generated else 1].get(task, {}).get(name)]
+    return number(found[0]) if found else None
+
+
+def _judged(manifest: dict[str, Any], task: str) -> bool:
+    """Whether a judge was configured and answered for every sample of the task."""
+    judge = manifest.get("judge") or {}
+    asked = bool(judge.get("model")) and task in judge.get("tasks", [task])
+    return asked and not judge.get("unanswered", {}).get(task)
+
+
+def _unjudged(manifest: dict[str, Any], task: str, count: int | None) -> str:
+    """What the cell of a task that isn't `_judged` says."""
+    failed = (manifest.get("judge") or {}).get("unanswered", {}).get(task)
+    return failure(failed, count) if failed else NEEDS_JUDGE
+
+
+def _row(
+    common: dict[str, Any],
+    harness: str,
+    benchmark: Benchmark,
+    metric: Metric,
+    count: int | None,
+    counts: dict[str, Any],
+    path: Path,
+) -> dict[str, Any]:
+    names = {"harness": harness, "benchmark": benchmark.name, "metric": metric.name, "unit": metric.unit}
+    return {
+        **common,
+        **names,
+        "value": None,
+        "stderr": None,
+        "n": count,
+        **{name: counts.get(name) for name in COUNTS},
+        "file": str(path),
+    }
+
+
+def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
+    tokens = manifest.get("tokens") or {}
+    # The perplexity task generates nothing: its answer task's counts go with it, or those of what it scored.
+    scored = (manifest.get("scored") or {}).get(task) or {}
+    return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or scored

@@ -1,0 +1,206 @@
+"""`run_vlmevalkit.py`: VLMEvalKit's own command line with our model and datasets and an honest exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
+from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
+from dynllava_plugin.evaluation.locks import locks
+from dynllava_plugin.evaluation.results.identity import source_digest
+from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser, split_modes
+from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells, watch_rows
+from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged
+from dynllava_plugin.evaluation.vlmevalkit.manifest import write_manifest
+from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
+from dynllava_plugin.evaluation.vlmevalkit.prompts import PROMPTS
+from dynllava_plugin.evaluation.vlmevalkit.setup import (
+    MODEL_NAME,
+    check_datasets,
+    gather_before_leaving,
+    import_kit,
+    known_datasets,
+    register,
+    use_gloo,
+    use_local_data,
+    without_judge,
+)
+from dynllava_plugin.files import check_folder
+from dynllava_plugin.model.checkpoints.sources import read_json
+
+DEFAULT_OUTPUT = Path("results/vlmevalkit")
+# Their cells must come back as they were written; Excel's don't ("=1+1" becomes 0).
+_OWN_DATASETS = {
+    "EasyVQA",
+    "EasyVQA_Scenes",
+    "EasyVQA_Describe",
+    "LVIS_VQA_Single",
+    "LVIS_VQA_Multi",
+    "ShareGPT4V_VQA",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the kit as typed; returns 0, 1 where a dataset failed, 2 where the user can mend the cause."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    parser = own_parser()
+    own, forwarded = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        print("\nAll other options are VLMEvalKit's:\n")
+    sparsity_mode, kit_mode = split_modes(own.mode or [])
+    names = ("pretrained", "device", "dtype", "attn_implementation", "vision_keep_rate", "text_keep_rate")
+    values = {
+        name: getattr(own, name)
+        for name in (
+            *names,
+            "quantization",
+            "image_policy",
+            "random_seed",
+            "policy",
+            "system_prompt",
+            "min_pixels",
+            "max_pixels",
+        )
+    }
+    settings = ModelSettings.from_dict({**values, "mode": sparsity_mode})
+    if own.batch_size < 1 or own.max_new_tokens < 1:
+        raise UserError("--batch-size and --max-new-tokens must be positive")
+    peek, _ = kit_parser().parse_known_args(forwarded)
+    if peek.data is None and peek.config is None and not {"-h", "--help"} & set(arguments):
+        raise UserError("--data: name at least one dataset (`dynllava benchmarks` lists those of the paper)")
+    if kit_mode:
+        forwarded += ["--mode", kit_mode]
+    if peek.model is None and peek.config is None:
+        forwarded += ["--model", MODEL_NAME]
+    if peek.work_dir is None:
+        peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, own, peek)
+        forwarded += ["--work-dir", str(peek.work_dir)]
+    work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
+    asks_help = bool({"-h", "--help"} & set(arguments))
+    check_folder("--work-dir", work_dir)
+    models, datasets = _selected(peek)
+    judge = _judge(peek, datasets, forwarded)
+
+    if set(datasets) and set(datasets) <= _OWN_DATASETS:
+        os.environ.setdefault("PRED_FORMAT", "tsv")
+    fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
+    kit = import_kit()
+    keep_cells()
+    watch_rows(kit)
+    register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
+    if own.data_root is not None:
+        use_local_data(own.data_root)
+    if peek.config is None:
+        check_datasets(datasets)
+    unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
+    without_judge(unjudged)
+    if judge is not None:
+        repair_judged(judge.url)
+    use_gloo()
+    gather_before_leaving()
+    # One process holds the folder for all of a distributed run.
+    alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
+    with locks(alone, "another `run_vlmevalkit.py`"):
+        journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
+        if fresh:
+            forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
+        started = time.time()
+        sys.argv = [sys.argv[0], *forwarded]
+        kit.main()
+        if int(os.environ.get("RANK", 0)) != 0:
+            return 0
+        failures = []
+        for model in models:
+            failures += check_run(work_dir / model, model, datasets, started, unjudged)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        if len(models) == 1:
+            facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
+            facts["max_new_tokens"] = own.max_new_tokens
+            scored_by = None if kit_mode == "infer" else judge
+            write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
+        if journal is not None and not failures:
+            shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
+    print(f"results: {work_dir}")
+    return 1 if failures else 0
+
+
+def _folder_name(settings: ModelSettings, own: argparse.Namespace, peek: argparse.Namespace) -> str:
+    """Differs wherever another answer may: the kit takes up old files without asking whose they are."""
+    parts = [settings.slug()]
+    parts += [f"limit-{peek.limit}"] if peek.limit else []
+    parts += [f"prompts-{own.prompts}"] if own.prompts != PROMPTS[0] else []
+    parts += [f"max-new-tokens-{own.max_new_tokens}"] if own.max_new_tokens != MAX_NEW_TOKENS else []
+    return "_".join(parts)
+
+
+def _journal(work_dir: Path, settings: ModelSettings, own: argparse.Namespace) -> Path | None:
+    """Where a run that is killed leaves its answers for the next one of the same model, settings and code.
+
+    The kit's own half-done files have no settings with them, nor what the answers cost. None where
+    `dynllava eval` has its own place for them.
+    """
+    if os.environ.get(VARIABLE):
+        return None
+    facts = [settings.to_dict(), settings.slug(), own.prompts, own.max_new_tokens, source_digest()]
+    folder = work_dir / MODEL_NAME / f"journal-{entry_key('vlmevalkit', *facts)[:12]}"
+    os.environ[VARIABLE] = str(folder)
+    return folder
+
+
+def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) -> Judge | None:
+    """The judge that scores free answers, if one is configured and answers; the kit is told of it."""
+    if peek.judge_base_url:
+        os.environ["OPENAI_API_URL"] = peek.judge_base_url
+    if peek.judge_key:
+        os.environ["OPENAI_API_KEY"] = peek.judge_key
+    if peek.judge and peek.judge != "exact_matching":
+        os.environ["MODEL_VERSION"] = peek.judge
+    judge = find_judge(VLMEVALKIT, datasets)
+    if judge is None:
+        if peek.judge is None:
+            # Without a judge the kit asks OpenAI for half a minute, then matches answers by its rules anyway.
+            forwarded += ["--judge", "exact_matching"]
+        return None
+    if peek.judge is None:
+        forwarded += ["--judge", judge.model]
+    if not peek.judge_base_url:
+        forwarded += ["--judge-base-url", judge.url]
+    for name, bound in BOUNDS.items():
+        if getattr(peek, name) is None:
+            forwarded += [f"--{name.replace('_', '-')}", bound]
+    return judge
+
+
+def _selected(peek: argparse.Namespace) -> tuple[list[str], list[str]]:
+    if peek.config is None:
+        return peek.model or [MODEL_NAME], peek.data or []
+    config = read_json(Path(peek.config))
+    for key in ("model", "data"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(
+                f"--config {peek.config}: expected an object {key!r} in it, as VLMEvalKit's docs say"
+            )
+    return list(config["model"]), list(config["data"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
