@@ -103,7 +103,14 @@ class DynamicLlavaProcessor(LlavaProcessor):
         if samples is not None:
             shown = [MARKED.sub("", sample) for sample in samples]
             check_markers(shown, groups, self.image_token)
-            prepared = [self.prepare_text(sample) for sample in samples]
+            # A template that writes the tokenizer's token of the beginning: the text begins behind it.
+            begin = self.tokenizer.bos_token if kwargs.get("sanitize_control_tokens") else None
+            prepared = [
+                begin + self.prepare_text(sample.removeprefix(begin))
+                if begin and sample.startswith(begin)
+                else self.prepare_text(sample)
+                for sample in samples
+            ]
             text = prepared[0] if isinstance(text, str) else prepared
         flat = [image for group in groups for image in group]
         pixels = [self.prepare_image(image, f"image {index}") for index, image in enumerate(flat)]
@@ -145,8 +152,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
             if piece not in specials and (self.spacing == "special" or previous == self.image_token):
                 piece = " " + piece
             result += piece
-            if result != self.tokenizer.bos_token:  # a template's own, in the place of the tokenizer's
-                previous = piece
+            previous = piece
         return result
 
 
