@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about five minutes; most of it downloads PyTorch)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch>=2.6" "torchvision>=0.21"
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,train,qlora,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval,demo,train,qlora,serve,dev]"
 	@touch $(READY)
 
 demo: setup
