@@ -81,8 +81,10 @@ policies: setup
 		--tasks easy_vqa_describe --keep 0.5 \
 		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
+# A file's tests stay in one of JOBS processes, each on one core.
+JOBS ?= 2
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # The property tests with TIMES as many cases, drawn anew; a failing one is printed with the line that repeats it.
 TIMES ?= 10

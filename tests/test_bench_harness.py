@@ -25,7 +25,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def write(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
         commands.append(command)
-        ours = command[2].endswith("lmms_eval_command")
+        ours = command[2].endswith("lmms_eval.command")
         folder = Path(value(command, "--output_path" if ours else "--work-dir"))
         batch = int(value(command, "--batch_size" if ours else "--batch-size"))
         answers = ["red", "no", "yes" if batch == 3 else "blue", "yes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(result_files, "_said", set())
     folder = tmp_path / "runs"
     shutil.copytree(WRITTEN, folder)
+    for file in folder.rglob(
+        "*"
+    ):  # the judged run of each harness is the later one, whatever a checkout says
+        later = "unjudged" not in str(file.relative_to(folder))
+        os.utime(file, (1.7e9 + later, 1.7e9 + later))
     return folder
 
 

@@ -30,7 +30,7 @@ def module_and_arguments(
 
 def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
     given = {"pretrained": settings.pretrained, **settings.sparsity(), **settings.asking()}
-    given |= {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    given |= {name: getattr(settings, name) for name in ("dtype", "attn_implementation", "quantization")}
     pairs = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
     command = ["--model_args", pairs, "--log_samples", "--tasks", ",".join(tasks)]
     command += ["--batch_size", str(batch_size), "--output_path", str(output)]
@@ -39,7 +39,7 @@ def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, o
 
 def _vlmevalkit(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
     given = {**settings.sparsity(), **settings.asking(), "dtype": settings.dtype, "device": settings.device}
-    given["attn_implementation"] = settings.attn_implementation
+    given |= {name: getattr(settings, name) for name in ("attn_implementation", "quantization")}
     command = ["--pretrained", settings.pretrained]
     for key, value in given.items():
         command += [f"--{key.replace('_', '-')}", str(value)] if value is not None else []

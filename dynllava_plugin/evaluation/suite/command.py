@@ -43,6 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--device", help="cpu, cuda, cuda:0 ... (default: the GPU where there is one)")
     add("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
     add("--attn-implementation", help="sdpa, eager, flash_attention_2")
+    add("--quantization", choices=("8bit", "4bit"), help="the LLM's weights, through bitsandbytes")
     add("--limit", type=int, help="questions of each benchmark")
     add("--batch-size", type=int, help="in float32 it never changes an answer")
     add("--num-processes", type=int, help="GPUs (or processes) that share a benchmark's questions")
@@ -94,6 +95,7 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
             device=settings.device,
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
+            quantization=settings.quantization,
             **settings.sparsity(),
         )
     if config.left_out():

@@ -25,7 +25,7 @@ class SuiteConfig:
     ----------
     benchmarks : tuple of str
         Names of `dynllava benchmarks`, or a harness's task names.
-    pretrained, device, dtype, attn_implementation, vision_keep_rate, text_keep_rate, image_policy, random_seed, policy,
+    pretrained, device, dtype, attn_implementation, quantization, vision_keep_rate, text_keep_rate, image_policy, random_seed, policy,
     system_prompt, min_pixels, max_pixels
         As `ModelSettings`.
     mode : tuple of str
@@ -52,6 +52,7 @@ class SuiteConfig:
     device: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
+    quantization: str | None = None
     vision_keep_rate: float | None = None
     text_keep_rate: float | None = None
     image_policy: str | None = None

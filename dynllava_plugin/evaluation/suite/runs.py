@@ -92,7 +92,11 @@ def folder_name(settings: ModelSettings, digest: str, config: SuiteConfig) -> st
     """Differs wherever checkpoint or settings do."""
     name = Path(settings.pretrained).name if Path(settings.pretrained).is_dir() else settings.pretrained
     parts = [name, digest, *(f"{key}-{value}" for key, value in sorted(settings.sparsity().items()))]
-    parts += [str(value) for value in (settings.dtype, settings.attn_implementation) if value is not None]
+    parts += [
+        str(value)
+        for value in (settings.dtype, settings.attn_implementation, settings.quantization)
+        if value is not None
+    ]
     parts += settings.asking_labels()
     parts += [f"limit-{config.limit}"] if config.limit else []
     parts += [f"prompts-{config.prompts}"] if config.prompts != "llava" else []
