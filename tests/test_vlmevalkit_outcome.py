@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.vlmevalkit import command
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run
 
-NOW = time.time()
+NOW = 1.7e9  # a fixed moment, so that every process collects the same cases
 
 
 def write(folder: Path, written: float | None) -> None:
