@@ -327,7 +327,7 @@ def test_sizes_that_are_missing_or_of_other_pictures_are_one_line(family):
     model = model_of(family)
     model.set_sparsity(mode="full")
     batch, _, _ = batch_for(family, SIZES)
-    name = model.image_inputs[1]
+    name = model.image_needs[1]
     with pytest.raises(UserError, match=f"{name}: missing"):
         model(**{key: value for key, value in batch.items() if key != name})
     other = batch[name] * 3

@@ -17,6 +17,7 @@ from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
 from dynllava_plugin.model.outputs import SparseDecoderOutput
 from dynllava_plugin.model.packing import Tokens, at_columns, last_column, present_tokens
+from dynllava_plugin.model.positions import moved_up, position_offset, token_positions
 from dynllava_plugin.model.token_layout import read_layout, valid_columns
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -91,11 +92,11 @@ class SparseDecoder(nn.Module):
         if layout.counts is None and not step:
             facts = read_layout(valid, None, None, (None, 0), policy, False)
             layout = replace(layout, counts=facts.counts, ends_real=facts.ends_real)
-        text, turned = self._positions(attention_mask, position_ids, valid, cache)
+        text, turned = token_positions(attention_mask, position_ids, valid, cache)
         if cache is not None:
             cache.start()
             if turned is not text and not step:
-                cache.offset = _offset(turned, valid, cache)
+                cache.offset = position_offset(turned, valid, cache)
             if cache.moved_up is not None:
                 same, turned = turned is text, turned - cache.moved_up
                 text = turned if same else text - cache.moved_up
@@ -149,7 +150,7 @@ class SparseDecoder(nn.Module):
         use_sparse_attention(self.config)
         batch, length, _ = inputs_embeds.shape
         valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
-        text, turned = self._positions(attention_mask, position_ids, valid, None)
+        text, turned = token_positions(attention_mask, position_ids, valid, None)
         # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
         behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
         causal = None
@@ -258,7 +259,7 @@ class SparseDecoder(nn.Module):
         if counts is None:
             counts = present.sum(1).tolist()
         if layer == 0 and policy.packed_positions and tokens.layout.image_lengths:
-            tokens = _moved_up(tokens, tokens.valid & ~decision.keep, cache)
+            tokens = moved_up(tokens, tokens.valid & ~decision.keep, cache)
         if sum(counts) == sum(tokens.counts or ()) and (not last_only or tokens.layout.ends_real):
             return replace(tokens, keep=decision.keep), decision
         all_stay = present is decision.keep
@@ -335,30 +336,6 @@ class SparseDecoder(nn.Module):
                 f"{policy.name}'s at {gates}); start a new one"
             )
 
-    @staticmethod
-    def _positions(
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        valid: torch.Tensor,
-        cache: SparseContextCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each token's place in its text, int64 [B or 1, L], and its position ids, [3, B, L] where they differ."""
-        if position_ids is not None and position_ids.dim() == 2:
-            return position_ids, position_ids
-        if position_ids is not None and position_ids.shape[0] == 4:
-            return position_ids[0], position_ids[1:]
-        if attention_mask is not None:
-            text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
-        else:
-            text = torch.arange(valid.shape[1], device=valid.device)[None]
-            if cache is not None and cache.fed is not None:
-                text = text + cache.fed
-        if position_ids is not None:
-            return text, position_ids
-        if cache is not None and cache.offset is not None:
-            return text, (text + cache.offset)[None].expand(3, -1, -1)
-        return text, text
-
 
 def _segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:
     """Where a segment of layers ends: at each gate, where a cache's track begins, and behind the last layer."""
@@ -378,25 +355,6 @@ def _by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, l
         decision.image_keep = by_sample(stays.flatten()[layout.image_index], layout)
         decision.image_score = None  # on the scale of this gate's own survivors
     return decision
-
-
-def _offset(positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache) -> torch.Tensor:
-    """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
-    last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
-    fed = valid.sum(1, keepdim=True)
-    return last + 1 - (fed if cache.fed is None else cache.fed + fed)
-
-
-def _moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
-    """The tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
-    if cache is not None:
-        cache.move_up(gone.sum(1, keepdim=True))
-    less = gone.cumsum(1)
-    same = tokens.text_positions is tokens.position_ids
-    positions = tokens.position_ids - less
-    return replace(
-        tokens, position_ids=positions, text_positions=positions if same else tokens.text_positions - less
-    )
 
 
 def _whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:

@@ -86,13 +86,7 @@ def _decide_images(policy: Policy, gate: Gate, decision: Decision) -> None:
     known = [choice for choice in choices if choice is not None]
 
     def of_all(values: list[torch.Tensor]) -> torch.Tensor:
-        """Values [M, N, ...] of each group -> [T, ...] in the order of places."""
-        if len(groups) == 1:
-            return values[0].flatten(0, 1)
-        parts: dict[int, torch.Tensor] = {}
-        for (_, images), of_group in zip(groups, values, strict=True):
-            parts.update(zip(images, of_group, strict=True))
-        return torch.cat([parts[image] for image in range(len(parts))])
+        return _in_order([images for _, images in groups], values)
 
     selected = of_all([choice.keep for choice in known])
     decision.image_keep = by_sample(selected, layout)
@@ -159,12 +153,17 @@ def _image_logits(hidden: torch.Tensor, layout: TokenLayout, predictor: ImagePre
     tokens = hidden.flatten(0, 1)[layout.image_index]
     if not layout.image_lengths:  # a stand-in image: through the predictor, to no place
         return predictor(tokens[:, None]).flatten(0, 1)
-    groups = layout.image_groups()
+    groups = [images for _, images in layout.image_groups()]
+    return _in_order(groups, [predictor(gate.of_group(images).in_question(tokens)) for images in groups])
+
+
+def _in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tensor:
+    """Values [M, N, ...] of each group's images -> [T, ...] in the order of places."""
     if len(groups) == 1:
-        return predictor(gate.in_question(tokens)).flatten(0, 1)
+        return values[0].flatten(0, 1)
     parts: dict[int, torch.Tensor] = {}
-    for _, images in groups:
-        parts.update(zip(images, predictor(gate.of_group(images).in_question(tokens)), strict=True))
+    for images, of_group in zip(groups, values, strict=True):
+        parts.update(zip(images, of_group, strict=True))
     return torch.cat([parts[image] for image in range(len(parts))])
 
 

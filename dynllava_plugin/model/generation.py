@@ -12,6 +12,7 @@ from torch import nn
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.call_settings import settings_of_call
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
+from dynllava_plugin.model.positions import token_positions
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
@@ -147,7 +148,7 @@ class SparseGeneration(nn.Module):
         if attention_mask is not None:
             valid = attention_mask[:, -1:].bool()
         llm = self.model.language_model
-        text, turned = llm._positions(None, position_ids, valid, cache)
+        text, turned = token_positions(None, position_ids, valid, cache)
         if cache.moved_up is not None:
             text, turned = text - cache.moved_up, turned - cache.moved_up
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,6 +40,9 @@ class SparseVLM(SparseGeneration, SparseScoring):
     image_inputs: ClassVar[tuple[str, ...]] = (
         "pixel_values",
     )  # what `get_image_features` takes of forward's arguments
+    image_needs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+    )  # and can't do without; what says how large images are comes second
     has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
@@ -340,27 +342,21 @@ class SparseVLM(SparseGeneration, SparseScoring):
         UserError
             An argument that is missing, or pixels that don't fit the others.
         """
-        encode = self.model.get_image_features
         given = {name: images[name] for name in self.image_inputs if images.get(name) is not None}
-        needed = [
-            name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-        ]  # fmt: skip
-        for name in (*needed, *(["image_grid_thw"] if "image_grid_thw" in self.image_inputs else [])):
+        for name in self.image_needs:
             if name not in given:
                 raise UserError(f"{name}: missing; pass everything that the checkpoint's processor returns")
         try:
-            return encode(**given, return_dict=True)
+            return self.model.get_image_features(**given, return_dict=True)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
-            if (
-                not needed[1:] and "image_grid_thw" not in self.image_inputs
-            ):  # nothing that pixels could disagree with
+            _, *sizes = self.image_needs
+            if not sizes:  # nothing that pixels could disagree with
                 raise
             reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"pixel_values: do not fit {self.image_inputs[1]} ({reason}); pass both as the checkpoint's processor "
-                "returns them"
+                f"pixel_values: do not fit {sizes[0]} ({reason}); pass both as the checkpoint's processor returns them"
             ) from error
 
 

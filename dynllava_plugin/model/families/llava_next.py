@@ -26,6 +26,7 @@ class DynamicLlavaNextForConditionalGeneration(SparseVLM, LlavaNextForConditiona
     config: DynamicLlavaNextConfig
     config_class = DynamicLlavaNextConfig
     model_class = LlavaNextModel
+    image_needs = ("pixel_values", "image_sizes")
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
 

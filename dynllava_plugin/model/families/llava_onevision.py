@@ -26,6 +26,7 @@ class DynamicLlavaOnevisionForConditionalGeneration(SparseVLM, LlavaOnevisionFor
     config: DynamicLlavaOnevisionConfig
     config_class = DynamicLlavaOnevisionConfig
     model_class = LlavaOnevisionModel
+    image_needs = ("pixel_values", "image_sizes")
     image_inputs = (
         "pixel_values",
         "image_sizes",

@@ -23,6 +23,7 @@ class DynamicMistral3ForConditionalGeneration(SparseVLM, Mistral3ForConditionalG
     config: DynamicMistral3Config
     config_class = DynamicMistral3Config
     model_class = Mistral3Model
+    image_needs = ("pixel_values", "image_sizes")
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer")
 
 

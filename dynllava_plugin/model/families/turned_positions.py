@@ -16,7 +16,7 @@ from dynllava_plugin.sparsity.cache import SparseContextCache
 class TurnedPositions(SparseVLM):
     """A family whose images turn on three axes: positions come from the images' grids, later ones from the cache's offset."""
 
-    image_inputs = ("pixel_values", "image_grid_thw")
+    image_inputs = image_needs = ("pixel_values", "image_grid_thw")
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
