@@ -448,7 +448,6 @@ def test_an_image_that_the_processor_refuses_is_an_unreadable_one() -> None:
 
 
 def test_held_out_samples_are_asked_as_in_training(checkpoint, mixture: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("dynllava_plugin.evaluation.engine.encoding")
     flags = [*recipe(checkpoint("qwen2_5_vl"), mixture, tmp_path / "out", 20), "--held_out", "3"]
     assert train.finetune.main([*flags, "--eval_steps", "20", "--save_strategy", "no"]) == 0
     with (tmp_path / "out" / "eval_log.csv").open() as file:

@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.prompting import VICUNA, style_of
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
 from train.chat import ChatEncoder
@@ -163,9 +164,9 @@ def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
 
 
 def encoder_of(model: Any, processor: Any) -> ConversationEncoder | ChatEncoder:
-    """LLaVA-1.5's vicuna_v1 for a Llama whose sequences end with `</s>`, else the checkpoint's own chat template."""
-    llama = model.config.text_config.model_type == "dynamic_llama"
-    if llama and isinstance(processor, DynamicLlavaProcessor) and processor.tokenizer.eos_token == ANSWER_END:
+    """LLaVA-1.5's vicuna_v1 where evaluation asks by it and answers end with `</s>`, else the checkpoint's own chat template."""
+    ends = processor.tokenizer.eos_token == ANSWER_END
+    if ends and isinstance(processor, DynamicLlavaProcessor) and style_of(model, processor) is VICUNA:
         image = model.config.image_token_id
         return ConversationEncoder(processor, image, count_image_tokens(processor, image))
     return ChatEncoder(processor)

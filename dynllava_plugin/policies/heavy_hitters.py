@@ -66,22 +66,27 @@ class HeavyHitterTrack(ContextTrack):
             self.seen = self.seen.index_select(0, rows.to(self.seen.device))
 
 
-class HeavyHitterLayer(RaggedLayer):
-    """Keys, values, the attention each token has received (float32 [B, H_kv, capacity]) and its order number (int32)."""
+class ObservedLayer(RaggedLayer):
+    """Keys and values whose prompt is stored by a subclass's `observe`, once its attention is known."""
 
-    track: HeavyHitterTrack
-    received: Any = None  # tensors from the prompt on
-    number: Any = None
     _prompt: Any = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `RaggedLayer.update`; a prompt is stored by `observe`, once its attention is known."""
+        """As `RaggedLayer.update`; a prompt waits."""
         if isinstance(self.track.plan, Prefill):
             self._prompt = (key_states, value_states)
             return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
+
+
+class HeavyHitterLayer(ObservedLayer):
+    """Keys, values, the attention each token has received (float32 [B, H_kv, capacity]) and its order number (int32)."""
+
+    track: HeavyHitterTrack
+    received: Any = None  # tensors from the prompt on
+    number: Any = None
 
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Add what rotated queries [B, H, q, D] attend of `key` [B, H_kv, K, D], and let tokens go."""

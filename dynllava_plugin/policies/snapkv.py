@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import CACHE, Policy, count, share
-from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
+from dynllava_plugin.policies.heavy_hitters import ObservedLayer
+from dynllava_plugin.sparsity.cache import SparseContextCache, gather_tokens
 from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
 
 
@@ -97,20 +97,10 @@ class SnapTrack(ContextTrack):
         return mask
 
 
-class SnapLayer(RaggedLayer):
+class SnapLayer(ObservedLayer):
     """Keys and values whose prompt is stored by `observe`, once its attention is known."""
 
     track: SnapTrack
-    _prompt: Any = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `RaggedLayer.update`."""
-        if isinstance(self.track.plan, Prefill):
-            self._prompt = (key_states, value_states)
-            return key_states, value_states
-        return super().update(key_states, value_states, *args, **kwargs)
 
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Store a prompt of rotated queries [B, H, L, D] and keys [B, H_kv, L, D], cut to the budget."""
