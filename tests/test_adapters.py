@@ -25,7 +25,7 @@ from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava, LossAndGreedy
 from dynllava_plugin.evaluation.results.journal import Journal
-from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.manifest import RunRecord
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
@@ -75,9 +75,9 @@ def test_generate_until_mixes_tasks_and_keeps_the_order(lm: DynamicLlava, docume
         ("<image>\nwhat color is the shape?", short, visual, 1, "first", "test"),
     ]
     requests = [request(lm, "generate_until", call[3], call) for call in calls]
-    RECORD.clear()
+    lm.record = RunRecord()
     together = [(r.text, r.token_counts.output_tokens) for r in lm.generate_until(requests)]
-    noted = RECORD.to_dict("lmms-eval")["tokens"]
+    noted = lm.record.to_dict("lmms-eval")["tokens"]
     assert {name: counts["n"] for name, counts in noted.items()} == {"first": 2, "second": 2}
     alone = [lm.generate_until([one])[0] for one in requests]
     assert together == [(r.text, r.token_counts.output_tokens) for r in alone]
@@ -134,7 +134,7 @@ def test_conversations_keep_earlier_answers_as_output_text(lm: DynamicLlava, doc
 
     arguments = {"max_new_tokens": 4}
     call = (TALK[0][0], arguments, visual, next_round, 0, "first", "test")
-    RECORD.clear()
+    lm.record = RunRecord()
     (answers,) = lm.generate_until_multi_round([request(lm, "generate_until_multi_round", 0, call)])
     image, turns, by_hand = documents[0]["image"], [], []
     for question, _ in TALK:
@@ -142,7 +142,7 @@ def test_conversations_keep_earlier_answers_as_output_text(lm: DynamicLlava, doc
         by_hand += lm.engine.generate([asked], Generation.from_task(arguments))
         turns.append((question, by_hand[-1].text))
     assert answers == [answer.text for answer in by_hand]
-    noted = RECORD.to_dict("lmms-eval")["tokens"]["first"]
+    noted = lm.record.to_dict("lmms-eval")["tokens"]["first"]
     assert noted["n"] == 1 and noted["generated_tokens"] == sum(a.generated_tokens for a in by_hand)
 
     call = ("", lambda doc: TALK, visual, 1, "first", "test")
@@ -156,9 +156,9 @@ def test_padding_requests_are_answered_but_not_noted(lm: DynamicLlava, documents
     call = ("is it red?", {"max_new_tokens": 2}, visual, 0, "first", "test")
     plain, padding = (request(lm, "generate_until", 0, call) for _ in range(2))
     padding.metadata["__padding_only__"] = True
-    RECORD.clear()
+    lm.record = RunRecord()
     assert len(lm.generate_until([plain, padding])) == 2
-    assert RECORD.to_dict("lmms-eval")["tokens"]["first"]["n"] == 1
+    assert lm.record.to_dict("lmms-eval")["tokens"]["first"]["n"] == 1
 
 
 def test_images_are_decoded_when_their_turn_comes(lm: DynamicLlava, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +199,10 @@ def test_a_run_that_was_cut_short_asks_only_what_is_missing(
             asked.extend(item.request.name for item in batch) or answer_batch(calls, batch, generation)
         ),
     )
-    RECORD.clear()
+    lm.record = RunRecord()
     after = [answer.text for answer in lm.generate_until(requests)]
     assert asked == ["second test 1"] and after[:1] == before
-    assert {name: part["n"] for name, part in RECORD.to_dict("x")["tokens"].items()} == {
+    assert {name: part["n"] for name, part in lm.record.to_dict("x")["tokens"].items()} == {
         "first": 1,
         "second": 1,
     }
@@ -323,7 +323,7 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
 
     model = KitModel.__new__(KitModel)
     model.engine, model.max_new_tokens, model.prompts = Echo(), 8, "llava"
-    model._journal = Journal(None)
+    model._journal, model.record = Journal(None), RunRecord()
     return model
 
 

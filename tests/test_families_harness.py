@@ -25,7 +25,6 @@ from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
 from dynllava_plugin.evaluation.minis import hub_short
 from dynllava_plugin.evaluation.minis.hub import write_repo
 from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
-from dynllava_plugin.evaluation.results.records import RECORD
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.results.run_settings import run_settings
 from dynllava_plugin.evaluation.settings import ModelSettings
@@ -165,7 +164,7 @@ def test_both_harnesses_answer_easy_vqa_alike(
         assert record["image_tokens"] > 0
         assert record["kept_image_tokens"] == kept(family, record["image_tokens"])
         assert 0 <= record["kept_tokens"] <= record["cached_tokens"] == record["generated_tokens"] - 1
-    noted = RECORD.to_dict("lmms-eval")["tokens"]["task"]
+    noted = lm.record.to_dict("lmms-eval")["tokens"]["task"]
     mean = sum(answer["extra_records"]["kept_image_tokens"] for answer in found) / LIMIT
     assert noted["n"] == LIMIT and noted["kept_image_tokens"] == mean
     assert noted["equivalent_tokens"] > 0 and noted["kv_mib"] > 0

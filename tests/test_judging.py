@@ -18,6 +18,7 @@ from dynllava_plugin.evaluation.judges import unanswered
 from dynllava_plugin.evaluation.judging import FAILED_IN_A_ROW, TRIES, Patience, llava_scores, mm_vet_score
 from dynllava_plugin.evaluation.lmms_eval import judging as lmms_eval_judging
 from dynllava_plugin.evaluation.minis.command import make_minis
+from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit import judging as vlmevalkit_judging
 from tests.judge_server import FAILS, HANGS, NO_JSON, judge_server
@@ -186,8 +187,8 @@ def test_the_kit_s_client_takes_no_failure_for_a_score(said: str) -> None:
     from vlmeval.api import OpenAIWrapper
     from vlmeval.dataset.utils import mmvet
 
-    with judge_server(said) as judge:
-        vlmevalkit_judging.repair_judged(judge.url)
+    with judge_server(said) as judge, Patches() as patches:
+        vlmevalkit_judging.repair_judged(patches, judge.url)
         from vlmeval.dataset.utils import llavabench
 
         client = OpenAIWrapper(

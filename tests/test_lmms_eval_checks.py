@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from lmms_eval.tasks import TaskManager
 from tenacity import Future, RetryError
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.lmms_eval.checks import (
+    check_model,
+    check_tasks,
     checked_generation,
     missing_data,
     tell_test_splits,
     user_error,
 )
+from dynllava_plugin.evaluation.lmms_eval.tasks import TASKS_FOLDER
 from dynllava_plugin.files import check_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,3 +115,45 @@ def test_an_output_place_that_can_t_be_written_is_told(tmp_path: Path) -> None:
             check_folder("--output_path", folder)
     check_folder("--output_path", tmp_path / "new" / "deep")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.fixture
+def our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval has our tasks alone."""
+    find = TaskManager.initialize_tasks
+    ours = {"include_path": str(TASKS_FOLDER), "include_defaults": False}
+    monkeypatch.setattr(TaskManager, "initialize_tasks", lambda self, **given: find(self, **ours))
+
+
+def asked(*names: str) -> Namespace:
+    return Namespace(tasks=",".join(names), include_path=None, verbosity="INFO", model="dynllava")
+
+
+def test_names_groups_wildcards_and_files_go_on(our_tasks: None, tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_text("task: mine")
+    check_tasks(asked("easy_vqa", "easy_vqa_describe"))
+    check_tasks(asked("easy_vqa_s*", "none*", str(file)))
+    check_tasks(asked(str(file), "none*"))
+    check_tasks(asked("*"))
+    check_tasks(asked(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["easy_vqa", "easy_vqaa"], "--tasks easy_vqaa: no such task; did you mean easy_vqa or "),
+        (["none*"], r"--tasks none\*: no such task; `lmms_eval tasks list` lists them"),
+        (["easy_vqa", "none.yaml"], r"--tasks none\.yaml: no such task"),
+    ],
+)
+def test_unknown_names_do_not(our_tasks: None, names: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        check_tasks(asked(*names))
+
+
+def test_models_and_their_aliases() -> None:
+    check_model("dynllava")
+    check_model("dynamic_llava")
+    with pytest.raises(UserError, match="--model dynlava: no such model; did you mean dynllava or"):
+        check_model("dynlava")

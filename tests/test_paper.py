@@ -16,7 +16,7 @@ from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.lmms_eval import command as lmms_eval_command
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.results.command import benchmarks_text
-from dynllava_plugin.evaluation.results.manifests import footer
+from dynllava_plugin.evaluation.results.footer import footer
 from dynllava_plugin.evaluation.results.paper import (
     METHODS,
     compare,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +21,8 @@ from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
 from dynllava_plugin.evaluation.engine.costs import OutputCost
 from dynllava_plugin.evaluation.own_sets import easy_vqa
+from dynllava_plugin.evaluation.results.footer import footer
 from dynllava_plugin.evaluation.results.journal import Journal, entry_key
-from dynllava_plugin.evaluation.results.manifests import footer
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runner
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
@@ -212,22 +211,23 @@ def test_commands_are_the_harnesses_own(tmp_path: Path) -> None:
     chosen = config(tmp_path, mode=["image"], limit=7, data=str(tmp_path / "data"), num_processes=2)
     lmms, kit = plan(chosen, None)[:2]
     assert (
-        "torch.distributed.run" in lmms.command
-        and "dynllava_plugin.evaluation.lmms_eval.command" in lmms.command
+        "torch.distributed.run" in lmms.launch
+        and lmms.command[0] == "dynllava_plugin.evaluation.lmms_eval.command"
     )
     text = " ".join(lmms.command)
     assert "--model_args pretrained=tiny,mode=image --log_samples --tasks gqa --batch_size 8" in text
     assert text.endswith("--limit 7") and lmms.directory == tmp_path / "data" / "datasets"
     text = " ".join(kit.command)
     assert "--data GQA_TestDev_Balanced" in text and f"--data-root {tmp_path / 'data' / 'LMUData'}" in text
-    assert "--mode image" in text and kit.environment["DYNLLAVA_JOURNAL"].endswith("vlmevalkit/GQA/journal")
+    assert "--mode image" in text and kit.journal == kit.root / "vlmevalkit" / "GQA" / "journal"
 
 
 def fake(tmp_path: Path, name: str, code: str, **changes: Any) -> Run:
     """A run that is a line of Python; its folder is where a real one's would be."""
     folder = tmp_path / "out" / "setting" / "lmms-eval" / name
+    path = {"PYTHONPATH": str(ROOT)}
     made = Run(
-        find_benchmark("easy_vqa"), "lmms-eval", name, folder, [sys.executable, "-c", code], {}, tmp_path,
+        find_benchmark("easy_vqa"), "lmms-eval", name, folder, ["tests.fake_harness", code], path, tmp_path,
         {"data": 1}, {"judge": None},
     )  # fmt: skip
     return replace(made, **changes)
@@ -254,8 +254,78 @@ def test_a_failing_benchmark_stops_no_other(tmp_path: Path) -> None:
     assert problems["bad"].startswith("ended with 3 (no such thing; see ") and "log.txt" in problems["bad"]
     assert "no space left on the disk" in problems["full"]
     assert len(lines) == 4 and sum("FAILED" in line for line in lines) == 2 and lines[0].startswith("[1/4]")
+    assert "later" not in problems["also good"]
     assert "; about " in lines[0] and "; about " not in lines[3]
     assert read_state(runs[0].folder)["state"] == "done" and read_state(runs[1].folder)["state"] == "failed"
+
+
+def test_one_process_carries_out_a_settings_runs_of_a_harness(tmp_path: Path) -> None:
+    """Each has its journal and log, and the process is the same; the model would be too."""
+    note = "journal.parent.joinpath('note').write_text(f'{pid} {journal.parent.name} {id(load)}'); print(journal)"
+    names = ("a", "b", "c", "d")
+    runs = [fake(tmp_path, name, note) for name in names]
+    other = fake(tmp_path, "e", note, harness="vlmevalkit", folder=runs[0].root / "vlmevalkit" / "e")
+    runner_of_all = Runner([*runs, other], 2, None, lambda line: None)
+    assert not any(outcome.problem for outcome in runner_of_all.run()) and runner_of_all.processes == 2
+    notes = [run.folder.joinpath("note").read_text().split() for run in runs]
+    assert len({(pid, model) for pid, _, model in notes}) == 1 and [name for _, name, _ in notes] == [*names]
+    assert other.folder.joinpath("note").read_text().split()[0] != notes[0][0]
+    assert [run.folder.joinpath("log.txt").read_text().split() for run in runs] == [
+        [str(run.journal)] for run in runs
+    ]
+    shared = Runner([fake(tmp_path / "more", name, "pass") for name in names], 3, None, lambda line: None)
+    shared.run()
+    assert shared.processes == 3  # more jobs than settings and harnesses share a list
+
+
+@pytest.mark.parametrize("death", ["import os; os.kill(os.getpid(), 9)", "import os; os._exit(7)"])
+def test_a_process_that_dies_loses_only_the_run_that_it_was_in(tmp_path: Path, death: str) -> None:
+    count = "p = journal.parents[3] / journal.parent.name; p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    runs = [fake(tmp_path, name, count) for name in ("one", "two", "three")]
+    runs[1] = replace(
+        runs[1], command=[runs[1].command[0], f"{count}; print('error: out of memory'); {death}"]
+    )
+    dying = Runner(runs, 1, None, lambda line: None)
+    problems = [outcome.problem for outcome in dying.run()]
+    assert problems[0] == problems[2] == "" and "out of memory" in problems[1] and "\n" not in problems[1]
+    assert dying.processes == 2  # another goes on behind the one that died
+    assert [(tmp_path / "out" / run.mode).read_text() for run in runs] == ["x"] * 3
+    Runner(runs, 1, None, lambda line: None).run()
+    assert [(tmp_path / "out" / run.mode).read_text() for run in runs] == ["x", "xx", "x"]
+
+
+def test_a_run_that_outlived_its_runner_is_done(tmp_path: Path) -> None:
+    code = "p = journal.parent / 'count'; p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    run = fake(tmp_path, "one", code)
+    assert run_all([run])[0] == {"one": ""}
+    state = read_state(run.folder)
+    (run.folder / "run.json").write_text(json.dumps({**state, "state": "running"}))  # as the runner left it
+    assert run_all([run])[0] == {"one": ""} and (run.folder / "count").read_text() == "x"
+    assert read_state(run.folder)["state"] == "done"
+
+
+def test_what_a_run_puts_into_the_environment_is_its_own(tmp_path: Path) -> None:
+    first = fake(tmp_path, "one", "import os; os.environ['PRED_FORMAT'] = 'tsv'")
+    second = fake(tmp_path, "two", "import os; assert 'PRED_FORMAT' not in os.environ")
+    assert run_all([first, second])[0] == {"one": "", "two": ""}
+
+
+def test_a_checkpoint_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynllava_plugin.evaluation.engine.engine import Engine
+    from dynllava_plugin.evaluation.settings import ModelSettings
+    from dynllava_plugin.evaluation.suite.worker import OneModel
+
+    loaded, load = [], Engine.load
+    monkeypatch.setattr(Engine, "load", lambda *given: loaded.append(given) or load(*given))
+    model, tiny = OneModel(), ModelSettings("tiny", device="cpu")
+    first, second = model(tiny, 2), model(tiny, 4)
+    assert first.model is second.model and first is not second and second.batch_size == 4
+    assert model(replace(tiny, mode="full"), 4).model is not first.model and len(loaded) == 2
+    nowhere = ModelSettings("nowhere/at all")
+    for _ in range(2):
+        with pytest.raises(UserError):
+            model(nowhere, 1)
+    assert len(loaded) == 3
 
 
 def test_resuming_and_staleness(tmp_path: Path) -> None:
@@ -284,7 +354,7 @@ def test_a_failed_run_is_tried_again_with_its_journal(tmp_path: Path) -> None:
     failing = fake(tmp_path, "one", "import sys; sys.exit(1)")
     assert run_all([failing])[0]["one"]
     failing.journal.mkdir()
-    good = replace(failing, command=[sys.executable, "-c", "pass"])
+    good = replace(failing, command=["tests.fake_harness", "pass"])
     assert run_all([good])[0] == {"one": ""} and good.journal.is_dir()
 
 
@@ -325,7 +395,7 @@ def test_missing_data_is_named_before_anything_runs(
     assert not (run.folder / "log.txt").exists()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # then it is tried, and the log says why it failed
     offline = "import sys; print('ConnectionError: Max retries'); sys.exit(1)"
-    (problem,) = run_all([replace(run, command=[sys.executable, "-c", offline])])[0].values()
+    (problem,) = run_all([replace(run, command=["tests.fake_harness", offline])])[0].values()
     assert "can't be downloaded" in problem
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from dynllava_plugin.evaluation.suite.runner import WRITER, Outcome, Runner, rea
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.model.checkpoints import sources
 from tests.test_paper import write_run
-from tests.test_suite import config, fake, run_all
+from tests.test_suite import ROOT, config, fake, run_all
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_a_download_is_not_other_data(tmp_path: Path, cache: Path) -> None:
 
 def test_a_run_killed_behind_its_download_goes_on(tmp_path: Path, cache: Path) -> None:
     run = downloading(tmp_path, "c1")
-    killed = replace(run, command=[*run.command[:2], f"{run.command[2]}; os.kill(os.getpid(), 9)"])
+    killed = replace(run, command=[run.command[0], f"{run.command[1]}; os.kill(os.getpid(), 9)"])
     assert run_all([killed])[0]["one"]
     state = run.folder / "run.json"
     state.write_text(state.read_text().replace('"c1"', '"hub"'))  # the runner was killed too
@@ -124,7 +127,7 @@ def test_a_judge_that_vanished_is_not_recorded_as_used(tmp_path: Path, cache: Pa
     run = fake(tmp_path, "one", "", benchmark=find_benchmark("MM-Vet"), scores_from={"judge": "gpt"})
     write_run(tmp_path / "made", "image", {"mmvet": {"gpt_eval_score,none": 31.0}})
     copy = f"import shutil; shutil.copytree({str(tmp_path / 'made')!r}, {str(run.output)!r})"
-    run = replace(run, command=[sys.executable, "-c", copy])
+    run = replace(run, command=["tests.fake_harness", copy])
     assert not resumed(run) and read_state(run.folder)["scores_from"] == {"judge": None}
     judge = {"model": "gpt", "unanswered": {}}
     write_run(tmp_path / "made", "image", {"mmvet": {"gpt_eval_score,none": 31.0}}, judge=judge)
@@ -181,3 +184,78 @@ def test_an_orphan_holds_its_folder(tmp_path: Path) -> None:
     look += "links = [os.readlink(f'/proc/self/fd/{fd}') for fd in fds if os.path.exists(f'/proc/self/fd/{fd}')]\n"
     look += "sys.exit(not any(link.endswith('setting/.lock') for link in links))"
     assert run_all([fake(tmp_path, "one", look)])[0] == {"one": ""}
+
+
+WORK = """
+import json, os, time
+from dynllava_plugin.evaluation.engine.answers import Answer
+from dynllava_plugin.evaluation.results.journal import Journal
+from dynllava_plugin.files import write_text
+time.sleep(0.02)  # loading
+book, answers = Journal(journal), {}
+for number in range(6):
+    found = book.answer(str(number))
+    if found is None:
+        time.sleep(0.01)
+        with open(journal.parent / "asked", "a") as file:
+            file.write(f"{number} ")
+        found = Answer(f"it is {number}", 1, 0, 0, 1, 0, 0)
+        book.write([(str(number), found)])
+    answers[number] = found.text
+time.sleep(0.02)  # scoring
+output = journal.parent / "output"
+for part in ("results", "samples"):
+    write_text(output / part, json.dumps(answers))
+    time.sleep(0.01)
+"""
+STARTED = """
+import sys
+from pathlib import Path
+from dynllava_plugin.evaluation.benchmarks import find_benchmark
+from dynllava_plugin.evaluation.suite.runner import Runner
+from dynllava_plugin.evaluation.suite.runs import Run
+place, root, work = sys.argv[1:]
+runs = [
+    Run(find_benchmark("easy_vqa"), "lmms-eval", name, Path(place, "out/setting/lmms-eval", name), ["tests.fake_harness", work],
+        {"PYTHONPATH": root}, Path(place), {"data": 1}, {"judge": None})
+    for name in ("a", "b", "c")
+]
+Runner(runs, 1, None, lambda line: None).run()
+"""
+
+
+def test_killed_anywhere_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Runner and process are killed together, at moments of loading, answering, scoring and writing; then it goes on."""
+    folder = tmp_path / "out" / "setting"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    chance = random.Random(0)
+    for _ in range(5):
+        command = [sys.executable, "-c", STARTED, str(tmp_path), str(ROOT), WORK]
+        runner = subprocess.Popen(command, env=environment)
+        while runner.poll() is None and not children(runner.pid):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.05, 0.35))
+        for number in children(runner.pid):
+            os.kill(number, signal.SIGKILL)
+        runner.kill()
+        runner.wait()
+        if all(read_state(path).get("state") == "done" for path in folder.glob("*/*") if path.is_dir()):
+            break
+    runs = [fake(tmp_path, name, WORK) for name in ("a", "b", "c")]
+    assert run_all(runs)[0] == dict.fromkeys("abc", "")
+    for run in runs:
+        said = {str(number): f"it is {number}" for number in range(6)}
+        assert [json.loads((run.output / part).read_text()) for part in ("results", "samples")] == [said] * 2
+        asked = (run.folder / "asked").read_text().split()
+        # An answer is asked for again only where the process died between hearing it and writing it down.
+        assert set(asked) == set(said) and len(asked) <= 6 + 5
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            facts = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] if int(facts[1]) == pid else []
+    return found

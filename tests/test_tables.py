@@ -15,7 +15,7 @@ from dynllava_plugin.cli import main
 from dynllava_plugin.demo.chart import draw
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-from dynllava_plugin.evaluation.results.manifests import footer
+from dynllava_plugin.evaluation.results.footer import footer
 from dynllava_plugin.evaluation.results.tables import mode_name, pivot, read_results, render
 
 

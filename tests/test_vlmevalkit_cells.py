@@ -42,11 +42,17 @@ def picture(prefix: str = "") -> str:
 
 @pytest.mark.parametrize("ending", ["xlsx", "tsv", "csv"])
 def test_predictions_come_back_as_they_were_said(tmp_path: Path, ending: str) -> None:
-    """In a process of its own: the kit's reader and writer are changed for good."""
+    """In a process of its own, twice: what is changed is put back, and may be changed again."""
     code = f"""
+import types, xlsxwriter
+kit = types.SimpleNamespace(build_dataset=None)
+from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
-keep_cells()
-keep_cells()
+before = xlsxwriter.Workbook.__init__
+with Patches() as patches:
+    keep_cells(patches, kit)
+assert xlsxwriter.Workbook.__init__ is before
+keep_cells(Patches(), kit)
 import pandas as pd
 from vlmeval.smp import dump, load
 said = {SAID!r}

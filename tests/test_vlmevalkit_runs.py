@@ -12,11 +12,10 @@ import pytest
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer
 from dynllava_plugin.evaluation.judges import Judge
-from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit import command
-from dynllava_plugin.evaluation.vlmevalkit import manifest as vlmevalkit_manifest
 from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser
 from dynllava_plugin.evaluation.vlmevalkit.setup import check_datasets
 
@@ -96,7 +95,7 @@ def test_a_killed_run_leaves_its_answers_to_the_same_model_and_code_only(
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A work-dir in which MM-Vet's questions were answered and not scored."""
-    monkeypatch.setattr(vlmevalkit_manifest, "judge_failures", lambda folder: {})
+    monkeypatch.setattr(command, "judge_failures", lambda folder: {})
     folder = tmp_path / "dynllava"
     folder.mkdir()
     ended(folder, {"MMVet": {"skip_reason": "mode_infer"}}, ["MMVet"], None)
@@ -115,13 +114,13 @@ def ended(
     path = folder / "status.json"
     known = json.loads(path.read_text())["datasets"] if path.is_file() else {}
     path.write_text(json.dumps({"model_name": "dynllava", "datasets": {**known, **status}}))
-    RECORD.clear()
+    record = RunRecord()
     if asks:
-        RECORD.settings, RECORD.sparsity = {"checkpoint": "m"}, {"mode": "image"}
+        record.settings, record.sparsity = {"checkpoint": "m"}, {"mode": "image"}
         for name in datasets:
-            RECORD.note_answers(name, [ANSWER])
-    vlmevalkit_manifest.write_manifest(folder, judge, datasets, reused, {"prompts": "llava"})
-    RECORD.clear()
+            record.note_answers(name, [ANSWER])
+    facts = {"prompts": "llava", **command._scored(folder, judge, datasets, reused)}
+    write_joined(folder / NAME, record, datasets, facts)
 
 
 def status(folder: Path, benchmark: str) -> str:
@@ -142,6 +141,13 @@ def test_inferred_first_and_judged_later(folder: Path) -> None:
         folder, {"MMVet": {"metrics": {"Category=Overall|acc": 31.0}}}, ["MMVet"], None
     )  # asked again, not scored again
     assert status(folder, "MM-Vet") == "needs judge"
+
+
+def test_two_judged_datasets_in_one_folder(folder: Path) -> None:
+    metrics = {"MMVet": "Category=Overall|acc", "LLaVABench": "split=overall|Relative Score (main)"}
+    for name, key in metrics.items():
+        ended(folder, {name: {"metrics": {key: 31.0}}}, [name], JUDGE)
+    assert status(folder, "MM-Vet") == status(folder, "LLaVA-Wild") == "scored"
 
 
 def test_reused_answers_are_counted(folder: Path) -> None:

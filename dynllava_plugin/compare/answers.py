@@ -12,7 +12,6 @@ from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_metrics
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.engine.requests import Request
-from dynllava_plugin.evaluation.results.records import RECORD
 from dynllava_plugin.evaluation.results.tables import LMMS_EVAL
 from dynllava_plugin.evaluation.settings import ModelSettings
 
@@ -75,8 +74,9 @@ class Harness:
         """What the engine's model, as it is set, answers."""
         from lmms_eval.evaluator import simple_evaluate
 
+        model = _loaded(engine, settings)
         results = simple_evaluate(
-            model=_loaded(engine, settings),
+            model=model,
             tasks=self.tasks,
             limit=self.limit,
             task_manager=self._manager,
@@ -84,7 +84,7 @@ class Harness:
             bootstrap_iters=0,
             verbosity="ERROR",
         )
-        counts = RECORD.to_dict(LMMS_EVAL)["tokens"]
+        counts = model.record.to_dict(LMMS_EVAL)["tokens"]
         figures = []
         for task in self.tasks:
             scored = results["results"][task]
@@ -149,21 +149,14 @@ def _add_questions(figure: Figure, samples: list[dict[str, Any]], key: str, fact
 
 def _loaded(engine: Engine, settings: ModelSettings) -> Any:
     """lmms-eval's model around an engine that is there already and stays."""
-    from lmms_eval.api.model import lmms
-
     from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
     from dynllava_plugin.evaluation.results.journal import Journal
 
     class Loaded(DynamicLlava):
-        def __init__(self) -> None:
-            lmms.__init__(self)
-            RECORD.clear()
-            self.engine = engine
-            RECORD.note_model(settings, engine.model)
-            self.batch_size = engine.batch_size
-            self._journal = Journal(None)
+        load = staticmethod(lambda settings, batch_size=0: engine)
+        new_journal = staticmethod(lambda: Journal(None))
 
         def clean(self) -> None:
             """The engine serves the next policy too."""
 
-    return Loaded()
+    return Loaded(str(engine.batch_size), **settings.to_dict())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError, nearest
@@ -18,6 +20,33 @@ _UNREACHABLE = (
     "LocalEntryNotFoundError",
     "LocalTokenNotFoundError",
 )
+
+
+def check_model(name: str) -> None:
+    """Raise `UserError` for a model that lmms-eval hasn't got."""
+    from lmms_eval.models import list_available_models
+
+    known = list_available_models(include_aliases=True)
+    if name not in known:
+        near = nearest(name, known, "`lmms_eval models --aliases` lists them")
+        raise UserError(f"--model {name}: no such model; {near}")
+
+
+def check_tasks(args: Namespace) -> None:
+    """Raise `UserError` where a name of ``--tasks`` is unknown to lmms-eval's own matching (groups, tags, wildcards)."""
+    from lmms_eval.tasks import TaskManager
+
+    if Path(args.tasks).is_dir():
+        return
+    manager = TaskManager(args.verbosity, include_path=args.include_path, model_name=args.model)
+    given = args.tasks.split(",")
+    found: list[str] = manager.match_tasks(given)
+    others = [name for name in given if name not in found and not Path(name).is_file()]
+    nothing = not found and len(others) == len(given)
+    wrong = [name for name in others if "*" not in name or nothing]  # one wildcard of several may match none
+    if wrong:
+        near = nearest(wrong[0], manager.all_tasks, "`lmms_eval tasks list` lists them")
+        raise UserError(f"--tasks {wrong[0]}: no such task; {near}")
 
 
 def checked_generation(given: str | None) -> str | None:

@@ -23,7 +23,7 @@ from dynllava_plugin.evaluation.engine.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.questions import Item, LazyRequests, Question, Rounds, is_padding
 from dynllava_plugin.evaluation.results.journal import Journal
-from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.manifest import RunRecord
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 
@@ -55,9 +55,20 @@ class DynamicLlava(lmms):
         Upper bound of `batch_size`.
     model_args
         Fields of `ModelSettings`; anything else is an error that names it.
+
+    Attributes
+    ----------
+    load : callable
+        (settings, batch size) -> `Engine`; a class of its own may have one that is loaded already.
+    new_journal : callable
+        () -> `Journal`, where answers are written down as they come.
+    record : RunRecord
+        What was answered, for the run's manifest.
     """
 
     is_simple = True
+    load = staticmethod(Engine.load)
+    new_journal = staticmethod(Journal.from_environment)
 
     def __init__(
         self, batch_size: int | str | None = 1, max_batch_size: int | str | None = None, **model_args: Any
@@ -69,11 +80,11 @@ class DynamicLlava(lmms):
             size = min(size, int(max_batch_size))
         if settings.device is None and torch.cuda.is_available():
             settings = replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        RECORD.clear()
-        self.engine = Engine.load(settings, size)
-        RECORD.note_model(settings, self.engine.model)
+        self.record = RunRecord()
+        self.engine = self.load(settings, size)
+        self.record.note_model(settings, self.engine.model)
         self.batch_size = size
-        self._journal = Journal.from_environment()
+        self._journal = self.new_journal()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import Accelerator
 
@@ -141,7 +152,7 @@ class DynamicLlava(lmms):
                 item.advance(answer)
         for item, request in zip(rounds, requests, strict=True):
             if not is_padding(request):
-                RECORD.note_answers(item.task, [joined(item.given)])
+                self.record.note_answers(item.task, [joined(item.given)])
         return [item.answers for item in rounds]
 
     def _generate(self, items: Sequence[Item], noted: bool = True) -> list[Answer]:
@@ -169,8 +180,8 @@ class DynamicLlava(lmms):
         if noted:
             for item, answer in zip(items, complete, strict=True):
                 if not item.padding:
-                    RECORD.note_answers(item.task, [answer])
-        RECORD.note_time(self.engine)
+                    self.record.note_answers(item.task, [answer])
+        self.record.note_time(self.engine)
         return complete
 
     def _score(self, items: Sequence[Item]) -> list[Score]:
@@ -184,8 +195,8 @@ class DynamicLlava(lmms):
         complete = [score for score in scores if score is not None]
         for item, score in zip(items, complete, strict=True):
             if not item.padding:
-                RECORD.note_scores(item.task, [score])
-        RECORD.note_time(self.engine)
+                self.record.note_scores(item.task, [score])
+        self.record.note_time(self.engine)
         return complete
 
     def _note(self, items: Sequence[Item], progress: Any, places: list[int], found: Sequence[Any]) -> None:

@@ -12,10 +12,6 @@ import pandas as pd
 
 from dynllava_plugin.errors import UserError
 
-# Parts of a manifest that are read, and what each of them is where it is there.
-_OBJECTS = ("settings", "sparsity", "model", "tokens", "scored", "versions", "host", "judge", "questions")
-_OF_TASKS = ("tokens", "scored")
-_TEXTS = ("checkpoint_hash", "prompts", "commit", "harness")
 _said: set[str] = set()
 
 
@@ -30,29 +26,6 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a harness's results; delete it or name another folder")
-    return content
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A run's `dynllava_run.json`; empty where there is none.
-
-    Raises
-    ------
-    UserError
-        For a file that isn't one, or has a part of another type than such a file has.
-    """
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    wrong = [name for name in _OBJECTS if not isinstance(content.get(name), (dict, type(None)))]
-    wrong += [name for name in _TEXTS if not isinstance(content.get(name), (str, type(None)))]
-    for name in (part for part in _OF_TASKS if part not in wrong):
-        parts = (content.get(name) or {}).values()
-        wrong += [name] if not all(isinstance(part, dict) for part in parts) else []
-    seconds = content.get("seconds")
-    wrong += ["seconds"] if seconds is not None and number(seconds) is None else []
-    if wrong:
-        raise UserError(f"{path}: not a run's manifest ({wrong[0]} is something else); delete it")
     return content
 
 

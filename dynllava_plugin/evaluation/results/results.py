@@ -20,18 +20,18 @@ from dynllava_plugin.evaluation.benchmarks import (
 )
 from dynllava_plugin.evaluation.judging import failure
 from dynllava_plugin.evaluation.results import saved_table
+from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
+from dynllava_plugin.evaluation.results.manifest import beside, read_manifest
 from dynllava_plugin.evaluation.results.order import in_order
 from dynllava_plugin.evaluation.results.result_files import (
     number,
     prediction_rows,
     question_count,
     read_json,
-    read_manifest,
     say_skipped,
 )
 from dynllava_plugin.evaluation.results.run_settings import SETTINGS, generation_label, run_settings
 
-MANIFEST_NAME = "dynllava_run.json"  # beside a harness's results
 COUNTS = (
     "image_tokens",
     "kept_image_tokens",
@@ -136,8 +136,7 @@ def _check(row: dict[str, Any]) -> None:
 
 def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
-    manifest_path = path.with_name(path.name.removesuffix("_results.json") + f"_{MANIFEST_NAME}")
-    manifest = read_manifest(manifest_path)
+    manifest = read_manifest(beside(path))
     config = content.get("config", {})
     common = run_settings(manifest, config.get("model_args", ""), path, generation_label(config, manifest))
     for task, scores in content.get("results", {}).items():
@@ -165,8 +164,7 @@ def _figure(scores: dict[str, Any], key: str) -> float | None:
 
 def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_json(path)
-    manifest_path = path.with_name(MANIFEST_NAME)
-    manifest = read_manifest(manifest_path)
+    manifest = read_manifest(path.with_name(MANIFEST_NAME))
     common = run_settings(manifest, "", path, generation_label({}, manifest))
     model = content.get("model_name", path.parent.name)
     for dataset, entry in content.get("datasets", {}).items():

@@ -21,7 +21,7 @@ import pandas as pd
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.minis.command import make_minis
-from dynllava_plugin.evaluation.results.manifests import STATE, footer
+from dynllava_plugin.evaluation.results.footer import STATE, footer
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.results.tables import render
 from dynllava_plugin.evaluation.smoke.check import check_table

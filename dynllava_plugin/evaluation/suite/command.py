@@ -79,7 +79,7 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
     """
     from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
     from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
-    from dynllava_plugin.evaluation.results.manifests import count_of_runs
+    from dynllava_plugin.evaluation.results.footer import count_of_runs
     from dynllava_plugin.evaluation.suite.config import SuiteConfig
     from dynllava_plugin.evaluation.suite.report import report
     from dynllava_plugin.evaluation.suite.runner import Runner

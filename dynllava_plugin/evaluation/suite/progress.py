@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,24 +26,15 @@ class Progress:
 
     def __init__(self, total: int, jobs: int, report: Callable[[str], None]) -> None:
         self._total, self._jobs, self._report = total, jobs, report
-        self._running: dict[str, tuple[Run, float]] = {}
         self._ended = 0
         self._seconds: list[float] = []
-        self._lock = threading.Lock()
         self._moving = sys.stderr.isatty()
-
-    def started(self, run: Run) -> None:
-        """A run's process is about to start."""
-        with self._lock:
-            self._running[run.title] = (run, time.monotonic())
 
     def finished(self, outcome: Outcome) -> None:
         """A run has ended: its line."""
-        with self._lock:
-            self._running.pop(outcome.run.title, None)
         self._ended += 1
         if outcome.seconds:
-            self._seconds.append(outcome.seconds)
+            self._seconds.append(outcome.work)
         self.clear()
         line = f"[{self._ended:{len(str(self._total))}}/{self._total}] {outcome.run.title}: "
         if outcome.problem:
@@ -53,7 +43,7 @@ class Progress:
             line += headline(outcome.run)
         line += ", done before" if outcome.resumed else f", {clock(outcome.seconds)}"
         left = self._left()
-        self._report(line + (f"; about {clock(left)} left" if left else ""))
+        self._report(line + (f"; about {clock(left)} left" if left is not None else ""))
 
     def _left(self) -> float | None:
         """Seconds, from the runs that were carried out so far; None at the end and before the first."""
@@ -62,12 +52,10 @@ class Progress:
             return None
         return remaining * sum(self._seconds) / len(self._seconds) / self._jobs
 
-    def show(self) -> None:
-        """The moving line, where somebody looks at it."""
+    def show(self, running: list[tuple[Run, float]]) -> None:
+        """Write the moving line of runs and the times they began at, where somebody looks at it."""
         if not self._moving:
             return
-        with self._lock:
-            running = list(self._running.values())
         parts = [_state(run, time.monotonic() - since) for run, since in running]
         print("\r\033[K" + " | ".join(parts), end="", file=sys.stderr, flush=True)
 

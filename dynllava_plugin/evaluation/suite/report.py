@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results.manifests import count_of_runs, footer
+from dynllava_plugin.evaluation.results.footer import count_of_runs, footer
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.runner import Outcome, read_state
 from dynllava_plugin.files import write_json, write_text
@@ -65,7 +65,7 @@ def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
                 "state": "failed" if outcome.problem else "done",
                 "problem": outcome.problem,
                 "seconds": state.get("seconds"),
-                "command": outcome.run.command,
+                "command": outcome.run.typed,
             }
         )
     settings = config.settings()

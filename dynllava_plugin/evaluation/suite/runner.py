@@ -1,4 +1,4 @@
-"""Carries out a suite's runs: several at a time, each its own process, taken up again where they stopped."""
+"""Carries out a suite's runs: one process for those of a checkpoint, setting and harness; taken up again where they stopped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
-from dynllava_plugin.evaluation.results.manifests import STATE
+from dynllava_plugin.evaluation.results.footer import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -30,11 +29,13 @@ from dynllava_plugin.evaluation.suite.data import (
 )
 from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
+from dynllava_plugin.evaluation.suite.worker import ENDED
 from dynllava_plugin.files import write_json
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
 WRITER = "another `dynllava eval`, or a run that one left behind,"
 PATIENCE = 45.0  # seconds to end after SIGTERM; torchrun gives its workers 30
+_LOOK = 0.1  # seconds
 _UNREACHABLE = (
     "Couldn't reach",
     "ConnectionError",
@@ -61,17 +62,29 @@ class Outcome:
         Of this time; 0 where it was done before.
     resumed : bool
         Whether an earlier process had done it already.
+    work : float
+        Of `seconds`, those behind loading.
     """
 
     run: Run
     problem: str = ""
     seconds: float = 0.0
     resumed: bool = False
+    work: float = 0.0
+
+
+@dataclass
+class _Child:
+    """A process with the runs that it hasn't ended yet; the first of them is being carried out."""
+
+    process: subprocess.Popen[bytes]
+    runs: deque[Run]
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Runner:
-    """Runs `runs`, `jobs` at a time.
+    """Runs `runs`, at most `jobs` processes at a time.
 
     Attributes
     ----------
@@ -81,76 +94,77 @@ class Runner:
         Folder of local datasets.
     report : callable
         Takes finished progress lines.
+    processes : int
+        How many were started so far.
     """
 
     runs: Sequence[Run]
     jobs: int
     data: Path | None
     report: Callable[[str], None]
-    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    processes: int = 0
+    _outcomes: dict[int, Outcome] = field(default_factory=dict)
     _held: dict[Path, int] = field(default_factory=dict)
-    _stopped: bool = False
 
     def run(self) -> list[Outcome]:
-        """All of them; a failing one doesn't stop the others.
+        """Carry out all of them; a failing one doesn't stop the others.
 
         Raises
         ------
         UserError
             If another process evaluates into the same folder.
         """
-        outcomes: list[Outcome] = []
-        progress = Progress(len(self.runs), self.jobs, self.report)
-        folders = {run.folder.parents[1] for run in self.runs}
-        with (
-            terminated_like_interrupted(),
-            locks(folders, WRITER) as held,
-            ThreadPoolExecutor(self.jobs) as pool,
-        ):
-            self._held = held
-            pending: set[Future[Outcome]] = {pool.submit(self._guarded, run, progress) for run in self.runs}
+        children: list[_Child] = []
+        with terminated_like_interrupted(), locks({run.root for run in self.runs}, WRITER) as self._held:
+            self._progress = Progress(len(self.runs), self.jobs, self.report)
             try:
-                while pending:
-                    finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        outcomes.append(future.result())
-                        progress.finished(outcomes[-1])
-                    progress.show()
+                waiting = self._planned([run for run in self.runs if self._is_left(run)])
+                while children or waiting:
+                    while waiting and len(children) < self.jobs:
+                        self._start(waiting.popleft(), children)
+                    time.sleep(_LOOK)
+                    for child in list(children):
+                        left = self._look_after(child)
+                        if child.process.returncode is not None:
+                            children.remove(child)
+                            if left:
+                                waiting.append(left)
+                    self._progress.show([(child.runs[0], child.since) for child in children if child.runs])
             except BaseException:
-                self._stop(pending)
+                _stop(children)
                 raise
             finally:
-                progress.clear()
-        order = {id(run): place for place, run in enumerate(self.runs)}
-        return sorted(outcomes, key=lambda outcome: order[id(outcome.run)])
+                self._progress.clear()
+        return [self._outcomes[id(run)] for run in self.runs]
 
-    def _stop(self, pending: set[Future[Outcome]]) -> None:
-        self._stopped = True
-        for future in pending:
-            future.cancel()
-        self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
-        while self._processes and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self._signal(signal.SIGKILL)
+    def _planned(self, left: list[Run]) -> deque[list[Run]]:
+        """Return each process's runs: those of one setting and harness together, shared out where there are more `jobs`."""
+        groups: dict[Any, list[Run]] = {}
+        for run in left:
+            groups.setdefault((run.root, run.harness), []).append(run)
+        shares = max(1, self.jobs // len(groups)) if groups else 1
+        parts = (group[place::shares] for group in groups.values() for place in range(shares))
+        return deque(part for part in parts if part)
 
-    def _signal(self, number: int) -> None:
-        with self._lock:
-            for process in self._processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
+    def _end(self, outcome: Outcome) -> None:
+        self._outcomes[id(outcome.run)] = outcome
+        self._progress.finished(outcome)
 
-    def _guarded(self, run: Run, progress: Progress) -> Outcome:
-        started = time.monotonic()
+    def _is_left(self, run: Run) -> bool:
+        """Whether a run has to be carried out; if so, what may not be reused of an earlier one is gone."""
         try:
-            return self._one(run, progress)
-        except OSError as error:  # no space left, no permission: the others go on
-            place = error.filename or run.folder
-            return Outcome(run, f"{error.strerror or error} ({place})", seconds=time.monotonic() - started)
+            outcome = self._before(run)
+        except OSError as error:
+            outcome = Outcome(run, _no_place(error, run))
+        if outcome is not None:
+            self._end(outcome)
+        return outcome is None
 
-    def _one(self, run: Run, progress: Progress) -> Outcome:
+    def _before(self, run: Run) -> Outcome | None:
         state = read_state(run.folder)
+        if state.get("state") == RUNNING and (ended := _read(run.folder / ENDED)).get("code") == 0:
+            self._settle(run, ended)  # its process outlived the one that should have written it down
+            state = read_state(run.folder)
         done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
         answered = _is_same(state.get("answers_from"), run.answers_from, done)
         if answered and done:
@@ -161,17 +175,65 @@ class Runner:
         if not answered and run.folder.exists():
             shutil.rmtree(run.folder)  # other data, settings, code or weights: nothing of it may be reused
         shutil.rmtree(run.output, ignore_errors=True)  # half a result; its answers are in the journal
-        facts = {"answers_from": run.answers_from, "scores_from": run.scores_from, "command": run.command}
-        write_json(run.folder / STATE, {"state": RUNNING, **facts})
-        started = time.monotonic()
-        progress.started(run)
-        code = self._execute(run)
-        seconds = time.monotonic() - started
-        problem = "" if code == 0 else "stopped" if self._stopped else _reason(run, code, self.data)
-        if not self._stopped:
-            ended = {"state": FAILED if problem else DONE, "seconds": round(seconds, 1), "problem": problem}
-            write_json(run.folder / STATE, {**ended, **facts, **self._found_out(run, bool(problem))})
-        return Outcome(run, problem, seconds)
+        for path in (*run.journal.glob("progress-*.json"), run.folder / ENDED, run.folder / "log.txt"):
+            path.unlink(missing_ok=True)
+        write_json(run.folder / STATE, {"state": RUNNING, **_facts(run)})
+        return None
+
+    def _start(self, runs: list[Run], children: list[_Child]) -> None:
+        """Start a process for runs of one setting and harness; its first words are the first run's log."""
+        run = runs[0]
+        try:
+            plan = run.folder / "process.json"
+            write_json(plan, [{"folder": str(item.folder), "command": item.command} for item in runs])
+            with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+                process = subprocess.Popen(
+                    [*run.launch, "dynllava_plugin.evaluation.suite.worker", str(plan)],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    cwd=run.directory,
+                    env={**os.environ, **run.environment},
+                    start_new_session=True,  # so that its own processes end with it
+                    pass_fds=[self._held[run.root]],  # were we killed, it still holds its folder
+                )
+        except OSError as error:  # no space left, no permission: the others go on
+            self._end(Outcome(run, _no_place(error, run)))
+            if runs[1:]:
+                self._start(runs[1:], children)
+            return
+        self.processes += 1
+        children.append(_Child(process, deque(runs)))
+
+    def _look_after(self, child: _Child) -> list[Run]:
+        """Take note of the runs that a process has ended; return those that it left behind when it died in one of them."""
+        code = child.process.poll()
+        while child.runs and (ended := _read(child.runs[0].folder / ENDED)):
+            self._finish(child, ended)
+        if code is not None and child.runs:
+            self._finish(child, {"code": code or 1})
+        return list(child.runs) if code is not None else []
+
+    def _finish(self, child: _Child, ended: dict[str, Any]) -> None:
+        run, now = child.runs.popleft(), time.monotonic()
+        seconds = now - child.since  # the first one's has the loading in it
+        child.since = now
+        work = ended.get("seconds", seconds)
+        try:
+            self._end(Outcome(run, self._settle(run, {**ended, "seconds": seconds}), seconds, work=work))
+        except OSError as error:
+            self._end(Outcome(run, _no_place(error, run), seconds))
+
+    def _settle(self, run: Run, ended: dict[str, Any]) -> str:
+        """Write down how a run ended; returns what went wrong, in one line."""
+        problem = _reason(run, ended["code"], self.data) if ended["code"] else ""
+        state = {
+            "state": FAILED if problem else DONE,
+            "seconds": round(ended["seconds"], 1),
+            "problem": problem,
+        }
+        write_json(run.folder / STATE, {**state, **_facts(run), **self._found_out(run, bool(problem))})
+        return problem
 
     def _found_out(self, run: Run, failed: bool) -> dict[str, Any]:
         """What only the run itself could tell: the data that it fetched, and whether the judge still answered."""
@@ -184,38 +246,37 @@ class Runner:
             found["scores_from"] = {**run.scores_from, "judge": None}
         return found
 
-    def _execute(self, run: Run) -> int:
-        for path in run.journal.glob("progress-*.json"):
-            path.unlink()
-        with (run.folder / "log.txt").open("w", encoding="utf-8") as log:
-            with self._lock:
-                if self._stopped:
-                    return 1
-                process = subprocess.Popen(
-                    run.command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    cwd=run.directory,
-                    env={**os.environ, **run.environment},
-                    start_new_session=True,  # so that its own processes end with it
-                    pass_fds=[self._held[run.folder.parents[1]]],  # were we killed, it still holds its folder
-                )
-                self._processes.add(process)
-            try:
-                return process.wait()
-            finally:
-                with self._lock:
-                    self._processes.discard(process)
+
+def _stop(children: list[_Child]) -> None:
+    """End processes and what they started."""
+    deadline = time.monotonic() + PATIENCE
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.process.pid, number)
+        while any(child.process.poll() is None for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    return {"answers_from": run.answers_from, "scores_from": run.scores_from, "command": run.typed}
+
+
+def _no_place(error: OSError, run: Run) -> str:
+    return f"{error.strerror or error} ({error.filename or run.folder})"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What an earlier run left in its folder; empty where there is none."""
+    """Return what an earlier run left in its folder; empty where there is none."""
+    return _read(folder / STATE)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _plain(values: dict[str, Any]) -> Any:

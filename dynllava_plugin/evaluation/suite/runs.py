@@ -34,12 +34,15 @@ class Run:
     folder : Path
         Everything of this run: log, journal, the harness's output, state.
     command : list of str
+        The harness's module and its arguments.
     environment : dict
         Beyond this process's.
     directory : Path
         Where the harness runs: it looks for local hub repositories there.
     answers_from, scores_from : dict
         What its answers, and beyond them its scores, depend on.
+    launch : tuple of str
+        What starts a module: Python, or torchrun where several processes share the questions.
     """
 
     benchmark: Benchmark
@@ -51,6 +54,17 @@ class Run:
     directory: Path
     answers_from: dict[str, Any]
     scores_from: dict[str, Any]
+    launch: tuple[str, ...] = (sys.executable, "-m")
+
+    @property
+    def root(self) -> Path:
+        """The folder of all runs of this checkpoint and setting."""
+        return self.folder.parents[1]
+
+    @property
+    def typed(self) -> list[str]:
+        """The command that does the same by itself."""
+        return [*self.launch, *self.command]
 
     @property
     def title(self) -> str:
@@ -141,11 +155,12 @@ def _run(
         harness=harness,
         mode=settings.mode or "",
         folder=folder,
-        command=[*launch, *asked, *_kit_options(config, harness)],
-        environment=_environment(config, settings, digest, data, folder, judge),
+        command=[*asked, *_kit_options(config, harness)],
+        environment=_environment(config, settings, digest, data, judge),
         directory=directory,
         answers_from=answers_from,
         scores_from={"harness": _version(_PACKAGES[harness]), "judge": uses_judge},
+        launch=tuple(launch),
     )
 
 
@@ -169,13 +184,11 @@ def _environment(
     settings: ModelSettings,
     digest: str,
     data: Path | None,
-    folder: Path,
     judge: Judge | None,
 ) -> dict[str, str]:
     import torch
 
     environment = {
-        "DYNLLAVA_JOURNAL": str(folder / "journal"),
         HASH_VARIABLE: f"{settings.pretrained}={digest}",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",

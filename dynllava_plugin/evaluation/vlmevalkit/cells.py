@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import string
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+
+from dynllava_plugin.evaluation.patches import Patches
 
 # What pandas takes for a missing cell and a dataset or a model may mean.
 _WORDS = {"None", "N/A", "n/a", "NA", "<NA>", "NULL", "null"}
@@ -40,35 +43,34 @@ def _as_written(names: Any) -> dict[str, Any]:
     return {"keep_default_na": False, "na_values": missing, "dtype": {"prediction": str}}
 
 
-def keep_cells() -> None:
-    """Let the kit read and write tables without changing what they say."""
+def keep_cells(patches: Patches, kit: Any) -> None:
+    """Let the kit (its command's module) read and write tables without changing what they say.
+
+    What can be mended of a dataset that it builds is mended, and the rest is told.
+    """
     import vlmeval.smp.file as files
     import xlsxwriter
 
-    if isinstance(files.pd, _Tables):
-        return
-    files.pd = _Tables()
-    make = xlsxwriter.Workbook.__init__
+    def of_texts(make: Callable[..., None]) -> Callable[..., None]:
+        def make_of_texts(self: Any, filename: Any = None, options: dict[str, Any] | None = None) -> None:
+            make(self, filename, {"strings_to_formulas": False, "strings_to_urls": False, **(options or {})})
 
-    def make_of_texts(self: Any, filename: Any = None, options: dict[str, Any] | None = None) -> None:
-        make(self, filename, {"strings_to_formulas": False, "strings_to_urls": False, **(options or {})})
+        return make_of_texts
 
-    xlsxwriter.Workbook.__init__ = make_of_texts
+    def watching(build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_watched(name: str, *args: Any, **kwargs: Any) -> Any:
+            dataset = build(name, *args, **kwargs)
+            data = getattr(dataset, "data", None)
+            if isinstance(data, pd.DataFrame):
+                for line in mend_rows(name, data):
+                    print(line, file=sys.stderr, flush=True)
+            return dataset
 
+        return build_watched
 
-def watch_rows(kit: Any) -> None:
-    """Mend what can be mended of a dataset that `kit` (its command's module) has built, and tell the rest."""
-    build = kit.build_dataset
-
-    def build_watched(name: str, *args: Any, **kwargs: Any) -> Any:
-        dataset = build(name, *args, **kwargs)
-        data = getattr(dataset, "data", None)
-        if isinstance(data, pd.DataFrame):
-            for line in mend_rows(name, data):
-                print(line, file=sys.stderr, flush=True)
-        return dataset
-
-    kit.build_dataset = build_watched
+    patches.put(files, "pd", lambda before: _Tables())
+    patches.put(xlsxwriter.Workbook, "__init__", of_texts)
+    patches.put(kit, "build_dataset", watching)
 
 
 def mend_rows(name: str, data: pd.DataFrame) -> list[str]:

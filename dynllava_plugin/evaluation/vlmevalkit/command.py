@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
 from dynllava_plugin.evaluation.locks import locks
+from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.identity import source_digest
 from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
+from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
+from dynllava_plugin.evaluation.results.result_files import prediction_rows
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser, split_modes
-from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells, watch_rows
-from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged
-from dynllava_plugin.evaluation.vlmevalkit.manifest import write_manifest
-from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
+from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
+from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged, without_judge
+from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished, judge_failures
 from dynllava_plugin.evaluation.vlmevalkit.prompts import PROMPTS
 from dynllava_plugin.evaluation.vlmevalkit.setup import (
     MODEL_NAME,
     check_datasets,
-    gather_before_leaving,
     import_kit,
     known_datasets,
+    leave_processes,
     register,
-    use_gloo,
+    share_processes,
     use_local_data,
-    without_judge,
 )
 from dynllava_plugin.files import check_folder
 from dynllava_plugin.model.checkpoints.sources import read_json
@@ -49,17 +54,37 @@ _OWN_DATASETS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the kit as typed; returns 0, 1 where a dataset failed, 2 where the user can mend the cause."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    leave_processes()
+    return code
+
+
+def run(arguments: Sequence[str], load: Callable[..., Any] | None = None) -> int:
+    """Run the kit's command line, as often as it is called.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        As typed behind ``run_vlmevalkit.py``.
+    load : callable, optional
+        As `DynamicLlava`'s: what gives our model's engine instead of loading it.
+
+    Returns
+    -------
+    int
+        0, 1 where a dataset failed, 2 where the user can mend the cause.
+    """
     try:
-        return _run(arguments)
+        with Patches() as patches:
+            return _run(list(arguments), load, patches)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches) -> int:
     parser = own_parser()
     own, forwarded = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(arguments):
@@ -102,20 +127,19 @@ def _run(arguments: list[str]) -> int:
     if set(datasets) and set(datasets) <= _OWN_DATASETS:
         os.environ.setdefault("PRED_FORMAT", "tsv")
     fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
-    kit = import_kit()
-    keep_cells()
-    watch_rows(kit)
-    register(settings, batch_size=own.batch_size, max_new_tokens=own.max_new_tokens, prompts=own.prompts)
+    kit, record = import_kit(), RunRecord()
+    keep_cells(patches, kit)
+    given = {"batch_size": own.batch_size, "max_new_tokens": own.max_new_tokens, "prompts": own.prompts}
+    register(patches, settings, **given, record=record, load=load or Engine.load)
     if own.data_root is not None:
         use_local_data(own.data_root)
     if peek.config is None:
         check_datasets(datasets)
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
-    without_judge(unjudged)
+    without_judge(patches, unjudged)
     if judge is not None:
-        repair_judged(judge.url)
-    use_gloo()
-    gather_before_leaving()
+        repair_judged(patches, judge.url)
+    share_processes(patches, record)
     # One process holds the folder for all of a distributed run.
     alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
     with locks(alone, "another `run_vlmevalkit.py`"):
@@ -123,7 +147,10 @@ def _run(arguments: list[str]) -> int:
         if fresh:
             forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
         started = time.time()
-        sys.argv = [sys.argv[0], *forwarded]
+        patches.put(sys, "argv", lambda before: [before[0], *forwarded])
+        logging.getLogger(
+            "vlmeval"
+        ).handlers.clear()  # else its log goes where the process's first run has it
         kit.main()
         if int(os.environ.get("RANK", 0)) != 0:
             return 0
@@ -135,12 +162,26 @@ def _run(arguments: list[str]) -> int:
         if len(models) == 1:
             facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
             facts["max_new_tokens"] = own.max_new_tokens
-            scored_by = None if kit_mode == "infer" else judge
-            write_manifest(work_dir / models[0], scored_by, datasets, peek.reuse, facts)
+            facts |= _scored(
+                work_dir / models[0], None if kit_mode == "infer" else judge, datasets, peek.reuse
+            )
+            write_joined(work_dir / models[0] / NAME, record, datasets, facts)
         if journal is not None and not failures:
             shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
     print(f"results: {work_dir}")
     return 1 if failures else 0
+
+
+def _scored(folder: Path, judge: Judge | None, datasets: list[str], reused: bool) -> dict[str, Any]:
+    """Return which judge scored, and how many answers there are where the kit may have taken an earlier run's."""
+    found: dict[str, Any] = {"judge": None}
+    if judge is not None:
+        found["judge"] = {"model": judge.model, "url": judge.url, "tasks": list(datasets)}
+        found["judge"]["unanswered"] = judge_failures(folder)
+    if reused:
+        rows = {name: prediction_rows(folder, f"{folder.name}_{name}") for name in datasets}
+        found["questions"] = {name: count for name, count in rows.items() if count}
+    return found
 
 
 def _folder_name(settings: ModelSettings, own: argparse.Namespace, peek: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, failure, llava_scores, mm_vet_score
+from dynllava_plugin.evaluation.patches import Patches
 
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _NO_SCORE = -1.0
@@ -29,11 +31,24 @@ class JudgeFailed(RuntimeError):
     """A dataset without all of its judge's scores; its text is what a table's cell says."""
 
 
-def repair_judged(judge: str) -> None:
+def repair_judged(patches: Patches, judge: str) -> None:
     """Have MM-Vet and LLaVA-Bench scored as the module says; `judge` is the judge's address, for messages."""
     _provide_log_module()
-    _repair_mm_vet(Patience(f"{judge} of MMVet"))
-    _repair_llava_bench(Patience(f"{judge} of LLaVABench"))
+    _repair_mm_vet(patches, Patience(f"{judge} of MMVet"))
+    _repair_llava_bench(patches, Patience(f"{judge} of LLaVABench"))
+
+
+def without_judge(patches: Patches, datasets: Iterable[str]) -> None:
+    """Leave these datasets, which only a judge can score, at their predictions."""
+    import vlmeval.dataset as kit
+
+    def no_score(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    for name in datasets:
+        for dataset in kit.DATASET_CLASSES:
+            if name in getattr(dataset, "DATASET_URL", {}):
+                patches.put(dataset, "evaluate", lambda before: staticmethod(no_score))
 
 
 def _provide_log_module() -> None:
@@ -44,7 +59,7 @@ def _provide_log_module() -> None:
         sys.modules[f"{name}.log"] = importlib.import_module("vlmeval.smp.log")
 
 
-def _repair_mm_vet(patience: Patience) -> None:
+def _repair_mm_vet(patches: Patches, patience: Patience) -> None:
     utils: Any = importlib.import_module("vlmeval.dataset.utils.mmvet")
 
     def score_sample(model: Any, line: Any) -> dict[str, Any]:
@@ -72,7 +87,8 @@ def _repair_mm_vet(patience: Patience) -> None:
             raise JudgeFailed(failure(int(missing.sum()), len(data)))
         return mm_vet_figures(data)
 
-    utils.MMVet_auxeval, utils.MMVet_acc = score_sample, figures
+    patches.put(utils, "MMVet_auxeval", lambda before: score_sample)
+    patches.put(utils, "MMVet_acc", lambda before: figures)
 
 
 def mm_vet_figures(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -107,7 +123,7 @@ def mm_vet_figures(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table(single), table(sets)
 
 
-def _repair_llava_bench(patience: Patience) -> None:
+def _repair_llava_bench(patches: Patches, patience: Patience) -> None:
     from vlmeval.dataset import LLaVABench
     from vlmeval.smp import get_intermediate_file_path
 
@@ -131,5 +147,6 @@ def _repair_llava_bench(patience: Patience) -> None:
             Path(get_intermediate_file_path(eval_file, "_openai_result")).unlink(missing_ok=True)
             raise
 
-    utils.LLaVABench_atomeval, utils.LLaVABench_score = score_sample, figures
-    LLaVABench.evaluate = classmethod(evaluated)
+    patches.put(utils, "LLaVABench_atomeval", lambda before: score_sample)
+    patches.put(utils, "LLaVABench_score", lambda before: figures)
+    patches.put(LLaVABench, "evaluate", lambda before: classmethod(evaluated))

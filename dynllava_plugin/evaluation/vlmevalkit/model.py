@@ -21,7 +21,7 @@ from dynllava_plugin.evaluation.engine.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.engine.prompting import PromptStyle
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS, Generation, Request
 from dynllava_plugin.evaluation.results.journal import Journal, entry_key
-from dynllava_plugin.evaluation.results.records import RECORD
+from dynllava_plugin.evaluation.results.manifest import RunRecord
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.prompts import has_own_wording, llava_question
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
@@ -53,6 +53,10 @@ class DynamicLlava(BaseModel):
         Unless the dataset limits an answer itself.
     prompts : str
         ``llava``: LLaVA-1.5's own wording where the kit's differs; ``kit``: the kit's throughout.
+    record : RunRecord, optional
+        Where answers are noted for the run's manifest.
+    load : callable, optional
+        (settings, batch size) -> `Engine`.
     model_args
         Fields of `ModelSettings`.
     """
@@ -64,13 +68,16 @@ class DynamicLlava(BaseModel):
         batch_size: int = DEFAULT_BATCH_SIZE,
         max_new_tokens: int = MAX_NEW_TOKENS,
         prompts: str = "llava",
+        record: RunRecord | None = None,
+        load: Callable[[ModelSettings, int], Engine] = Engine.load,
         **model_args: Any,
     ) -> None:
         super().__init__()
         settings = ModelSettings.from_dict(model_args)
-        self.engine = Engine.load(settings, batch_size)
+        self.record = RunRecord() if record is None else record
+        self.engine = load(settings, batch_size)
         self.max_new_tokens, self.prompts = max_new_tokens, prompts
-        RECORD.note_model(settings, self.engine.model)
+        self.record.note_model(settings, self.engine.model)
         self._journal = Journal.from_environment()
         self._ahead = _LookAhead(None, 1, self._prompt)
 
@@ -118,12 +125,12 @@ class DynamicLlava(BaseModel):
             assert ready is not None
         answers, score = ready
         whole = answers[0] if len(answers) == 1 else joined(answers)
-        RECORD.note_answers(name, [whole])
+        self.record.note_answers(name, [whole])
         records = {key: getattr(whole, key) for key in _COUNTS}
         if score is not None:
-            RECORD.note_scores(name, [score])
+            self.record.note_scores(name, [score])
             records |= {"nll": -score.logprob, "reference_tokens": score.tokens, "ppl": score.perplexity}
-        RECORD.note_time(self.engine)
+        self.record.note_time(self.engine)
         texts = [answer.text for answer in answers]
         conversation = TURNS in _text_item(message)
         return {"prediction": json.dumps(texts) if conversation else texts[0], "extra_records": records}

@@ -1,4 +1,4 @@
-"""What VLMEvalKit has to know before it runs: our model and datasets, local data, no GPU, no judge."""
+"""What VLMEvalKit has to know before it runs: our model and datasets, local data, no GPU."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dynllava_plugin.errors import UserError, nearest
+from dynllava_plugin.evaluation.patches import Patches
+from dynllava_plugin.evaluation.results.manifest import RunRecord
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 MODEL_NAME = "dynllava"
@@ -45,21 +47,21 @@ def import_kit() -> ModuleType:
     return module
 
 
-def register(settings: ModelSettings, **arguments: Any) -> None:
-    """Make the model, with `arguments` of its constructor, and the datasets known to the kit, in place."""
+def register(patches: Patches, settings: ModelSettings, **arguments: Any) -> None:
+    """Make the model, with `arguments` of its constructor, and the datasets known to the kit."""
     import vlmeval.vlm
     from vlmeval.config import supported_VLM
 
-    from dynllava_plugin.evaluation.results.records import RECORD
-    from dynllava_plugin.evaluation.vlmevalkit import datasets as vlmevalkit_datasets
+    from dynllava_plugin.evaluation.vlmevalkit import datasets
     from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava
 
-    RECORD.clear()
     given = {key: value for key, value in settings.to_dict().items() if value is not None}
-    build = partial(DynamicLlava, **arguments, **given)
-    supported_VLM[MODEL_NAME] = partial(_build_or_exit, build)
-    vlmeval.vlm.DynamicLlava = DynamicLlava
-    vlmevalkit_datasets.register()
+    shared = {name: arguments[name] for name in ("record", "load")}
+    supported_VLM[MODEL_NAME] = partial(_build_or_exit, partial(DynamicLlava, **arguments, **given))
+    if not hasattr(vlmeval.vlm, "DynamicLlava"):
+        vlmeval.vlm.DynamicLlava = DynamicLlava
+    patches.put(vlmeval.vlm, "DynamicLlava", lambda before: partial(DynamicLlava, **shared))  # for --config
+    datasets.register()
 
 
 def known_datasets() -> list[str]:
@@ -109,44 +111,30 @@ def use_local_data(folder: Path) -> None:
             dataset.DATASET_MD5[name] = None
 
 
-def without_judge(datasets: Iterable[str]) -> None:
-    """Leave these datasets, which only a judge can score, at their predictions."""
-    import vlmeval.dataset as kit
+def share_processes(patches: Patches, record: RunRecord) -> None:
+    """Let the kit's processes talk through gloo where there are no GPUs, and bring their notes together at its end.
 
-    def no_score(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    for name in datasets:
-        for dataset in kit.DATASET_CLASSES:
-            if name in getattr(dataset, "DATASET_URL", {}):
-                dataset.evaluate = staticmethod(no_score)
-
-
-def use_gloo() -> None:
-    """The kit asks for NCCL; without GPUs several processes talk through gloo."""
+    Their group stays for the next run of this process; `leave_processes` ends it.
+    """
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        return
-    initialize = dist.init_process_group
+    def joining(initialize: Callable[..., Any]) -> Callable[..., Any]:
+        def join(*args: Any, **kwargs: Any) -> None:
+            if not dist.is_initialized():
+                initialize(
+                    *args, **({**kwargs, "backend": "gloo"} if not torch.cuda.is_available() else kwargs)
+                )
 
-    def with_gloo(*args: Any, **kwargs: Any) -> Any:
-        return initialize(*args, **{**kwargs, "backend": "gloo"})
+        return join
 
-    dist.init_process_group = with_gloo
+    patches.put(dist, "init_process_group", joining)
+    patches.put(dist, "destroy_process_group", lambda before: lambda *args, **kwargs: record.gather())
 
 
-def gather_before_leaving() -> None:
-    """Bring the processes' notes together before the kit ends their group."""
+def leave_processes() -> None:
+    """End the group of this process's runs, where there is one."""
     import torch.distributed as dist
 
-    from dynllava_plugin.evaluation.results.records import RECORD
-
-    leave = dist.destroy_process_group
-
-    def gathered(*args: Any, **kwargs: Any) -> Any:
-        RECORD.gather()
-        return leave(*args, **kwargs)
-
-    dist.destroy_process_group = gathered
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

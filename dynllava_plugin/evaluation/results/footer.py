@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results.result_files import read_json, read_manifest
-from dynllava_plugin.evaluation.results.results import MANIFEST_NAME
+from dynllava_plugin.evaluation.results.manifest import NAME, read_manifest
+from dynllava_plugin.evaluation.results.result_files import read_json
 from dynllava_plugin.markup import in_markdown
 
 STATE = "run.json"  # of a run in a suite
@@ -17,7 +17,7 @@ STATE = "run.json"  # of a run in a suite
 def footer(folders: Iterable[Path]) -> str:
     """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
     manifests, states = [], set()
-    for path in sorted({path for folder in folders for path in folder.rglob(f"*{MANIFEST_NAME}")}):
+    for path in sorted({path for folder in folders for path in folder.rglob(f"*{NAME}")}):
         try:
             manifests.append(read_manifest(path))
         except UserError:

@@ -1,8 +1,7 @@
 """The run manifest `dynllava_run.json`: what ran, where, for how long, and how many tokens were kept.
 
-Adapters note answers while a harness runs; the command around the harness writes the file beside the
-harness's output. One process evaluates one model at a time, so the notes are one object of this module (as
-lmms-eval keeps its own).
+An adapter notes its answers in a `RunRecord` while a harness runs; the command around the harness writes the file
+beside the harness's output; tables read it.
 """
 
 from __future__ import annotations
@@ -10,26 +9,34 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.environment import host, versions
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score, mean_counts, mean_score_counts
 from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.results.identity import checkpoint_hash, commit
+from dynllava_plugin.evaluation.results.result_files import number, read_json
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.files import write_json
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.policies import Policy, policy_of
 
+NAME = "dynllava_run.json"
+# Parts that are read, and what each of them is where it is there.
+_OBJECTS = ("settings", "sparsity", "model", "tokens", "scored", "versions", "host", "judge", "questions")
+_OF_TASKS = ("tokens", "scored")
+_TEXTS = ("checkpoint_hash", "prompts", "commit", "harness")
+# What two runs of VLMEvalKit into one folder have to agree in for the first one's counts to stay.
+_SAME_RUN = ("checkpoint_hash", "sparsity", "model", "prompts", "max_new_tokens")
+
 
 class RunRecord:
-    """Notes of the model that this process evaluates."""
+    """Notes of one model in one run; the clock starts when it is made."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything and start the clock."""
         self.started = time.time()
         self.settings: dict[str, Any] | None = None
         self.sparsity: dict[str, Any] | None = None
@@ -109,4 +116,67 @@ class RunRecord:
         return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
 
 
-RECORD = RunRecord()
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a run's manifest; empty where there is none.
+
+    Raises
+    ------
+    UserError
+        For a file that isn't one, or has a part of another type than such a file has.
+    """
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    wrong = [name for name in _OBJECTS if not isinstance(content.get(name), (dict, type(None)))]
+    wrong += [name for name in _TEXTS if not isinstance(content.get(name), (str, type(None)))]
+    for name in (part for part in _OF_TASKS if part not in wrong):
+        parts = (content.get(name) or {}).values()
+        wrong += [name] if not all(isinstance(part, dict) for part in parts) else []
+    seconds = content.get("seconds")
+    wrong += ["seconds"] if seconds is not None and number(seconds) is None else []
+    if wrong:
+        raise UserError(f"{path}: not a run's manifest ({wrong[0]} is something else); delete it")
+    return content
+
+
+def beside(results_file: Path) -> Path:
+    """Return where the manifest of lmms-eval's ``<date>_results.json`` lies: ``<date>_dynllava_run.json``."""
+    return results_file.with_name(f"{results_file.name.removesuffix('_results.json')}_{NAME}")
+
+
+def write_joined(
+    path: Path, record: RunRecord | None, tasks: Sequence[str], facts: Mapping[str, Any]
+) -> None:
+    """Write the manifest of a folder that one run of VLMEvalKit after another writes into.
+
+    Parameters
+    ----------
+    path : Path
+    record : RunRecord or None
+        None where no question was asked, because an earlier run's answers were scored.
+    tasks : sequence of str
+        The run's datasets; what an earlier run of the same settings noted of others stays.
+    facts : mapping
+        Further entries; ``judge`` is that of `tasks`.
+    """
+    try:
+        earlier = read_manifest(path)
+    except UserError:
+        earlier = {}  # it is written anew
+    judge = facts.get("judge")
+    before = earlier.get("judge") or {}
+    others = [name for name in before.get("tasks", []) if name not in tasks]
+    if others and judge is None:
+        judge = {**before, "tasks": others}
+    elif others and judge and (judge["model"], judge["url"]) == (before.get("model"), before.get("url")):
+        judge = {**judge, "tasks": [*judge["tasks"], *others]}
+    if record is None or record.settings is None:
+        if earlier:
+            write_json(path, {**earlier, "judge": judge})
+        return
+    manifest = record.to_dict("vlmevalkit", **{**facts, "judge": judge})
+    if all(earlier.get(key) == manifest.get(key) for key in _SAME_RUN):
+        for part in ("tokens", "scored", "questions"):
+            kept = {name: value for name, value in (earlier.get(part) or {}).items() if name not in tasks}
+            manifest[part] = {**kept, **manifest.get(part, {})}
+    write_json(path, manifest)
