@@ -186,7 +186,9 @@ def test_vlmevalkit_fails_where_a_dataset_fails(tmp_path: Path, broken_data: Pat
         (["--mode", "half"], "--mode: unknown value 'half'"),
         (["--mode", "full", "--mode", "image"], "--mode: full and image contradict each other"),
         (["--vision-keep-rate", "2"], "vision_keep_rate: 2.0 is outside (0, 1]"),
-        (["--batch-size", "0"], "--batch-size and --max-new-tokens must be positive"),
+        (["--batch-size", "0"], "--batch-size 0: must be a positive integer"),
+        (["--max_new_tokens", "-1"], "--max-new-tokens -1: must be a positive integer"),
+        (["--limit", "0"], "--limit 0: must be a positive integer"),
     ],
 )
 def test_vlmevalkit_names_a_bad_flag_at_once(

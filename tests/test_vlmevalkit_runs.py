@@ -16,7 +16,7 @@ from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_j
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit import command
-from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser
+from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.setup import check_datasets
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
@@ -66,9 +66,9 @@ def test_a_users_own_tsv_is_a_dataset(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_whatever_changes_an_answer_changes_the_folder() -> None:
     def name(*flags: str) -> str:
-        own, forwarded = own_parser().parse_known_args(list(flags))
-        peek, _ = kit_parser().parse_known_args(forwarded)
-        return command._folder_name(ModelSettings(pretrained="tiny"), own, peek)
+        own, _ = own_parser().parse_known_args(["--pretrained", "tiny", *flags])
+        settings, asked, _ = settings_of(own)
+        return command._folder_name(settings, asked)
 
     names = [name(), name("--prompts", "kit"), name("--max-new-tokens", "5"), name("--limit", "3")]
     assert len(set(names)) == 4 and names[0] == name("--batch-size", "2", "--prompts", "llava") == "tiny"
@@ -80,7 +80,7 @@ def test_a_killed_run_leaves_its_answers_to_the_same_model_and_code_only(
     def journal(*flags: str, mode: str | None = None) -> Path | None:
         monkeypatch.delenv(command.VARIABLE, raising=False)
         own, _ = own_parser().parse_known_args(list(flags))
-        return command._journal(tmp_path, ModelSettings(pretrained="tiny", mode=mode), own)
+        return command._journal(tmp_path, ModelSettings(pretrained="tiny", mode=mode), settings_of(own)[1])
 
     first = journal()
     assert first is not None and first == journal() == Path(os.environ[command.VARIABLE])
@@ -88,8 +88,7 @@ def test_a_killed_run_leaves_its_answers_to_the_same_model_and_code_only(
     monkeypatch.setattr(command, "source_digest", lambda: "other")
     assert len({first, *others, journal()}) == 5
     monkeypatch.setenv(command.VARIABLE, "elsewhere")  # `dynllava eval` has a place for them
-    own, _ = own_parser().parse_known_args([])
-    assert command._journal(tmp_path, ModelSettings(pretrained="tiny"), own) is None
+    assert command._journal(tmp_path, ModelSettings(pretrained="tiny"), KitSettings()) is None
 
 
 @pytest.fixture

@@ -4,55 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.options import option
 from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES, SparsityConfig
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
+PROMPTS = ("llava", "kit")
 # How a model is asked, where not as its checkpoint says.
 ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
 
 
-def _setting(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
+@dataclass(frozen=True)
+class RunSettings:
+    """How a benchmark's questions are asked, in whichever harness."""
+
+    limit: int | None = option("questions of each benchmark (default: all)", int, least=1)
+    batch_size: int = option(
+        "questions answered at once; in float32 it never changes an answer (default: 8)", int, 8, least=1
+    )
+    prompts: str = option(
+        "who words VLMEvalKit's questions for VizWiz, POPE, MME and multiple choice: LLaVA-1.5's evaluation or the kit "
+        "(default: llava)",
+        default=PROMPTS[0],
+        choices=PROMPTS,
+    )
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A checkpoint and how it is run; each field's metadata says what it is, in one line of ``help``.
+    """A checkpoint and how it is run; ``None`` means: as the checkpoint (or `load_model`) says."""
 
-    ``None`` means: as the checkpoint (or `load_model`) says.
-    """
-
-    pretrained: str = field(
+    pretrained: str = option(
+        f"checkpoint folder, hub id, or tiny (default: {DEFAULT_CHECKPOINT})",
         default=DEFAULT_CHECKPOINT,
-        metadata={"help": f"checkpoint folder, hub id, or tiny (default: {DEFAULT_CHECKPOINT})"},
+        metavar="CHECKPOINT",
     )
-    device: str | None = _setting("cpu, cuda, cuda:0, ... (default: the GPU where there is one)")
-    dtype: str | None = _setting("float32, bfloat16, float16 (default: the checkpoint's)")
-    attn_implementation: str | None = _setting(
-        "sdpa, eager, flash_attention_2 (default: transformers' choice)"
+    device: str | None = option("cpu, cuda, cuda:0, ... (default: the GPU where there is one)")
+    dtype: str | None = option("float32, bfloat16, float16 (default: the checkpoint's)")
+    attn_implementation: str | None = option("sdpa, eager, flash_attention_2 (default: transformers' choice)")
+    quantization: str | None = option(
+        "8bit or 4bit: the LLM's weights, through bitsandbytes", choices=("8bit", "4bit")
     )
-    quantization: str | None = _setting("8bit or 4bit: the LLM's weights, through bitsandbytes")
-    mode: str | None = _setting(f"{'|'.join(MODES)}: what is dropped (default: the checkpoint's)")
-    vision_keep_rate: float | None = _setting("share of image tokens that stay, in (0, 1]")
-    text_keep_rate: float | None = _setting("written down with the run; how much text stays was learned")
-    image_policy: str | None = _setting(f"{'|'.join(IMAGE_POLICIES)}: who chooses the image tokens")
-    random_seed: int | None = _setting("of what is chosen by chance")
-    policy: str | None = _setting(
+    mode: str | None = option(f"{'|'.join(MODES)}: what is dropped (default: the checkpoint's)")
+    vision_keep_rate: float | None = option("share of image tokens that stay, in (0, 1]", float)
+    text_keep_rate: float | None = option("written down with the run; how much text stays was learned", float)
+    image_policy: str | None = option(
+        f"{'|'.join(IMAGE_POLICIES)}: who chooses the image tokens", choices=IMAGE_POLICIES
+    )
+    random_seed: int | None = option("of what is chosen by chance", int)
+    policy: str | None = option(
         "instead of mode and image_policy, with its arguments: policy=fastv,k=3,r=0.75"
     )
-    system_prompt: str | None = _setting(
-        "what a chat template begins with instead of its own (not LLaVA-1.5)"
+    system_prompt: str | None = option("what a chat template begins with instead of its own (not LLaVA-1.5)")
+    min_pixels: int | None = option(
+        "pixels an image is resized to at least, where the processor has such limits (Qwen)", int, least=1
     )
-    min_pixels: int | None = _setting(
-        "pixels an image is resized to at least, where the processor has such limits (Qwen)"
-    )
-    max_pixels: int | None = _setting("and at most")
+    max_pixels: int | None = option("and at most", int, least=1)
 
     def __post_init__(self) -> None:
         from dynllava_plugin.policies.registry import check_policy, policy_changes

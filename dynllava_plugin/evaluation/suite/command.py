@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.benchmarks import HARNESSES
-from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
+from dynllava_plugin.evaluation.options import add_flags
+from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.suite.config import SuiteConfig
+from dynllava_plugin.sparsity.config import MODES
 
 
 def add_parser(commands: Any) -> None:
@@ -21,39 +24,16 @@ def add_parser(commands: Any) -> None:
         epilog="A judge for MM-Vet and LLaVA-Wild: OPENAI_API_KEY, and --judge-url and --judge-model for "
         "another endpoint than OpenAI's.",
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "suite",
         type=Path,
         metavar="SUITE",
         help="a packaged one, e.g. understanding, or a file of your own, my.yaml",
     )
-    add("--pretrained", metavar="CHECKPOINT", help="folder, hub id, or tiny")
-    add("--harness", choices=(*HARNESSES, "both"), help="instead of the suite's (both where it says nothing)")
-    add("--benchmarks", nargs="+", metavar="NAME", help="these instead of the suite's")
-    add("--mode", action="append", choices=MODES, help="several times for several modes")
-    add("--vision-keep-rate", type=float, help="share of image tokens to keep (default: the checkpoint's)")
-    add("--text-keep-rate", type=float, help="written down with the run; how much text stays was learned")
-    add("--image-policy", choices=IMAGE_POLICIES, help="who chooses the image tokens (default: learned)")
-    add("--random-seed", type=int, help="of what is chosen by chance")
-    add("--policy", help="instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75")
-    add("--system-prompt", help="what a chat template begins with instead of its own (not for LLaVA-1.5)")
-    add("--min-pixels", type=int, help="an image is resized to at least so many (Qwen)")
-    add("--max-pixels", type=int, help="and at most so many")
-    add("--device", help="cpu, cuda, cuda:0 ... (default: the GPU where there is one)")
-    add("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
-    add("--attn-implementation", help="sdpa, eager, flash_attention_2")
-    add("--quantization", choices=("8bit", "4bit"), help="the LLM's weights, through bitsandbytes")
-    add("--limit", type=int, help="questions of each benchmark")
-    add("--batch-size", type=int, help="in float32 it never changes an answer")
-    add("--num-processes", type=int, help="GPUs (or processes) that share a benchmark's questions")
-    add("--jobs", type=int, help="benchmarks at a time")
-    add("--prompts", choices=("llava", "kit"), help="who words VLMEvalKit's questions")
-    add("--data", type=Path, metavar="DIR", help="local datasets: DIR/datasets/<owner>/<name>, DIR/LMUData")
-    add("--images", type=Path, metavar="DIR", help="images of the generation sets, e.g. coco/train2017")
-    add("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, ending in /v1")
-    add("--judge-model", metavar="NAME", help="the model to ask there")
-    add("--output", type=Path, metavar="DIR", help="default: results/<suite>")
+    several = {"action": "append", "choices": MODES, "help": "several times for several modes"}
+    named = {"help": "checkpoint folder, hub id, or tiny"}
+    add_flags(parser, fields(ModelSettings), pretrained=named, mode=several)
+    add_flags(parser, [item for item in fields(SuiteConfig) if item.metadata])
     parser.set_defaults(run=_run)
 
 
@@ -80,7 +60,6 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
     from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
     from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
     from dynllava_plugin.evaluation.results.footer import count_of_runs
-    from dynllava_plugin.evaluation.suite.config import SuiteConfig
     from dynllava_plugin.evaluation.suite.report import report
     from dynllava_plugin.evaluation.suite.runner import Runner
     from dynllava_plugin.evaluation.suite.runs import plan

@@ -70,7 +70,7 @@ def _manifest(config: SuiteConfig, outcomes: list[Outcome]) -> dict[str, Any]:
         )
     settings = config.settings()
     return {
-        "settings": {key: str(value) for key, value in vars(config).items() if value not in (None, ())},
+        "settings": {key: str(value) for key, value in config.given().items()},
         "checkpoint_hash": checkpoint_hash(settings[0].pretrained),
         "versions": versions(),
         "commit": commit(),

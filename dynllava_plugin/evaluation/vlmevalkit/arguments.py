@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.settings import DEFAULT_CHECKPOINT
-from dynllava_plugin.evaluation.vlmevalkit.prompts import PROMPTS
-from dynllava_plugin.policies import POLICIES
-from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES
+from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
+from dynllava_plugin.evaluation.options import add_flags, checked, option
+from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings
+from dynllava_plugin.sparsity.config import MODES
 
 KIT_MODES = ("all", "infer", "eval")
+
+
+@dataclass(frozen=True)
+class KitSettings(RunSettings):
+    """How `run_vlmevalkit.py` asks; the kit is told the limit too."""
+
+    max_new_tokens: int = option(
+        f"of an answer (default: {MAX_NEW_TOKENS})", int, default=MAX_NEW_TOKENS, least=1
+    )
+    data_root: Path | None = option(
+        "folder of the datasets' TSV files, taken as they are: no checksum, no download (default: $LMUData, "
+        "checked by the kit)",
+        Path,
+        metavar="DIR",
+    )
+
+
+def settings_of(own: argparse.Namespace) -> tuple[ModelSettings, KitSettings, str | None]:
+    """Return what was typed: the model's settings, how it is asked, and the kit's own mode.
+
+    Raises
+    ------
+    UserError
+        Naming the flag that is wrong.
+    """
+    mode, kit_mode = split_modes(own.mode or [])
+    model = {item.name: getattr(own, item.name) for item in fields(ModelSettings)}
+    asked = {
+        item.name: checked(item, getattr(own, item.name), Path("--data"))
+        for item in fields(KitSettings)
+        if getattr(own, item.name) is not None
+    }
+    return ModelSettings.from_dict({**model, "mode": mode}), KitSettings(**asked), kit_mode
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -22,81 +56,9 @@ def own_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    add = parser.add_argument
-    add(
-        "--pretrained",
-        default=DEFAULT_CHECKPOINT,
-        help="checkpoint folder, hub id, or tiny (default: %(default)s)",
-    )
-    add(
-        "--mode",
-        action="append",
-        metavar="MODE",
-        help=f"{'|'.join(MODES)} for the model; {'|'.join(KIT_MODES)} is the kit's own; once for each",
-    )
-    add(
-        "--vision-keep-rate",
-        "--vision_keep_rate",
-        type=float,
-        help="share of image tokens that stay, in (0, 1]",
-    )
-    add(
-        "--text-keep-rate",
-        "--text_keep_rate",
-        type=float,
-        help="recorded with the run; the decision is learned",
-    )
-    add(
-        "--policy",
-        metavar="POLICY[,ARGUMENT=VALUE...]",
-        help=f"instead of --mode and --image-policy, e.g. fastv,k=3,r=0.75; one of {', '.join(POLICIES)}",
-    )
-    add("--image-policy", "--image_policy", choices=IMAGE_POLICIES, help="who chooses the image tokens")
-    add(
-        "--system-prompt",
-        "--system_prompt",
-        help="what a chat template begins with instead of its own (not for LLaVA-1.5)",
-    )
-    for bound, most in (("min", "least"), ("max", "most")):
-        add(
-            f"--{bound}-pixels",
-            f"--{bound}_pixels",
-            type=int,
-            help=f"an image is resized to at {most} so many (Qwen)",
-        )
-    add("--random-seed", "--random_seed", type=int, help="of --image-policy random")
-    add("--device", help="cpu, cuda, cuda:0, ...")
-    add("--dtype", help="float32, bfloat16, float16, auto")
-    add("--attn-implementation", "--attn_implementation", help="sdpa, eager, flash_attention_2")
-    add("--quantization", choices=("8bit", "4bit"), help="the LLM's weights, through bitsandbytes")
-    add(
-        "--batch-size",
-        "--batch_size",
-        type=int,
-        default=8,
-        help="rows answered at once (default: %(default)s)",
-    )
-    add(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        default=1024,
-        help="of an answer (default: %(default)s)",
-    )
-    add(
-        "--prompts",
-        choices=PROMPTS,
-        default=PROMPTS[0],
-        help="llava: LLaVA-1.5's own wording for VizWiz, POPE, MME and multiple choice; "
-        "kit: the kit's (default: %(default)s)",
-    )
-    add(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="folder of the datasets' TSV files, taken as they are: no checksum, no download "
-        "(default: $LMUData, checked by the kit)",
-    )
+    both = f"{'|'.join(MODES)} for the model; {'|'.join(KIT_MODES)} is the kit's own; once for each"
+    add_flags(parser, fields(ModelSettings), mode={"action": "append", "help": both, "type": str})
+    add_flags(parser, fields(KitSettings))
     return parser
 
 
@@ -107,7 +69,6 @@ def kit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+")
     parser.add_argument("--config")
     parser.add_argument("--work-dir")
-    parser.add_argument("--limit", type=int)
     parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--judge")
     parser.add_argument("--judge-base-url")

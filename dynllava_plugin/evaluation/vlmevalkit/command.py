@@ -23,12 +23,11 @@ from dynllava_plugin.evaluation.results.identity import source_digest
 from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
 from dynllava_plugin.evaluation.results.result_files import prediction_rows
-from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.evaluation.vlmevalkit.arguments import kit_parser, own_parser, split_modes
+from dynllava_plugin.evaluation.settings import PROMPTS, ModelSettings
+from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
 from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged, without_judge
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished, judge_failures
-from dynllava_plugin.evaluation.vlmevalkit.prompts import PROMPTS
 from dynllava_plugin.evaluation.vlmevalkit.setup import (
     MODEL_NAME,
     check_datasets,
@@ -90,33 +89,18 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     if {"-h", "--help"} & set(arguments):
         parser.print_help()
         print("\nAll other options are VLMEvalKit's:\n")
-    sparsity_mode, kit_mode = split_modes(own.mode or [])
-    names = ("pretrained", "device", "dtype", "attn_implementation", "vision_keep_rate", "text_keep_rate")
-    values = {
-        name: getattr(own, name)
-        for name in (
-            *names,
-            "quantization",
-            "image_policy",
-            "random_seed",
-            "policy",
-            "system_prompt",
-            "min_pixels",
-            "max_pixels",
-        )
-    }
-    settings = ModelSettings.from_dict({**values, "mode": sparsity_mode})
-    if own.batch_size < 1 or own.max_new_tokens < 1:
-        raise UserError("--batch-size and --max-new-tokens must be positive")
+    settings, asked, kit_mode = settings_of(own)
     peek, _ = kit_parser().parse_known_args(forwarded)
     if peek.data is None and peek.config is None and not {"-h", "--help"} & set(arguments):
         raise UserError("--data: name at least one dataset (`dynllava benchmarks` lists those of the paper)")
     if kit_mode:
         forwarded += ["--mode", kit_mode]
+    if asked.limit:
+        forwarded += ["--limit", str(asked.limit)]
     if peek.model is None and peek.config is None:
         forwarded += ["--model", MODEL_NAME]
     if peek.work_dir is None:
-        peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, own, peek)
+        peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, asked)
         forwarded += ["--work-dir", str(peek.work_dir)]
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
     asks_help = bool({"-h", "--help"} & set(arguments))
@@ -129,10 +113,10 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     fresh = kit_mode != "eval" and not peek.reuse and MODEL_NAME in models
     kit, record = import_kit(), RunRecord()
     keep_cells(patches, kit)
-    given = {"batch_size": own.batch_size, "max_new_tokens": own.max_new_tokens, "prompts": own.prompts}
+    given = {name: getattr(asked, name) for name in ("batch_size", "max_new_tokens", "prompts")}
     register(patches, settings, **given, record=record, load=load or Engine.load)
-    if own.data_root is not None:
-        use_local_data(own.data_root)
+    if asked.data_root is not None:
+        use_local_data(asked.data_root)
     if peek.config is None:
         check_datasets(datasets)
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
@@ -143,7 +127,7 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     # One process holds the folder for all of a distributed run.
     alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
     with locks(alone, "another `run_vlmevalkit.py`"):
-        journal = _journal(work_dir, settings, own) if fresh and peek.config is None else None
+        journal = _journal(work_dir, settings, asked) if fresh and peek.config is None else None
         if fresh:
             forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
         started = time.time()
@@ -160,8 +144,13 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
         if len(models) == 1:
-            facts = {"tasks": datasets, "limit": peek.limit, "prompts": own.prompts, "arguments": arguments}
-            facts["max_new_tokens"] = own.max_new_tokens
+            facts = {
+                "tasks": datasets,
+                "limit": asked.limit,
+                "prompts": asked.prompts,
+                "arguments": arguments,
+            }
+            facts["max_new_tokens"] = asked.max_new_tokens
             facts |= _scored(
                 work_dir / models[0], None if kit_mode == "infer" else judge, datasets, peek.reuse
             )
@@ -184,16 +173,16 @@ def _scored(folder: Path, judge: Judge | None, datasets: list[str], reused: bool
     return found
 
 
-def _folder_name(settings: ModelSettings, own: argparse.Namespace, peek: argparse.Namespace) -> str:
+def _folder_name(settings: ModelSettings, asked: KitSettings) -> str:
     """Differs wherever another answer may: the kit takes up old files without asking whose they are."""
     parts = [settings.slug()]
-    parts += [f"limit-{peek.limit}"] if peek.limit else []
-    parts += [f"prompts-{own.prompts}"] if own.prompts != PROMPTS[0] else []
-    parts += [f"max-new-tokens-{own.max_new_tokens}"] if own.max_new_tokens != MAX_NEW_TOKENS else []
+    parts += [f"limit-{asked.limit}"] if asked.limit else []
+    parts += [f"prompts-{asked.prompts}"] if asked.prompts != PROMPTS[0] else []
+    parts += [f"max-new-tokens-{asked.max_new_tokens}"] if asked.max_new_tokens != MAX_NEW_TOKENS else []
     return "_".join(parts)
 
 
-def _journal(work_dir: Path, settings: ModelSettings, own: argparse.Namespace) -> Path | None:
+def _journal(work_dir: Path, settings: ModelSettings, asked: KitSettings) -> Path | None:
     """Where a run that is killed leaves its answers for the next one of the same model, settings and code.
 
     The kit's own half-done files have no settings with them, nor what the answers cost. None where
@@ -201,7 +190,7 @@ def _journal(work_dir: Path, settings: ModelSettings, own: argparse.Namespace) -
     """
     if os.environ.get(VARIABLE):
         return None
-    facts = [settings.to_dict(), settings.slug(), own.prompts, own.max_new_tokens, source_digest()]
+    facts = [settings.to_dict(), settings.slug(), asked.prompts, asked.max_new_tokens, source_digest()]
     folder = work_dir / MODEL_NAME / f"journal-{entry_key('vlmevalkit', *facts)[:12]}"
     os.environ[VARIABLE] = str(folder)
     return folder

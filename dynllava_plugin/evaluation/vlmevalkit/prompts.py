@@ -10,7 +10,6 @@ import pandas as pd
 
 from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
 
-PROMPTS = ("llava", "kit")
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _YES_NO = "Please answer yes or no."
