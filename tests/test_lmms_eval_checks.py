@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lmms_eval.tasks import TaskManager
@@ -14,6 +15,8 @@ from tenacity import Future, RetryError
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.lmms_eval.checks import (
+    check_conversation,
+    check_examples,
     check_model,
     check_tasks,
     checked_generation,
@@ -122,7 +125,7 @@ def our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """lmms-eval has our tasks alone."""
     find = TaskManager.initialize_tasks
     ours = {"include_path": str(TASKS_FOLDER), "include_defaults": False}
-    monkeypatch.setattr(TaskManager, "initialize_tasks", lambda self, **given: find(self, **ours))
+    monkeypatch.setattr(TaskManager, "initialize_tasks", lambda self, *_, **__: find(self, **ours))
 
 
 def asked(*names: str) -> Namespace:
@@ -157,3 +160,67 @@ def test_models_and_their_aliases() -> None:
     check_model("dynamic_llava")
     with pytest.raises(UserError, match="--model dynlava: no such model; did you mean dynllava or"):
         check_model("dynlava")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (
+            ["--num_fewshot", "2"],
+            2,
+            "error: --num_fewshot 2: lmms-eval's task easy_vqa names no examples to show",
+        ),
+        (
+            ["--apply_chat_template", "--fewshot_as_multiturn", "--num_fewshot", "1"],
+            2,
+            "error: --fewshot_as_multiturn:",
+        ),
+        (
+            ["--apply_chat_template"],
+            0,
+            "--apply_chat_template: dynllava words every question by its checkpoint's",
+        ),
+    ],
+)
+def test_options_of_examples_and_templates(
+    flags: list[str], code: int, said: str, tmp_path: Path, easy_vqa_data: Path, our_tasks: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from dynllava_plugin.evaluation.lmms_eval.command import run
+
+    command = ["--model", "dynllava", "--model_args", "pretrained=tiny,mode=full", "--tasks", "easy_vqa"]
+    command += ["--limit", "1", "--device", "cpu", "--output_path", str(tmp_path), *flags]
+    assert run(command) == code
+    said_all = capfd.readouterr().err.splitlines()
+    assert any(line.startswith(said) for line in said_all)
+    assert sum(line.startswith("error: ") for line in said_all) == (code != 0)
+    assert not any("Traceback" in line for line in said_all)
+    assert bool(list(tmp_path.rglob("*_results.json"))) == (code == 0)
+
+
+def test_a_task_with_examples_may_show_them() -> None:
+    class Task:
+        sampler = None
+
+        def get_config(self, name: str) -> int | None:
+            return None
+
+    class Without(Task):
+        def __init__(self, own: int | None) -> None:
+            self.own = own
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "sampler":
+                raise AttributeError(name)
+            return object.__getattribute__(self, name)
+
+        def get_config(self, name: str) -> int | None:
+            return self.own
+
+    check_examples({"group": {"one": Task()}, "two": Without(0)}, 2)
+    check_examples({"group": {"one": Without(None)}}, None)
+    with pytest.raises(UserError, match="task one names no examples"):
+        check_examples({"group": {"one": Without(None)}}, 2)
+    plain = Namespace(apply_chat_template=False, fewshot_as_multiturn=False)
+    check_conversation(plain)
+    assert not plain.apply_chat_template

@@ -75,6 +75,38 @@ def checked_generation(given: str | None) -> str | None:
     return f"{given},do_sample=True" if temperature and "do_sample" not in asked else given
 
 
+def check_conversation(args: Namespace) -> None:
+    """Take ``--apply_chat_template`` as done: our model words every question by its checkpoint's template.
+
+    lmms-eval 0.7.3 itself would look for functions that it hasn't got, and so it would with ``--fewshot_as_multiturn``.
+
+    Raises
+    ------
+    UserError
+        For the latter.
+    """
+    if args.fewshot_as_multiturn:
+        raise UserError("--fewshot_as_multiturn: lmms-eval 0.7.3 can't make such conversations; leave it out")
+    if args.apply_chat_template:
+        args.apply_chat_template = False
+        said = "dynllava words every question by its checkpoint's template; the option changes nothing"
+        print(f"--apply_chat_template: {said}", file=sys.stderr, flush=True)
+
+
+def check_examples(loaded: dict[Any, Any], num_fewshot: int | None) -> None:
+    """Raise `UserError` for a task, among loaded ones, that would have to show examples and has none."""
+    for name, task in loaded.items():
+        if isinstance(task, dict):
+            check_examples(task, num_fewshot)
+            continue
+        own = task.get_config("num_fewshot")
+        if num_fewshot and own != 0 and not hasattr(task, "sampler"):
+            raise UserError(
+                f"--num_fewshot {num_fewshot}: lmms-eval's task {name} names no examples to show (`fewshot_config` in "
+                "its YAML); leave it out, or the task"
+            )
+
+
 def tell_test_splits(tasks: str) -> None:
     """A line for each group of `--tasks` that asks a test split's questions too, which only a server can score."""
     for name in tasks.split(","):

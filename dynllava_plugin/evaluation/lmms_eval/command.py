@@ -21,13 +21,15 @@ from dynllava_plugin.evaluation import judging
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
 from dynllava_plugin.evaluation.lmms_eval.checks import (
+    check_conversation,
+    check_examples,
     check_model,
     check_tasks,
     checked_generation,
     tell_test_splits,
     user_error,
 )
-from dynllava_plugin.evaluation.lmms_eval.judging import loads_judged
+from dynllava_plugin.evaluation.lmms_eval.judging import any_key, prepare_judged
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.settings import arguments_help
 from dynllava_plugin.files import check_folder, write_json
@@ -118,7 +120,11 @@ class _Runs:
     def __init__(self, arguments: list[str], load: Callable[..., Any] | None, patches: Patches) -> None:
         self._arguments, self._load, self._patches = arguments, load, patches
         self._failed = self._user_error = False
-        self._model: Any = None  # ours, of the configuration that is evaluated
+        # Of the configuration that is evaluated: our model, what a judge scores, the judge, and how many examples are shown.
+        self._model: Any = None
+        self._judged: set[str] = set()
+        self._judge: Judge | None = None
+        self._examples: int | None = None
 
     def exit_code(self) -> int:
         """Return 0, or 1 for a failed run, or 2 for one that failed for what the user gave."""
@@ -133,9 +139,10 @@ class _Runs:
     def watch(self) -> None:
         """Stand around lmms-eval's evaluation of one configuration, and see the model that it makes."""
         import lmms_eval.__main__ as harness
-        from lmms_eval import models
+        from lmms_eval import evaluator, models
 
         self._patches.put(models, "get_model", self._seeing)
+        self._patches.put(evaluator, "get_task_dict", self._loading)
         self._patches.put(harness, "cli_evaluate_single", self._watching)
 
     def _seeing(self, get_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,10 +166,6 @@ class _Runs:
                 return evaluate(args)
             try:
                 judge = self._prepare(args)
-            except UserError as error:
-                self.fail(error)
-                return None, None
-            try:
                 results, samples = evaluate(args)
                 if self._model is not None:
                     self._model.record.gather()
@@ -185,18 +188,26 @@ class _Runs:
         check_tasks(args)
         if args.model in _OURS:
             args.gen_kwargs = checked_generation(args.gen_kwargs)
+            check_conversation(args)
         args.output_path = args.output_path or DEFAULT_OUTPUT
         check_folder("--output_path", Path(args.output_path))
         tell_test_splits(args.tasks)
         self._model = None
         wanted = judge_tasks(LMMS_EVAL) & set(args.tasks.split(","))
-        judge = find_judge(LMMS_EVAL, wanted)
-        if wanted:
-            import lmms_eval.evaluator as evaluator
+        args.log_samples |= bool(wanted)  # what a judge has to read stays
+        self._judged, self._examples = wanted, args.num_fewshot
+        self._judge = find_judge(LMMS_EVAL, wanted)
+        return self._judge
 
-            args.log_samples = True  # what a judge has to read stays
-            self._patches.put(evaluator, "get_task_dict", loads_judged(wanted, judge))
-        return judge
+    def _loading(self, load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def load_checked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            with any_key():
+                loaded = load(*args, **kwargs)
+            check_examples(loaded, self._examples)
+            prepare_judged(loaded, self._judged, self._judge)
+            return loaded
+
+        return load_checked
 
     def _check(
         self,

@@ -7,46 +7,39 @@ if the judge had said so.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dynllava_plugin.evaluation.judges import KEY, Judge
 from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, llava_scores, mm_vet_score
 
 
-def loads_judged(tasks: set[str], judge: Judge | None) -> Callable[[Any], Any]:
-    """Return what makes of lmms-eval's loading of tasks one that prepares those that only a judge can score.
+def prepare_judged(loaded: dict[Any, Any], tasks: set[str], judge: Judge | None) -> None:
+    """Prepare those of the loaded tasks that only a judge can score.
 
     With a judge each score is asked for three times at most. Without one `tasks` end with their predictions, whatever
     else is evaluated: lmms-eval would ask anyway and count 0 points for each answer that it doesn't get.
     """
+    for name, task in loaded.items():
+        if isinstance(task, dict):
+            prepare_judged(task, tasks, judge)
+        elif judge is None and name in tasks:
+            task.override_metric(metric_name="bypass")
+        elif judge is not None and name in _REPAIRS:
+            # The functions that a task's YAML names live in a module of their own for each task.
+            _REPAIRS[name](task.config.process_results.__globals__, Patience(f"{judge.url} of {name}"))
 
-    def prepare(loaded: dict[Any, Any]) -> None:
-        for name, task in loaded.items():
-            if isinstance(task, dict):
-                prepare(task)
-            elif judge is None and name in tasks:
-                task.override_metric(metric_name="bypass")
-            elif judge is not None and name in _REPAIRS:
-                # The functions that a task's YAML names live in a module of their own for each task.
-                patience = Patience(f"{judge.url} of {name}")
-                _REPAIRS[name](task.config.process_results.__globals__, patience)
 
-    def loading(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def load_prepared(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            key = os.environ.get(KEY)
-            # MM-Vet makes a client on import, and a client wants a key.
-            os.environ[KEY] = key or "no-judge"
-            try:
-                loaded = load(*args, **kwargs)
-            finally:
-                os.environ[KEY] = key or ""
-            prepare(loaded)
-            return loaded
-
-        return load_prepared
-
-    return loading
+@contextmanager
+def any_key() -> Iterator[None]:
+    """Have some key while tasks are loaded: MM-Vet makes a client on import, and a client wants one."""
+    key = os.environ.get(KEY)
+    os.environ[KEY] = key or "no-judge"
+    try:
+        yield
+    finally:
+        os.environ[KEY] = key or ""
 
 
 def _repair_mm_vet(module: dict[str, Any], patience: Patience) -> None:
