@@ -224,14 +224,6 @@ def test_as_the_stock_class_in_small_things(batch):
     assert torch.equal(left[:, -6:], right[:, -6:])
 
 
-def test_labels_on_image_tokens_are_refused(batch):
-    model = random_model().train()
-    with pytest.raises(
-        UserError, match="labels: sample 0 of the batch has labels on image tokens; set them to -100"
-    ):
-        model(**batch, labels=batch["input_ids"])
-
-
 def test_captured_steps_are_the_default_where_there_is_cuda():
     cuda, policies = (
         torch.device("cuda"),

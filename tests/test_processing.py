@@ -280,3 +280,53 @@ def test_sixteen_bit_grey_is_scaled_and_an_unknown_scale_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"float\.tiff: grey values of mode 'F' have no known scale"):
         processor_of_tiny.prepare_image(str(tmp_path / "float.tiff"))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize(
+    "size",
+    [(2, 8000), (8000, 2), (3, 900), (1000, 7), (5, 257), (290, 4), (31, 257), (40, 57), (57, 40), (28, 28)],
+)
+def test_a_long_picture_is_cheap_and_the_same(aspect, size, tokenizer_model):
+    """Against what the two layouts say, word by word: a square of the mean colour, or a crop of the resized picture."""
+    processor = make_processor(tokenizer_model, image_aspect_ratio=aspect)
+    rng = np.random.default_rng(size[0])
+    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    edge, (width, height) = 28, size
+    prepared = processor.prepare_image(picture)
+    if aspect == "pad":
+        side = max(size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in MEAN))
+        square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        expected = square.resize((edge, edge), Image.Resampling.BICUBIC)
+    else:
+        target = int(edge * width / min(size)), int(edge * height / min(size))
+        whole = picture.resize(target, Image.Resampling.BICUBIC)
+        left, top = (target[0] - edge) // 2, (target[1] - edge) // 2
+        expected = whole.crop((left, top, left + edge, top + edge))
+        left, top = (prepared.width - edge) // 2, (prepared.height - edge) // 2
+        assert prepared.width * prepared.height <= 4 * (width * height + edge**2)
+        prepared = prepared.crop((left, top, left + edge, top + edge))
+    difference = np.abs(np.asarray(prepared).astype(int) - np.asarray(expected))
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV", "LAB"]
+)
+def test_every_mode_keeps_its_colours_or_is_refused_by_name(mode, processors):
+    colours = Image.new("RGB", (28, 28), (200, 40, 90))
+    grey = Image.new("L", (28, 28), 255)
+    try:
+        picture = grey if mode in ("1", "L", "LA", "La") else colours
+        picture = picture.convert({"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, mode))
+        picture = picture.convert(mode)
+    except ValueError:
+        picture = Image.new(mode, (28, 28))
+    try:
+        found = np.asarray(processors["image"].prepare_image(picture)).reshape(-1, 3)[0]
+    except UserError as error:
+        assert mode in ("LAB", "RGBa", "La", "PA") and "cannot be read as an image" in str(error)
+    else:
+        expected = (255, 255, 255) if mode in ("1", "L", "LA") else (200, 40, 90)
+        assert np.abs(found.astype(int) - expected).max() <= 40, (mode, found)

@@ -62,6 +62,11 @@ class SparseVLMConfig:
         """The settings in force; change them through `model.set_sparsity(...)`."""
         return self.text_config.sparsity
 
+    @property
+    def placeholders(self) -> slice:
+        """The rows of the vocabulary that were never trained; no family but LLaVA-1.5 has any."""
+        return slice(0, 0)
+
 
 def sparse_text_config(stock: Any) -> Any:
     """Return a stock text config as the one with `sparsity`; one that has it already as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,8 +17,16 @@ from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at, training_outpu
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.model.token_layout import output_columns, place_images, read_layout, valid_columns
+from dynllava_plugin.model.token_layout import (
+    output_columns,
+    place_images,
+    read_layout,
+    split_features,
+    valid_columns,
+    with_checksum,
+)
 from dynllava_plugin.policies import Policy, TokenLayout
+from dynllava_plugin.policies.base import IMAGE
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -141,7 +150,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
             )
         if self.training:
             if labels is not None:
-                self._refuse_labelled_images(input_ids, labels)
+                self._refuse_labels_of_no_text(labels, attention_mask)
             outputs = llm.forward_training(
                 embeds,
                 attention_mask,
@@ -152,7 +161,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 added,
             )
             logits = self._logits(outputs.last_hidden_state)
-            return training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
+            result = training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
+            return result if return_dict is not False else result.to_tuple()
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         outputs = llm(
@@ -171,6 +181,10 @@ class SparseVLM(SparseGeneration, SparseScoring):
         elif logits_to_keep and labels is None:
             hidden = hidden[:, -logits_to_keep:]
         logits = self._logits(hidden)
+        if prompt_length is not None and (
+            cache is None or embeds.shape[1] > 1
+        ):  # a prompt that `generate` begins with
+            self.refuse_not_finite(logits)
         loss = None
         if labels is not None:
             loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
@@ -257,10 +271,18 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._project(hidden)
-        placeholders = getattr(self.config, "placeholder_tokens", 0)
-        if placeholders:
-            logits[..., -placeholders:] = torch.finfo(logits.dtype).min
+        placeholders = self.config.placeholders
+        if placeholders.start < placeholders.stop:
+            logits[..., placeholders] = torch.finfo(logits.dtype).min
         return logits
+
+    def refuse_not_finite(self, values: torch.Tensor) -> None:
+        """Raise `UserError` for logits, or what was made of them, that no weights in order can give; waits for the device."""
+        if not bool(values.isfinite().all()):
+            raise UserError(
+                f"{self.config.name_or_path or 'the model'}: its logits are not finite; weights that are NaN or infinite, "
+                "or out of the data type's range, answer nothing"
+            )
 
     def _check_policy(self, policy: Policy, labels: torch.Tensor | None) -> None:
         if self.training and self.config.sparsity.image_policy != "learned":
@@ -273,14 +295,18 @@ class SparseVLM(SparseGeneration, SparseScoring):
             )
         self.check_family(policy)
 
-    def _refuse_labelled_images(self, input_ids: torch.Tensor | None, labels: torch.Tensor) -> None:
-        """Raise `UserError` for labels on image tokens, whose loss would be without bound."""
-        if input_ids is None:
-            return
-        rows = ((input_ids == self.config.image_token_id) & (labels != IGNORE_INDEX)).any(1).tolist()
+    def _refuse_labels_of_no_text(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raise `UserError` for labels that are image tokens, placeholders or padding: their loss would be without bound."""
+        masked = self.config.placeholders
+        wrong = labels == self.config.image_token_id
+        wrong |= (labels >= masked.start) & (labels < masked.stop)
+        if attention_mask is not None:
+            wrong |= (labels != IGNORE_INDEX) & (attention_mask == 0)
+        rows = wrong.any(1).tolist()
         if any(rows):
             raise UserError(
-                f"labels: sample {rows.index(True)} of the batch has labels on image tokens; set them to {IGNORE_INDEX}"
+                f"labels: sample {rows.index(True)} of the batch has labels on image tokens or padding; "
+                f"set them to {IGNORE_INDEX}"
             )
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -320,19 +346,61 @@ class SparseVLM(SparseGeneration, SparseScoring):
         found = (encoded or {}).get("image")
         if found is None and images.get("pixel_values") is not None:
             found = self.encode_images(images)
-        if found is not None and input_ids is None:
-            raise UserError("inputs_embeds: images need input_ids, which say where they go")
-        features = None if found is None else list(found.pooler_output)
-        image_mask = None
+        features, marks, image_mask = None, None, None
+        if found is not None:
+            features, marks = split_features(found.pooler_output, inputs_embeds.shape[-1], policy)
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
-            if output[0] is not None and not self.training:
-                image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
-        layout = read_layout(valid, image_mask, features, output, policy, self.training)
+        elif found is not None:  # as the stock classes find places among embeddings
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            image_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
+        elif IMAGE in policy.decides and not self.training:
+            raise UserError(
+                f"inputs_embeds: {policy.name} would not find image tokens among them; pass input_ids and pixel_values, "
+                "or keep everything by mode='full'"
+            )
+        if image_mask is not None and output[0] is not None and not self.training:
+            image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
+        layout = read_layout(valid, image_mask, features, output, policy, self.training, marks)
         if features is None:
             return inputs_embeds, layout, (), None
-        embeds = place_images(inputs_embeds, features, layout, policy, self.training)
+        embeds = place_images(inputs_embeds, features, layout)
         return embeds, layout, self.deepstack(found, embeds, layout), features
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """Return what the family's method does, each image's features with the channels that the policy needs behind them."""
+        found = self.model.get_image_features(pixel_values, **kwargs)
+        if self._llm.policy.image_seed is not None:
+            found.pooler_output = with_checksum(
+                found.pooler_output, self.pixels_of_images(pixel_values, kwargs)
+            )
+        return found
+
+    def pixels_of_images(self, pixel_values: torch.Tensor, images: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """Return each image's part of `pixel_values`."""
+        return pixel_values  # type: ignore[return-value]
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
+        """As `generate` does before its first step, through `encode_images`."""
+        names = inspect.signature(self.model.get_image_features).parameters
+        images = {name: model_kwargs.pop(name) for name in names if name in model_kwargs and name != "kwargs"}
+        if images.get("pixel_values") is not None:
+            if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+                raise UserError(
+                    "pixel_values: mm_encoder_outputs has these images' features already; pass one of both"
+                )
+            model_kwargs["mm_encoder_outputs"] = {"image": self.encode_images(images)}
+        return model_kwargs
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """As the stock class's; the kind that hides inputs from autograd, and so the keep masks, is refused."""
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise UserError(
+                "use_reentrant: true would go backward through the keep masks once a layer; leave it out"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
 
     def encode_images(self, images: dict[str, Any]) -> Any:
         """Return what the family's `get_image_features` makes of forward's arguments for images.
@@ -347,7 +415,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
             if name not in given:
                 raise UserError(f"{name}: missing; pass everything that the checkpoint's processor returns")
         try:
-            return self.model.get_image_features(**given, return_dict=True)
+            return self.get_image_features(**given, return_dict=True)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:

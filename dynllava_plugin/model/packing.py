@@ -105,13 +105,13 @@ def present_tokens(
 ) -> tuple[torch.Tensor, Sequence[int] | None]:
     """Return bool [B, L], the tokens that layers behind a gate compute, and their counts where the host knows.
 
-    A dropped output token still predicts its successor; with `last_only` no one asks for it, save the last.
+    A dropped output token still predicts its successor; with `last_only` no one asks for it, save the last. A dropped image
+    token predicts nothing: what follows a prompt that ends in one is predicted from the last token that stays.
     """
-    if tokens.layout.output_mask is None and (tokens.layout.ends_real or not last_only):
+    if tokens.layout.output_mask is None:
         return decision.keep, decision.counts
-    if not last_only:
-        return decision.keep | (tokens.layout.output_mask & tokens.valid), None  # type: ignore[operator]
-    return decision.keep | last_column(tokens.valid), None
+    predicts = tokens.layout.output_mask & (last_column(tokens.valid) if last_only else tokens.valid)
+    return decision.keep | predicts, None
 
 
 def last_column(valid: torch.Tensor) -> torch.Tensor:

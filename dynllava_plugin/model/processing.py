@@ -122,20 +122,25 @@ class DynamicLlavaProcessor(LlavaProcessor):
         `name` stands in the error message. What is left to `image_processor` is cropping and normalising.
         """
         picture = _rgb(image, name)
-        if self.image_aspect_ratio == "pad":
-            picture = pad_to_square(picture, self.image_processor.image_mean)
-        if not self.image_processor.do_resize:
-            return picture
-        size = dict(self.image_processor.size)
-        if "shortest_edge" in size:
-            width, height = picture.size
+        processor = self.image_processor
+        resample = Image.Resampling(int(processor.resample))
+        size, pads = dict(processor.size), self.image_aspect_ratio == "pad"
+        if not processor.do_resize:
+            return pad_to_square(picture, processor.image_mean) if pads else picture
+        width, height = picture.size
+        if pads:
+            edge = size.get("shortest_edge")
+            target = (edge, edge) if edge else (size["width"], size["height"])
+            return _padded_and_resized(picture, processor.image_mean, target, resample)
+        if "shortest_edge" not in size:
+            target = (size["width"], size["height"])
+        else:
             edge, shortest = size["shortest_edge"], min(width, height)
             target = (int(edge * width / shortest), int(edge * height / shortest))
-        else:
-            target = (size["width"], size["height"])
-        if target == picture.size:
-            return picture
-        return picture.resize(target, resample=Image.Resampling(int(self.image_processor.resample)))
+            crop = processor.crop_size
+            if processor.do_center_crop and target[0] * target[1] > 4 * (width * height + edge**2):
+                return _middle_resized(picture, target, (crop["width"], crop["height"]), resample)
+        return picture if target == picture.size else picture.resize(target, resample=resample)
 
     def prepare_text(self, text: str) -> str:
         """`text` with the spaces that make the tokenizer produce the original code's ids (see `spacing`).
@@ -165,6 +170,44 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _padded_and_resized(
+    image: Image.Image, mean: Sequence[float], target: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Return `pad_to_square` resized to `target` (width, height), pixel by pixel, without a square of the longer side in memory.
+
+    PIL resizes across and then down; across needs a few rows of the square at a time, and none that are padding.
+    """
+    width, height = image.size
+    side, colour = max(width, height), tuple(int(channel * 255) for channel in mean)
+    left, top, rows = (side - width) // 2, (side - height) // 2, max(1, 2**22 // side)
+    across = Image.new("RGB", (target[0], side), colour)
+    for start in range(0, height, rows):
+        some = image.crop((0, start, width, min(start + rows, height)))
+        padded = Image.new("RGB", (side, some.height), colour)
+        padded.paste(some, (left, 0))
+        across.paste(padded.resize((target[0], some.height), resample), (0, top + start))
+    return across.resize(target, resample)
+
+
+def _middle_resized(
+    image: Image.Image, target: tuple[int, int], crop: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Return the middle `crop` (width, height) of `image` resized to `target`, without computing what is cut off.
+
+    For small pictures far longer than wide: a value may be one or two off, because PIL takes a part's edges as 32-bit floats.
+    """
+    parts = []  # of each axis: the wanted length, and where it begins and ends in the picture
+    for length, whole, wanted in zip(image.size, target, crop, strict=True):
+        wanted = min(wanted, whole)
+        start, scale = (whole - wanted) // 2, length / whole
+        parts.append((wanted, start * scale, (start + wanted) * scale))
+    (width, left, right), (height, top, bottom) = parts
+    across = image.resize(
+        (width, image.height), resample, box=(left, 0, right, image.height)
+    )  # as PIL does it
+    return across.resize((width, height), resample, box=(0, top, width, bottom))
 
 
 def check_markers(samples: Sequence[str], groups: Sequence[Sequence[Any]], marker: str = IMAGE_TOKEN) -> None:

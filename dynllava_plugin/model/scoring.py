@@ -88,6 +88,7 @@ class SparseScoring(nn.Module):
                     labels,
                     {**images, "mm_encoder_outputs": mm_encoder_outputs},
                 )
+                self.refuse_not_finite(scores)
                 return ScoreDetails(scores, greedy, None, output)
             embeds, layout, added, _ = self._embed(
                 policy, input_ids, None, attention_mask, None, images, mm_encoder_outputs, (output, 0)
@@ -99,4 +100,6 @@ class SparseScoring(nn.Module):
             )  # fmt: skip
         finally:
             self.train(was_training)
-        return scored(outputs, labels, self._logits)
+        found = scored(outputs, labels, self._logits)
+        self.refuse_not_finite(found.log_probs)
+        return found

@@ -32,7 +32,7 @@ def score_step_by_step(
 
     prompt, there = _packed(valid & (columns < start[:, None]), left=True)
     out = model(
-        input_ids.gather(1, prompt),
+        input_ids.gather(1, prompt).masked_fill(~there, 0),  # padding must not look like an image's place
         attention_mask=there.long(),
         use_cache=True,
         **images,

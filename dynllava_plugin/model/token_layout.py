@@ -4,12 +4,54 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.marks import EXTRA
 from dynllava_plugin.policies import Policy, TokenLayout
+
+# `generate` encodes images before the first forward call and repeats the result for each beam, and evaluation keeps it. So what
+# is known of an image's pixels travels in channels behind its features: what the vision tower decided of each token (1 where it
+# stays, and its score), or, for a policy that uses chance, the bytes of a checksum, which every data type holds exactly.
+MARKS, CHECKSUM = 2, 4
+
+
+def extra_channels(policy: Policy) -> int:
+    """Return how many channels image features have behind their own under `policy`."""
+    return MARKS if policy.reduces_patches else CHECKSUM if policy.image_seed is not None else 0
+
+
+def with_checksum(features: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return M images' features [N_i, d + CHECKSUM]: behind each its pixels' checksum, which no batch or padding changes."""
+    totals = torch.stack([(image.float() * 4096).round().long().sum() for image in pixels])
+    bytes_ = (totals[:, None] >> torch.arange(0, 8 * CHECKSUM, 8, device=totals.device)) & 255
+    return [
+        torch.cat([image, of_image.to(image).expand(len(image), -1)], -1)
+        for image, of_image in zip(features, bytes_, strict=True)
+    ]
+
+
+def split_features(
+    features: Sequence[torch.Tensor], width: int, policy: Policy
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return M images' features [N_i, width] and what is in the channels behind them, [T, n] or None.
+
+    Raises
+    ------
+    UserError
+        Features that were encoded under another policy.
+    """
+    wanted = width + extra_channels(policy)
+    for image in features:
+        if image.shape[-1] != wanted:
+            raise UserError(
+                f"mm_encoder_outputs: image features {image.shape[-1]} wide, {policy.name} needs {wanted}; encode the images "
+                "by the model's get_image_features under the policy that is in force"
+            )
+    if wanted == width:
+        return list(features), None
+    return [image[:, :width] for image in features], torch.cat([image[:, width:] for image in features])
 
 
 def valid_columns(
@@ -60,6 +102,7 @@ def read_layout(
     output: tuple[torch.Tensor | None, int],
     policy: Policy,
     training: bool,
+    marks: torch.Tensor | None = None,
 ) -> TokenLayout:
     """Return the layout of a call's tokens; the host reads its counts here, once.
 
@@ -77,6 +120,8 @@ def read_layout(
     training : bool
         One image without a place may stand in for none: every process of a sharded run has to go through the same
         modules, whatever its samples.
+    marks : [T, n], optional
+        What `split_features` found behind the features.
 
     Raises
     ------
@@ -91,11 +136,13 @@ def read_layout(
         lengths = []
     rows = _rows_of_images(per_row, lengths)
     seeds = None
-    if features is not None and policy.image_seed is not None:
-        seeds = tuple(_image_seed(image, policy.image_seed) for image in features)
-    marks = None
-    if features is not None and policy.reduces_patches and not training:
-        marks = torch.cat([image[:, -EXTRA:] for image in features])
+    if features is not None and marks is not None and policy.image_seed is not None:
+        firsts = [0, *accumulate(lengths[:-1])]
+        seeds = tuple(
+            zlib.crc32(bytes(map(int, checksum)), policy.image_seed & 0xFFFFFFFF)
+            for checksum in marks[firsts].tolist()
+        )
+        marks = None
     return TokenLayout(
         image_mask=image_mask if features is not None else None,
         image_lengths=tuple(lengths),
@@ -135,37 +182,11 @@ def _rows_of_images(places: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return rows
 
 
-def place_images(
-    embeds: torch.Tensor,
-    features: Sequence[torch.Tensor],
-    layout: TokenLayout,
-    policy: Policy,
-    training: bool,
-) -> torch.Tensor:
-    """Return token embeddings [B, L, d] with the features of M images [N_i, d (+ EXTRA)] in their places.
-
-    Raises
-    ------
-    UserError
-        Features that were encoded under another policy.
-    """
-    width = embeds.shape[-1]
-    wanted = width + (EXTRA if policy.reduces_patches and not training else 0)
-    if any(image.shape[-1] != wanted for image in features):
-        found = next(image.shape[-1] for image in features if image.shape[-1] != wanted)
-        raise UserError(
-            f"mm_encoder_outputs: image features {found} wide, {policy.name} needs {wanted}; "
-            "encode the images under the policy that is in force"
-        )
-    flat = torch.cat(tuple(features))[:, :width].to(embeds)
+def place_images(embeds: torch.Tensor, features: Sequence[torch.Tensor], layout: TokenLayout) -> torch.Tensor:
+    """Return token embeddings [B, L, d] with the features of M images [N_i, d] in their places."""
+    flat = torch.cat(tuple(features)).to(embeds)
     if not layout.image_lengths:  # an image that stands in for none: in the graph, in no place
         return embeds.masked_scatter(layout.image_mask[..., None], flat)  # type: ignore[index]
     embeds = embeds.clone()
-    embeds.view(-1, width)[layout.image_index] = flat  # on a CPU much faster than masked_scatter
+    embeds.view(-1, embeds.shape[-1])[layout.image_index] = flat  # on a CPU much faster than masked_scatter
     return embeds
-
-
-def _image_seed(features: torch.Tensor, seed: int) -> int:
-    """A seed from an image's features [N, d], rounded so that an image has the same one in every batch."""
-    summary = (features.detach().float().mean(0)[:4] * 512).round().to(torch.int32).cpu()
-    return zlib.crc32(summary.numpy().tobytes(), seed & 0xFFFFFFFF)

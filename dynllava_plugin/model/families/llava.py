@@ -15,8 +15,8 @@ from dynllava_plugin.model.configuration import SparseVLMConfig
 from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_projector, tower_states
 from dynllava_plugin.model.families.registration import register_family
-from dynllava_plugin.model.marks import EXTRA
 from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.model.token_layout import MARKS
 from dynllava_plugin.policies.base import Patches, Policy
 
 
@@ -28,7 +28,9 @@ class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
     image_aspect_ratio : "pad" | "square"
         "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
     placeholder_tokens : int
-        Last rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+        Rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
+    placeholder_start : int, optional
+        The first of them, where they are not the last rows.
     projector_type : str
         "mlp2x_gelu" (LLaVA-1.5's), "linear", "mlpNx_gelu", "identity" or "tokenpacker".
     tokenpacker_scale : int, optional
@@ -39,8 +41,16 @@ class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
 
     image_aspect_ratio: str = "pad"
     placeholder_tokens: int = 0
+    placeholder_start: int | None = None
     projector_type: str = "mlp2x_gelu"
     tokenpacker_scale: int | None = None
+
+    @property
+    def placeholders(self) -> slice:
+        """The rows of the vocabulary that were never trained."""
+        start, rows = self.placeholder_start, self.placeholder_tokens
+        start = self.text_config.vocab_size - rows if start is None else start
+        return slice(start, start + rows)
 
 
 class DynamicLlavaModel(LlavaModel):
@@ -61,7 +71,7 @@ class DynamicLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlavaModel`; where the policy reduces patches, `pooler_output` is M tensors [N, d + EXTRA]."""
+        """As `LlavaModel`; where the policy reduces patches, `pooler_output` is M tensors [N, d + MARKS]."""
         policy = self.language_model.policy
         if self.config.projector_type == TOKENPACKER:
             if policy.reduces_patches:
@@ -102,8 +112,8 @@ class DynamicLlavaModel(LlavaModel):
         )
         reduced = policy.reduce_patches(patches)
         features = self.multi_modal_projector(reduced.tokens[reduced.keep])  # only what stays
-        rows = features.new_zeros(*reduced.keep.shape, features.shape[-1] + EXTRA)
-        rows[..., :-EXTRA][reduced.keep] = features
+        rows = features.new_zeros(*reduced.keep.shape, features.shape[-1] + MARKS)
+        rows[..., :-MARKS][reduced.keep] = features
         rows[..., -2] = reduced.keep.to(rows.dtype)
         if reduced.score is not None:
             rows[..., -1] = reduced.score.to(rows.dtype)
@@ -160,6 +170,12 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
     model_class = DynamicLlavaModel
     image_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     has_class_token = True
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class's; placeholders stay the rows that they are."""
+        if self.config.placeholder_tokens:
+            self.config.placeholder_start = self.config.placeholders.start
+        return super().resize_token_embeddings(*args, **kwargs)
 
 
 register_family(DynamicLlavaForConditionalGeneration, LlavaConfig)

@@ -17,8 +17,9 @@ def register_family(model: Any, stock_config: Any) -> None:
     """Register a family's class, and that its checkpoints' keys are renamed as the stock ones'."""
     config = model.config_class
     AutoConfig.register(config.model_type, config)
-    if model.model_class.config_class is config:
-        AutoModel.register(config, model.model_class)
+    AutoModel._model_mapping.register(
+        config, model.model_class
+    )  # `register` wants a class that names our config
     AutoModelForImageTextToText.register(config, model)
     _rename_as(config.model_type, stock_config.model_type)
     for ours in (model, model.model_class):

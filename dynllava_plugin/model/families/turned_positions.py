@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class TurnedPositions(SparseVLM):
             kwargs["mm_token_type_ids"] = self._token_types(ids)
         return super().generate(inputs, generation_config, **kwargs)
 
+    def pixels_of_images(self, pixel_values: torch.Tensor, images: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """Return each image's patches of `pixel_values` [patches of all images, d]."""
+        return pixel_values.split(images["image_grid_thw"].prod(-1).tolist())
+
     def positions(
         self,
         input_ids: torch.Tensor | None,
@@ -43,10 +48,12 @@ class TurnedPositions(SparseVLM):
         Raises
         ------
         UserError
-            Encoded images without their grids.
+            Encoded images without their grids, or without `input_ids`.
         """
-        if not has_images or input_ids is None:
+        if not has_images:
             return None
+        if input_ids is None:
+            raise UserError("inputs_embeds: the positions of image tokens are made of input_ids; pass those")
         grid = images.get("image_grid_thw")
         if grid is None:
             raise UserError("image_grid_thw: missing; the positions of image tokens are made of it")
