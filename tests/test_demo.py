@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,22 +9,24 @@ import pytest
 
 from dynllava_plugin.demo.__main__ import main, parse_arguments
 from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
-from dynllava_plugin.demo.runs import SETTINGS, Run, evaluate, plan
+from dynllava_plugin.demo.runs import LONG, SETTINGS, SHORT, evaluate, plan
 from dynllava_plugin.demo.summary import summary
 from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT, mode_name
+from tests.test_suite import fake
 
 
 def test_every_setting_runs_in_both_harnesses(tmp_path: Path) -> None:
-    runs = plan(tmp_path, "checkpoint", 7, 16)
-    assert {(run.harness, run.setting.name) for run in runs} == {
-        (harness, setting.name) for harness in (LMMS_EVAL, VLMEVALKIT) for setting in SETTINGS
+    runs = plan(tmp_path, "tiny", 7, 16, 2)
+    names = {(run.harness, run.mode, run.benchmark.name) for run in runs}
+    assert names == {
+        (harness, setting.name, name)
+        for harness in (LMMS_EVAL, VLMEVALKIT)
+        for setting in SETTINGS
+        for name in ([*SHORT, LONG] if setting.long else SHORT)
     }
-    for run in runs:
-        assert run.command[run.command.index("--limit") + 1] == "7" and str(run.folder) in run.command
-        assert (
-            "easy_vqa_describe" in str(run.command) or "EasyVQA_Describe" in run.command
-        ) == run.setting.long
-    assert not any("--limit" in run.command for run in plan(tmp_path, "checkpoint", None, 16))
+    assert len({run.folder for run in runs}) == len(runs) and len({run.root for run in runs}) == len(SETTINGS)
+    assert all(run.command[run.command.index("--limit") + 1] == "7" for run in runs)
+    assert not any("--limit" in run.command for run in plan(tmp_path, "tiny", None, 16, 2))
 
 
 def test_settings_are_called_as_the_table_calls_them() -> None:
@@ -34,29 +35,17 @@ def test_settings_are_called_as_the_table_calls_them() -> None:
         assert mode_name(sparsity) == setting.name
 
 
-def fake(folder: Path, name: str, code: str) -> Run:
-    calls = str(folder / "calls")
-    script = f"import sys; open({calls!r}, 'a').write('{name} '); {code}"
-    return Run("harness", SETTINGS[0], [sys.executable, "-c", script], folder / name)
-
-
 def test_failures_are_named_after_all_have_run_and_only_they_run_again(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(b"one")
-    good = fake(tmp_path, "good", "print('fine')")
-    bad = fake(tmp_path, "bad", "print('error: no such image'); sys.exit(3)")
+    note = "p = journal.parents[4] / 'calls'; p.write_text((p.read_text() if p.exists() else '') + journal.parent.name + ' ')"
+    fails = f"{note}; import sys; print('error: no such image'); sys.exit(3)"
+    bad, good = fake(tmp_path, "bad", fails), fake(tmp_path, "good", note)
     for _ in range(2):
         with pytest.raises(
-            PartFailed, match=r"full in harness ended with 3 \(no such image; see .*log\.txt\)"
+            PartFailed,
+            match=r"^easy_vqa in lmms-eval, mode bad: ended with 3 \(no such image; see .*log\.txt\)$",
         ):
-            evaluate([bad, good], tmp_path / "data", str(checkpoint), 1)
+            evaluate([bad, good], 1)
     assert (tmp_path / "calls").read_text().split() == ["bad", "good", "bad"]
-    weights.write_bytes(b"two")  # trained again: everything is evaluated again
-    evaluate([good], tmp_path / "data", str(checkpoint), 1)
-    assert (tmp_path / "calls").read_text().split()[3:] == ["good"]
 
 
 def test_markers(tmp_path: Path) -> None:

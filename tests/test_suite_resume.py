@@ -212,8 +212,10 @@ STARTED = """
 import sys
 from pathlib import Path
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
+from dynllava_plugin.evaluation.suite import progress
 from dynllava_plugin.evaluation.suite.runner import Runner
 from dynllava_plugin.evaluation.suite.runs import Run
+progress.headline = lambda run: ""  # reading results takes seconds to import
 place, root, work = sys.argv[1:]
 runs = [
     Run(find_benchmark("easy_vqa"), "lmms-eval", name, Path(place, "out/setting/lmms-eval", name), ["tests.fake_harness", work],

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit.cells import mend_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,10 @@ def test_rows_are_mended_and_told() -> None:
     assert list(data["question"]) == ["and , which?", "What?", "How?", "Who?"]
     assert len(lines) == 2 and lines[0].startswith("Mine: 2 questions have a literal <image>")
     assert lines[1].startswith("Mine: 2 rows have the index of an earlier row")
+    assert list(data["index"]) == [1, 2, "2-2", "2-3"]
+    numbers = pd.DataFrame({"index": [5, 5, 1, 5]})
+    mend_rows("Mine", numbers)
+    assert list(numbers["index"]) == [5, 6, 1, 7]
     assert mend_rows("Mine", data.head(2)) == []
 
 
@@ -107,17 +112,23 @@ def run_kit(folder: Path, name: str, *flags: str) -> tuple[subprocess.CompletedP
 
 
 def test_vqav2_of_an_ordinary_file_and_its_oddities(tmp_path: Path) -> None:
-    """Base64 images, one with a prefix, one question with placeholders; the whole command."""
+    """Base64 images, one with a prefix, one question with placeholders, two rows of one index; the whole command."""
     rows = {
-        "index": [0, 1, 2],
+        "index": [7, 8, 7],
         "image": [picture(), picture("data:image/png;base64,"), picture()],
-        "question": ["What colour?", "<image> like <image>?", "Which?"],
-        "answer": [str(["red"] * 10)] * 3,
+        "question": ["What color is the shape?", "<image> like <image>?", "Is it a circle?"],
+        "answer": [str([text] * 10) for text in ("red", "red", "no")],
     }
     pd.DataFrame(rows).to_csv(tmp_path / "VQAv2_VAL.tsv", sep="\t", index=False)
     done, found = run_kit(tmp_path, "VQAv2_VAL")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(found) == 3 and "VQAv2_VAL: 1 questions have a literal <image>" in done.stderr
+    assert "VQAv2_VAL: 1 rows have the index of an earlier row" in done.stderr
+    assert list(found["index"]) == ["7", "8", "9"] and len(set(found["prediction"])) > 1
+    assert found["prediction"][2] in ("yes", "no") != found["prediction"][0]
+    right = [said == truth for said, truth in zip(found["prediction"], ("red", "red", "no"), strict=True)]
+    (score,) = read_results(tmp_path)["value"]
+    assert score == pytest.approx(100 * sum(right) / 3)
 
 
 def test_vqav2_of_a_file_without_images_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

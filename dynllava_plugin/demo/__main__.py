@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, call, digest, is_done, mark_done
-from dynllava_plugin.demo.runs import CHECKPOINT, evaluate, plan
+from dynllava_plugin.demo.runs import evaluate, plan
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.own_sets.easy_vqa import DATA_VARIABLE
 from dynllava_plugin.evaluation.results.tables import read_results, render
 from dynllava_plugin.files import write_json, write_text
 
+CHECKPOINT = "dynamic_tiny"
 # The paper's recipe with larger steps: its rates suit 665K samples, here are a few minutes on two cores.
 FINETUNE = {
     "model_name_or_path": "tiny",
@@ -97,8 +99,10 @@ def demo(args: argparse.Namespace) -> None:
     checkpoint = args.checkpoint or str(finetune(data, work / CHECKPOINT, args.steps))
     limit = None if args.full else args.limit
     folder = work / ("runs_full" if limit is None else f"runs_{limit}")
-    evaluate(plan(folder, checkpoint, limit, args.batch_size), data, checkpoint, args.jobs)
-    report(folder, args.output, limit, time.time() - started)
+    os.environ |= {DATA_VARIABLE: str(data), "HF_HUB_OFFLINE": "1", **KEEP_MEMORY}
+    runs = plan(folder, checkpoint, limit, args.batch_size, args.jobs)
+    evaluate(runs, args.jobs)
+    report(folder, [run.output for run in runs], args.output, limit, time.time() - started)
 
 
 def build_data(folder: Path) -> Path:
@@ -137,13 +141,13 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     return folder
 
 
-def report(folder: Path, output: Path, limit: int | None, seconds: float) -> None:
-    """Table, chart and machine, each written whole; the table is printed."""
+def report(folder: Path, runs: list[Path], output: Path, limit: int | None, seconds: float) -> None:
+    """Write table, chart and machine of the runs' folders in `folder`, each whole; the table is printed."""
     from dynllava_plugin.demo.chart import draw
     from dynllava_plugin.demo.summary import summary
     from dynllava_plugin.environment import host, versions
 
-    table = read_results(folder).drop(columns="file")
+    table = read_results(folder, runs).drop(columns="file")
     text = summary(table)
     write_text(output / "table.csv", table.to_csv(index=False))
     machine: dict[str, Any] = {

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results.manifest import NAME, read_manifest
-from dynllava_plugin.evaluation.results.result_files import read_json
 from dynllava_plugin.markup import in_markdown
 
 STATE = "run.json"  # of a run in a suite
@@ -16,6 +14,8 @@ STATE = "run.json"  # of a run in a suite
 
 def footer(folders: Iterable[Path]) -> str:
     """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
+    from dynllava_plugin.evaluation.results.manifest import NAME, read_manifest
+
     manifests, states = [], set()
     for path in sorted({path for folder in folders for path in folder.rglob(f"*{NAME}")}):
         try:
@@ -55,6 +55,8 @@ def _state_of(manifest: Path) -> Path | None:
 
 
 def _seconds(state: Path | None) -> float | None:
+    from dynllava_plugin.evaluation.results.result_files import read_json
+
     try:
         found = read_json(state).get("seconds") if state and state.is_file() else None
     except UserError:

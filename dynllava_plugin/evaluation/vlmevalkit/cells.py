@@ -6,6 +6,7 @@ prediction "N/A" is missing, "=3" is a formula without a value, a long address i
 
 from __future__ import annotations
 
+import itertools
 import string
 import sys
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def keep_cells(patches: Patches, kit: Any) -> None:
 
 
 def mend_rows(name: str, data: pd.DataFrame) -> list[str]:
-    """Take ``data:`` prefixes off images and literal placeholders out of questions, in place.
+    """Take ``data:`` prefixes off images and placeholders out of questions, and tell rows of one index apart, in place.
 
     Returns
     -------
@@ -97,13 +98,27 @@ def mend_rows(name: str, data: pd.DataFrame) -> list[str]:
                 "images come before its question"
             )
     if "index" in data:
-        repeated = int(data["index"].astype(str).duplicated().sum())
-        if repeated:
+        repeated = data["index"].astype(str).duplicated()
+        if repeated.any():
+            data["index"] = _told_apart(list(data["index"]))
             told.append(
-                f"{name}: {repeated} rows have the index of an earlier row; VLMEvalKit gives them its answer, so "
-                "the score isn't theirs: make the column index unique"
+                f"{name}: {int(repeated.sum())} rows have the index of an earlier row, by which VLMEvalKit keeps answers; "
+                "they are asked and scored under one of their own"
             )
     return told
+
+
+def _told_apart(indices: list[Any]) -> list[Any]:
+    """Return the indices with new ones for those that were there before: the next numbers, or ``7-2``."""
+    numbers = all(isinstance(index, int) for index in indices)
+    following, seen = itertools.count(max(indices) + 1) if numbers else itertools.count(2), set()
+    found = []
+    for index in indices:
+        if str(index) in seen:
+            index = next(following) if numbers else f"{index}-{next(following)}"
+        seen.add(str(index))
+        found.append(index)
+    return found
 
 
 def _bare(image: Any) -> Any:
