@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,104 +16,147 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
-from dynllava_plugin.compare import answers, command
-from dynllava_plugin.compare.answers import Figure, task_names
-from dynllava_plugin.compare.bootstrap import interval, resampled_means
-from dynllava_plugin.compare.costs import cache_bytes
-from dynllava_plugin.compare.report import draw, make_table, to_markdown
-from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, Subject, subjects
+from dynllava_plugin.compare.answers import Figure
+from dynllava_plugin.compare.bootstrap import interval, resampled
+from dynllava_plugin.compare.literature import COLUMNS, published
+from dynllava_plugin.compare.measuring import cache_kib
+from dynllava_plugin.compare.picture import draw
+from dynllava_plugin.compare.report import claims_table, field_table, make_table
+from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Subject, runnable, subjects
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prefill_costs import context_of
+from dynllava_plugin.evaluation.results.journal import Journal
 from dynllava_plugin.policies import policy_of
 from dynllava_plugin.sparsity.config import SparsityConfig
+from tests.families.checkpoints import write_checkpoint
 from tests.property_tests import examples
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample
 
 SETTINGS = SparsityConfig()
 
 
-@examples(20)
-@given(seed=st.integers(0, 999), questions=st.integers(5, 60), policies=st.integers(1, 4))
-def test_bootstrap_draws_questions(seed, questions, policies):
-    """Against drawing question numbers by hand; the same draw serves every policy."""
-    scores = np.random.default_rng(seed).random((policies, questions))
-    means = resampled_means(scores, resamples=400)
-    again = resampled_means(scores[:1], resamples=400)
-    assert np.allclose(means[0], again[0])  # a policy's interval doesn't depend on its company
+def mean(items: list[float]) -> float:
+    return sum(items) / len(items)
+
+
+@examples(10)
+@given(seed=st.integers(0, 999), questions=st.integers(5, 60))
+def test_bootstrap_draws_questions(seed, questions):
+    """Against drawing question numbers by hand; policies with as many questions share their draws."""
+    scores = np.random.default_rng(seed).random(questions)
+    draws = resampled(scores.tolist(), mean, "GQA", 400)
+    shifted = resampled((scores + 1).tolist(), mean, "GQA", 400)
+    assert np.allclose(shifted - draws, 1)
     rng = np.random.default_rng(seed + 1)
-    by_hand = np.array([scores[0, rng.integers(0, questions, questions)].mean() for _ in range(400)])
-    spread = scores[0].std() / questions**0.5
-    assert abs(means[0].mean() - scores[0].mean()) < 4 * spread / 20 + 1e-9
-    assert abs(means[0].std() - by_hand.std()) < 0.35 * spread + 1e-9
-    low, high = interval(means[0])
-    assert low <= scores[0].mean() <= high
+    by_hand = np.array([scores[rng.integers(0, questions, questions)].mean() for _ in range(400)])
+    spread = scores.std() / questions**0.5
+    assert abs(draws.mean() - scores.mean()) < 4 * spread / 20 + 1e-9
+    assert abs(draws.std() - by_hand.std()) < 0.35 * spread + 1e-9
+    low, high = interval(draws)
+    assert low <= scores.mean() <= high
+
+
+def test_figures_that_are_no_means_are_resampled_by_the_harness_own_aggregation():
+    """MME's sums, which assert two answers an image, POPE's F1, MMVP's pairs, and one that refuses a part."""
+    from lmms_eval.tasks.mme.utils import mme_aggregate_results
+    from lmms_eval.tasks.mmvp.utils import mmvp_aggregate_pair_results
+    from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
+
+    rng = random.Random(0)
+    right = [rng.random() < 0.7 for _ in range(80)]
+    mme = [
+        {"question_id": f"{place // 2}", "category": "color" if place < 40 else "count", "score": float(hit)}
+        for place, hit in enumerate(right)
+    ]
+    draws = resampled(mme, mme_aggregate_results, "MME", 200)
+    value = mme_aggregate_results(mme)
+    assert draws.std() > 1 and abs(draws.mean() - value) < 4 * draws.std() / 200**0.5
+    pope = [
+        {
+            "question_id": place,
+            "prediction": "yes" if hit else "no",
+            "ground_truth": "yes" if place % 2 else "no",
+        }
+        for place, hit in enumerate(right)
+    ]
+    draws = resampled(pope, pope_aggregate_f1_score, "POPE", 200)
+    assert draws.std() > 0.01 and abs(draws.mean() - pope_aggregate_f1_score(pope)) < 0.05
+    pairs = [{"pair_index": place // 2, "is_correct": hit} for place, hit in enumerate(right)]
+    draws = resampled(pairs, mmvp_aggregate_pair_results, "MMVP", 200)
+    both = [right[place] and right[place + 1] for place in range(0, 80, 2)]
+    assert np.allclose(draws, resampled([float(hit) for hit in both], mean, "MMVP", 200))
+
+    def whole_only(items: list[float]) -> float:
+        assert len(items) == 80
+        return 1.0
+
+    assert resampled(right, whole_only, "x", 10) is None
 
 
 def test_paired_differences_are_narrower_than_single_intervals():
     rng = np.random.default_rng(0)
-    hard = rng.random(300) < 0.5
-    first = hard.astype(float)
+    first = (rng.random(300) < 0.5).astype(float)
     second = first.copy()
     second[:6] = 1 - second[:6]
-    means = resampled_means(np.array([first, second]))
-    single = np.subtract(*interval(means[0])[::-1])
-    paired = np.subtract(*interval(means[0] - means[1])[::-1])
+    draws = [resampled(scores.tolist(), mean, "GQA") for scores in (first, second)]
+    single = np.subtract(*interval(draws[0])[::-1])
+    paired = np.subtract(*interval(draws[0] - draws[1])[::-1])
     assert paired < single / 3
-    assert interval(means[0] - means[0]) == (0.0, 0.0)
+    assert interval(draws[0] - draws[0]) == (0.0, 0.0)
 
 
-def test_subjects_are_policies_at_shares():
-    found = subjects(
-        ["full", "fastv,k=2", "fastv,r=0.5", "h2o", "fastv+h2o", "structure"], [0.4, 0.2], SETTINGS, 6
-    )
+def test_subjects_are_policies_at_budgets():
+    policies = ["full", "fastv,k=2", "fastv,r=0.5", "h2o", "fastv+h2o", "structure"]
+    found = subjects(policies, KEEP, [0.4, 0.2])
     assert [(s.policy, s.keep) for s in found] == [
         ("full", None), ("fastv,k=2,keep=0.4", 0.4), ("fastv,k=2,keep=0.2", 0.2), ("fastv,r=0.5", None),
         ("h2o,r=0.4", 0.4), ("h2o,r=0.2", 0.2), ("fastv+h2o,keep=0.4", 0.4), ("fastv+h2o,keep=0.2", 0.2),
         ("structure", None),
     ]  # fmt: skip
-    assert found[1].of(SETTINGS).kept_tokens(64) == 25
-    everything = subjects(DEFAULT_POLICIES, [0.4, 0.2, 0.1], SETTINGS, 6)
+    found = subjects(["full", "fastv", "h2o"], TOKENS, [192, 64.5])
+    assert [(s.policy, s.tokens, s.title) for s in found] == [
+        ("full", None, "full"), ("fastv,tokens=192", 192, "fastv at 192 tokens"),
+        ("fastv,tokens=64.5", 64.5, "fastv at 64.5 tokens"), ("h2o", None, "h2o"),
+    ]  # fmt: skip
+    everything = subjects(DEFAULT_POLICIES, KEEP, [0.4, 0.2, 0.1])
     assert len(everything) == 1 + 3 * (len(DEFAULT_POLICIES) - 1) + 1  # PruMerge+ by its own rule as well
     assert [s.policy for s in everything if s.keep is None] == ["full", "prumerge+"]
-    shipped = {
-        "full",
-        "image",
-        "image_text",
-        "fastv",
-        "h2o",
-        "fastv+h2o",
-        "random",
-        "downsample",
-        "visionzip",
-    }
-    assert {*shipped, "divprune", "cdpruner", "prumerge+"} <= set(DEFAULT_POLICIES)
+    assert {"full", "image", "image_text", "fastv", "h2o", "fastv+h2o", "downsample"} <= set(DEFAULT_POLICIES)
     assert not {"text", "random_text", "structure"} & set(DEFAULT_POLICIES)  # output text alone
 
 
 @pytest.mark.parametrize(
-    ("policies", "keep", "problem"),
+    ("policies", "kind", "budget", "problem"),
     [
-        (["fast"], 0.2, "policy: unknown value 'fast'"),
-        (["full", "full"], 0.2, "--policies: full is named twice"),
-        (["full"], 0.0, r"--keep: 0\.0 is outside \(0, 1\]"),
-        (["fastv,k=8"], 0.2, "fastv: layer 8 is outside the model"),
+        (["fast"], KEEP, 0.2, "policy: unknown value 'fast'"),
+        (["full", "full"], KEEP, 0.2, "--policies: full is named twice"),
+        (["full"], KEEP, 0.0, r"--keep: 0 is outside \(0, 1\]"),
+        (["full"], TOKENS, 0.5, "--tokens: 0.5 is less than one token"),
     ],
 )
-def test_wrong_subjects_are_named(policies, keep, problem):
+def test_wrong_subjects_are_named(policies, kind, budget, problem):
     with pytest.raises(UserError, match=problem):
-        subjects(policies, [keep], SETTINGS, 6)
+        subjects(policies, kind, [budget])
 
 
-def test_tasks_by_either_name():
-    assert task_names(["easy_vqa_describe", "gqa", "POPE", "easy_vqa_describe_ppl"]) == [
-        "easy_vqa_describe_ppl", "easy_vqa_describe_answer", "gqa", "pope",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="--tasks: lmms-eval has no task 'no_such_task'"):
-        known, answers._tasks_known = answers._tasks_known, lambda all_of_them: known(False)
-        try:
-            answers.Harness(["no_such_task"], 1)
-        finally:
-            answers._tasks_known = known
+def test_what_cannot_run_is_refused_by_name_and_listed_otherwise():
+    """16 image tokens, 5 layers."""
+    model = random_model()
+    named = subjects(["full", "random", "fastv"], TOKENS, [8, 7])
+    with pytest.raises(
+        UserError, match="fastv: no setting of it leaves tokens=8 of an image's 16; the nearest is 10"
+    ):
+        runnable(named, model, listed=False)
+    able, reasons = runnable(named, model, listed=True)
+    assert [subject.title for subject in able] == ["full", "random at 8 tokens", "random at 7 tokens"]
+    assert [titles for titles in reasons.values()] == [["fastv at 8 tokens"], ["fastv at 7 tokens"]]
+    model.fresh_predictors = True
+    able, reasons = runnable(subjects(["full", "image", "random"], KEEP, [0.5]), model, listed=True)
+    assert reasons == {"needs predictors, and this checkpoint has none that were trained": ["image at 50%"]}
+    with pytest.raises(
+        UserError, match="none can run here; random at 99 tokens: tokens=99, but an image has 16"
+    ):
+        runnable(subjects(["full", "random"], TOKENS, [99]), model, listed=True)
 
 
 def context(policy: str, kept: float):
@@ -129,132 +176,213 @@ def test_contexts_say_where_tokens_go():
     assert (h2o.split, h2o.kept_images, h2o.held(6, 0)) == (2, 24, 2 * 40 + 4 * 20)
 
 
-def test_cache_bytes_counts_what_is_held():
-    import random
+def held_bytes(model, inputs, answer, mask) -> float:
+    """What the cache holds after the answers, fed token by token: bytes of a sample's keys and values."""
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    attended = inputs["attention_mask"]
+    for step in range(answer.shape[1]):
+        attended = torch.cat([attended, mask[:, step : step + 1]], 1)
+        out = model(answer[:, step : step + 1], attention_mask=attended, past_key_values=out.past_key_values)
+    held = 0.0
+    for layer in out.past_key_values.layers:
+        slots = layer.keys.shape[0] * layer.keys.shape[2]
+        held += float(layer.track.lengths.sum()) * 2 * layer.keys.numel() * layer.keys.element_size() / slots
+    return held / len(answer)
 
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [("full", 16), ("fastv,k=2,r=0.75", 4), ("divprune,keep=0.25", 4), ("pyramiddrop,keep=0.25", 4)],
+)
+def test_the_cache_holds_what_is_counted(policy, kept):
+    """Means over two samples, one image each."""
     model = random_model()
     rng = random.Random(0)
     samples = [random_sample(rng, 1, 3), random_sample(rng, 1, 6)]
-    batch = batch_of(samples)
     answer = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    model.set_sparsity(policy="full")
-    token = 2 * 2 * 8 * 4  # key and value, heads, width, bytes
-    tokens = sum(len(sample.ids) for sample in samples) + 6
-    assert cache_bytes(model, batch, answer, mask) == 5 * tokens * token / 2
-    model.set_sparsity(policy="fastv,k=2,r=0.75")
-    dropped = 2 * (TOKENS_PER_IMAGE - 4)
-    assert cache_bytes(model, batch, answer, mask) == (5 * tokens - 3 * dropped) * token / 2
-    model.set_sparsity(policy="h2o,r=0.5")
-    lengths = [len(samples[0].ids) + 4, len(samples[1].ids) + 2]
-    held = sum(length // 2 for length in lengths)
-    assert cache_bytes(model, batch, answer, mask) == (2 * tokens * token + 3 * held * (token + 2 * 8)) / 2
+    model.set_sparsity(policy=policy)
+    counts = {
+        "prompt_tokens": sum(len(sample.ids) for sample in samples) / 2,
+        "image_tokens": TOKENS_PER_IMAGE, "kept_image_tokens": kept, "generated_tokens": 4, "kept_output_share": 1.0,
+    }  # fmt: skip
+    counted = cache_kib(model, policy_of(model.config.sparsity).of_depth(5), counts)["cache_kib"]
+    assert counted == held_bytes(model, batch_of(samples), answer, mask) / 1024
 
 
-def figure(benchmark: str, metric: str, scores: list[float]) -> Figure:
-    value = sum(scores) / len(scores)
-    counts = {"image_tokens": 64, "kept_image_tokens": 12}
-    return Figure(benchmark, metric, value, list(range(len(scores))), scores, counts)
+def figure(metric: str, scores: list[float], benchmark: str) -> Figure:
+    return Figure(metric, mean(scores), len(scores), resampled(scores, mean, benchmark).tolist())
 
 
-def make(measured):
-    return make_table(
-        [
-            (Subject(name, keep, name), figures, {figures[0].benchmark: costs})
-            for name, keep, figures, costs in measured
-        ]
-    )
-
-
-def test_table_and_plots(tmp_path: Path):
+def test_table_and_picture(tmp_path: Path):
     rng = np.random.default_rng(0)
     full = (100 * (rng.random(200) < 0.9)).tolist()
     worse = [100.0 * (score > 0 and index % 5 > 0) for index, score in enumerate(full)]
     ppl = (1 + rng.random(30)).tolist()
-    table = make(
+    whole, fastv, h2o = (
+        Subject("full", None, "full"),
+        Subject("fastv", 0.2, "fastv"),
+        Subject("h2o", 0.5, "h2o"),
+    )
+    scenes, describe = "easy_vqa_scenes", "easy_vqa_describe"
+    table = make_table(
         [
-            (
-                "fastv",
-                0.2,
-                [figure("easy_vqa_scenes", "accuracy", worse)],
-                {"equivalent_tokens": 30, "prefill_ms": 4},
-            ),
-            (
-                "full",
-                None,
-                [figure("easy_vqa_scenes", "accuracy", full)],
-                {"equivalent_tokens": 64, "prefill_ms": 5},
-            ),
-            ("full", None, [figure("easy_vqa_describe", "ppl", ppl)], {"cache_kib": 10}),
-            ("h2o", 0.5, [figure("easy_vqa_describe", "ppl", [2 * p for p in ppl])], {"cache_kib": 6}),
-            ("other", None, [Figure("POPE", "f1", 80.0)], {}),
+            (fastv, scenes, [figure("accuracy", worse, scenes)], {"equivalent_tokens": 30, "prefill_ms": 4}),
+            (whole, scenes, [figure("accuracy", full, scenes)], {"equivalent_tokens": 64, "prefill_ms": 5}),
+            (whole, describe, [figure("ppl", ppl, describe)], {"cache_kib": 10}),
+            (fastv, describe, [figure("ppl", ppl, describe)], {"equivalent_tokens": 30}),
+            (h2o, describe, [figure("ppl", [2 * p for p in ppl], describe)], {"cache_kib": 6}),
+            (Subject("other", None, "other"), "POPE", [Figure("f1", 80.0, 9)], {}),
         ]
     )
     rows = {(row.policy, row.benchmark): row for row in table.itertuples()}
-    pruned, whole = rows["fastv", "easy_vqa_scenes"], rows["full", "easy_vqa_scenes"]
-    assert pruned.behind_full == pytest.approx(whole.value - pruned.value) and pruned.n == 200
+    pruned, base = rows["fastv", scenes], rows["full", scenes]
+    assert pruned.behind_full == pytest.approx(base.value - pruned.value) and pruned.n == 200
     assert 0 < pruned.behind_low < pruned.behind_full < pruned.behind_high
-    assert (whole.behind_full, whole.behind_low, whole.behind_high) == (0, 0, 0)
-    assert whole.low < whole.value < whole.high
-    assert rows["h2o", "easy_vqa_describe"].behind_full > 0  # less is better: it is behind
-    assert pd.isna(rows["other", "POPE"].low)
+    assert pruned.percent == pytest.approx(100 * pruned.value / base.value)
+    assert pruned.percent_low < pruned.percent < pruned.percent_high < 100
+    assert (base.behind_full, base.behind_low, base.behind_high, base.percent) == (0, 0, 0, 100)
+    assert base.low < base.value < base.high
+    assert rows["h2o", describe].behind_full > 0 and rows["h2o", describe].percent == pytest.approx(
+        50
+    )  # less is better
+    assert pd.isna(rows["other", "POPE"].low) and pd.isna(rows["other", "POPE"].percent)
+    # The mean is of who was asked all that full context was asked.
+    averaged = table[table["benchmark"] == "mean"].set_index("policy")
+    assert set(averaged.index) == {"full", "fastv"}
+    assert averaged.loc["fastv", "percent"] == pytest.approx((pruned.percent + 100) / 2)
+    assert averaged.loc["fastv", "percent_low"] < averaged.loc["fastv", "percent"] < 100
     required = ["policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms"]
     assert list(table.columns[: len(required)]) == required
-    text = to_markdown(table)
-    assert "| fastv | 20% |" in text and "cache KiB" in text and "### POPE, f1" in text
-    assert text.index("| full |") < text.index("| h2o |")
-    for benchmark, metric in (("easy_vqa_scenes", "accuracy"), ("easy_vqa_describe", "ppl"), ("POPE", "f1")):
-        draw(table, benchmark, metric, tmp_path / f"{benchmark}.png")
-        assert (tmp_path / f"{benchmark}.png").stat().st_size > 5000
-    assert len(list(tmp_path.iterdir())) == 3
+    text = field_table(table)
+    lines = text.splitlines()
+    assert (
+        "easy_vqa_scenes accuracy (n = 200)" in lines[0]
+        and "cache KiB" in lines[0]
+        and "mean % of full" in lines[0]
+    )
+    assert lines[2].startswith("| full | - |") and f"{pruned.value:.2f}, {pruned.percent:.1f}% (" in text
+    draw(table, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
-def test_command_measures_reports_and_resumes(
-    easy_vqa_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_published_figures_have_a_source_and_stand_apart():
+    claims = published("llava", [192, 128, 64])
+    assert list(claims.columns) == list(COLUMNS) and not claims.isna().any().any()
+    assert claims["link"].str.match(r"https://(arxiv.org/abs/|github.com/)").all()
+    assert not claims.duplicated(["method", "source", "tokens", "benchmark"]).any()
+    assert claims["value"].between(50, 110).all()
+    ours = claims[(claims["method"] == "Dynamic-LLaVA_I|T") & (claims["benchmark"] == "mean")]
+    assert ours["value"].item() == pytest.approx(99.2, abs=0.05)  # of the paper's eleven sets
+    text = claims_table(claims, ["GQA", "mean"])
+    assert "| VisionZip | 64 | 93.2 | 89.0 | MMTok, table 16" in text and text.index("| 192 |") < text.index(
+        "| 64 |"
+    )
+    assert set(published("qwen2_5_vl", [64])["tokens"]) == {"10%"}
+    assert published("internvl", [64]).empty and claims_table(published("internvl", []), []) == ""
+
+
+def compared(output: Path, *flags: str) -> list[str]:
+    given = ["--device", "cpu", "--limit", "4", "--batch-size", "2", "--output", str(output)]
+    return ["compare", *given, *flags]
+
+
+def test_command_measures_reports_and_adds_rows(
+    easy_vqa_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "compare",
-        "--pretrained",
-        "tiny",
-        "--device",
-        "cpu",
-        "--keep",
-        "0.25",
-        "--limit",
-        "4",
-        "--repeats",
-        "1",
-    ]
-    flags += ["--tasks", "easy_vqa_scenes", "easy_vqa_describe_ppl", "--output", str(tmp_path)]
-    torch.manual_seed(0)
-    assert main([*flags, "--policies", "full", "fastv", "h2o"]) == 0
-    assert "| fastv | 25% |" in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "table.csv")
-    assert sorted(set(table["policy"])) == ["fastv", "full", "h2o"] and len(table) == 6
+    flags = compared(tmp_path, "--pretrained", "tiny", "--keep", "0.25", "--repeats", "1")
+    flags += ["--tasks", "easy_vqa_scenes", "easy_vqa_describe"]
+    assert main([*flags, "--policies", "full", "fastv"]) == 0
+    assert main([*flags, "--policies", "h2o"]) == 0
+    said = capsys.readouterr().out
+    assert "| fastv | 25% |" in said and "[1/2] h2o at 25%: easy_vqa_scenes" in said
+    table = pd.read_csv(tmp_path / "table.csv")  # what was measured before is still in it
     scenes = table[table["benchmark"] == "easy_vqa_scenes"].set_index("policy")
     assert scenes["equivalent_tokens"].to_dict() == {"full": 64, "h2o": 64, "fastv": (3 * 64 + 3 * 16) / 6}
     assert (scenes["prefill_ms"] > 0).all() and (scenes["n"] == 4).all()
     assert scenes.loc["fastv", "prefill_gflops"] < scenes.loc["full", "prefill_gflops"]
     long = table[table["metric"] == "ppl"].set_index("policy")
-    assert long.loc["h2o", "cache_kib"] < long.loc["full", "cache_kib"]
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        "easy_vqa_scenes_accuracy.png", "easy_vqa_describe_ppl.png",
-    }  # fmt: skip
-
-    def not_again(*args: object) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(answers.Harness, "figures", not_again)
-    monkeypatch.setattr(command, "_fingerprint", lambda engine, settings: _checkpoint(tmp_path))
-    assert main([*flags, "--policies", "h2o", "--repeats", "0"]) == 0
-    assert len(pd.read_csv(tmp_path / "table.csv")) == 6  # what was measured before is still in it
+    assert (
+        long.loc["h2o", "cache_kib"] < long.loc["full", "cache_kib"] and (long["low"] <= long["value"]).all()
+    )
+    assert set(table.loc[table["benchmark"] == "mean", "policy"]) == {"full", "fastv", "h2o"}
+    assert (tmp_path / "picture.png").is_file() and (tmp_path / "table.md").read_text() in said
 
 
-def _checkpoint(folder: Path) -> str:
-    """The bundled model's predictors are fresh in every process: another checkpoint, but for this."""
-    import json
+@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl"])
+def test_an_interrupted_comparison_goes_on_to_the_same_table(
+    family: str,
+    easy_vqa_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = "tiny" if family == "tiny" else str(write_checkpoint(family, tmp_path / family))
+    flags = [
+        "--pretrained",
+        checkpoint,
+        "--repeats",
+        "0",
+        "--tokens",
+        "64",
+        "40",
+        "--policies",
+        "full",
+        "random",
+        "dart",
+    ]
+    written = 0
 
-    return json.loads(next(folder.glob("runs/*/full*.json")).read_text())["made_from"]["checkpoint"]
+    def cut_off(journal: Journal, entries) -> None:
+        nonlocal written
+        if written == 5:  # of two batches a policy: in the middle of the third
+            raise KeyboardInterrupt
+        written += 1
+        write(journal, entries)
+
+    write = Journal.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", cut_off)
+        assert main(compared(tmp_path / "cut", *flags)) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "table.csv").exists()
+    answered = 0
+
+    def count(journal: Journal, entries) -> None:
+        nonlocal answered
+        entries = list(entries)
+        answered += len(entries)
+        write(journal, entries)
+
+    monkeypatch.setattr(Journal, "write", count)
+    assert main(compared(tmp_path / "cut", *flags)) == 0
+    assert answered == 5 * 4 - 5 * 2
+    assert main(compared(tmp_path / "whole", *flags)) == 0
+    names = ("table.csv", "table.md")
+    cut, whole = ([(tmp_path / run / name).read_text() for name in names] for run in ("cut", "whole"))
+    assert cut == whole and "random,,easy_vqa_scenes" in whole[0] and ",40.0," in whole[0]
+    assert not list((tmp_path / "cut").rglob("journal-*"))
+
+
+def test_several_processes_share_the_questions(easy_vqa_data: Path, tmp_path: Path) -> None:
+    """By lmms-eval's own launcher, as `dynllava compare --help` says."""
+    flags = compared(
+        tmp_path, "--pretrained", "tiny", "--repeats", "0", "--keep", "0.25", "--policies", "full", "random"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(
+        [*launch, "-m", "dynllava_plugin.cli", *flags],
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=240,
+    )
+    several = pd.read_csv(tmp_path / "table.csv")
+    assert main([*flags, "--fresh"]) == 0
+    pd.testing.assert_frame_equal(several, pd.read_csv(tmp_path / "table.csv"))
+    assert (several["n"] == 4).all()
 
 
 @pytest.mark.parametrize(
@@ -264,10 +392,32 @@ def _checkpoint(folder: Path) -> str:
         (["--repeats", "-1"], "--repeats: -1 is negative"),
         (["--pretrained", "no/such/folder"], "no/such/folder"),
         (["--policies", "fast"], "policy: unknown value 'fast'"),
-        (["--keep", "2"], "--keep: 2.0 is outside"),
+        (["--keep", "2"], "--keep: 2 is outside"),
+        (["--tasks", "no_such_task"], "no_such_task: no such benchmark"),
+        (["--tasks", "MM-Vet"], "--tasks: nothing is left to compare"),
+        (["--suite", "no_such_suite"], "no_such_suite: no such suite"),
+        (["--output", "/proc/compare"], "--output /proc/compare: can't be written"),
+        (["--policies", "full", "fastv", "--tokens", "16"], "the nearest is 32.5"),
     ],
 )
 def test_what_is_wrong_is_one_line(flags, problem, capsys: pytest.CaptureFixture[str]):
     assert main(["compare", "--device", "cpu", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and problem in error
+
+
+def test_images_of_several_sizes_are_tried_before_anything_is_asked(
+    easy_vqa_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy that a family can't run, and a budget out of reach of its images: refused by name, else listed."""
+    checkpoint = str(write_checkpoint("qwen2_5_vl", tmp_path / "qwen"))
+    flags = ["--pretrained", checkpoint, "--repeats", "0", "--tokens", "32"]
+    for policy, problem in (("random", "the nearest is 32.5"), ("visionzip", "looks at the class token")):
+        assert main(compared(tmp_path / "out", *flags, "--policies", "full", policy)) == 2
+        said = capsys.readouterr()
+        assert problem in said.err and "[1/" not in said.out
+    assert main(compared(tmp_path / "out", *flags, "--policies", "all", "--limit", "1")) == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| divprune | 32 tokens |" in text and "not measured, " in text
+    for policy in ("random", "visionzip", "image_text"):
+        assert f"{policy} at 32 tokens" in text.partition("not measured")[2]

@@ -21,7 +21,7 @@ COPIED = (
     "run_vlmevalkit.py",
 )
 # The tests that look at lists of policies, beside every test that the new line in `CASES` adds.
-LISTS = ("every_policy_is_in_the_list", "subjects_are_policies_at_shares", "who_reads_the_question")
+LISTS = ("every_policy_is_in_the_list", "subjects_are_policies_at_budgets", "who_reads_the_question")
 FILES = ("test_policies.py", "test_policies_harnesses.py", "test_compare.py", "test_shared_prefill.py")
 
 

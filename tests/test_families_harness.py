@@ -17,7 +17,6 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation
@@ -382,14 +381,6 @@ def test_limits_of_pixels(folder: Callable[[str], Path]) -> None:
         for settings in (plain, limited, ModelSettings("tiny", system_prompt="Be brief."))
     ]
     assert names == ["x", "x (at most 2000 pixels)", "x (system prompt 'Be brief.')"]
-
-
-def test_compare_refuses_other_families(
-    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--pretrained", str(folder("qwen2_5_vl")), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    assert main(["compare", *flags]) == 2
-    assert "compare takes LLaVA-1.5 with Vicuna's Llama only" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_chat_template_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,184 +1,190 @@
-"""`dynllava compare`: every policy, share and task on one checkpoint; one table and its plots."""
+"""`dynllava compare`: every policy, budget and benchmark on one checkpoint; the field's table, what papers claim, and a picture."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynllava_plugin.errors import UserError
 
 if TYPE_CHECKING:
-    from dynllava_plugin.compare.subjects import Subject
+    from dynllava_plugin.compare.measuring import Comparison
+    from dynllava_plugin.evaluation.benchmarks import Benchmark
 
-LONG = "easy_vqa_describe"
-TIMED_SAMPLES = 4
+DEFAULT_KEEP = (0.4, 0.2, 0.1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
+    parser.epilog = "Several GPUs: accelerate launch --num_processes N -m dynllava_plugin.cli compare ..."
     add = parser.add_argument
     add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")
     add(
-        "--policies", nargs="+", metavar="POLICY",
-        help="as for the harnesses, e.g. full image_text fastv,k=2 (default: every way to have fewer image tokens)",
+        "--policies", nargs="+", metavar="POLICY", default=["all"],
+        help="as for the harnesses, e.g. full image_text fastv,k=2; or all, those that can run (default: all)",
     )  # fmt: skip
-    add(
-        "--keep", nargs="+", type=float, default=[0.4, 0.2, 0.1], metavar="SHARE",
-        help="shares of the image tokens that stay (of H2O's cache); a policy with a budget of its own has only that",
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--tokens", nargs="+", type=float, metavar="N",
+        help="image tokens, mean over the LLM's layers, as papers count: 192 128 64",
     )  # fmt: skip
-    add("--tasks", nargs="+", default=["easy_vqa_scenes"], help="our benchmarks or lmms-eval's tasks")
+    budget.add_argument(
+        "--keep", nargs="+", type=float, metavar="SHARE",
+        help="shares of the image tokens that stay (of H2O's cache) (default: 0.4 0.2 0.1)",
+    )  # fmt: skip
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--suite", type=Path, help="the benchmarks of a suite, e.g. understanding, in lmms-eval"
+    )
+    asked.add_argument(
+        "--tasks", nargs="+", default=["easy_vqa_scenes"], help="our benchmarks or lmms-eval's tasks"
+    )
     add("--limit", type=int, help="questions of each task (default: all)")
+    add("--data", type=Path, metavar="DIR", help="local datasets: DIR/datasets/<owner>/<name>")
     add("--batch-size", "--batch_size", type=int, default=32, help="(default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:0, ...")
     add("--dtype", help="float32, bfloat16, float16")
     add("--attn-implementation", "--attn_implementation", help="sdpa, eager, flash_attention_2")
     add(
-        "--repeats",
-        type=int,
-        default=9,
+        "--repeats", type=int, default=9,
         help="timed prefills of each sample; 0 measures no time (default: %(default)s)",
-    )
+    )  # fmt: skip
     add("--output", type=Path, default=Path("results/compare"), help="(default: %(default)s)")
     add("--fresh", action="store_true", help="measure again what an earlier run has left in OUTPUT/runs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what isn't measured yet, then write table and plots over all of it."""
-    for flag in ("limit", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is not positive")
-    if args.repeats < 0:
-        raise UserError(f"--repeats: {args.repeats} is negative")
+    """Measure what isn't measured yet, then write tables and picture over all of it."""
+    from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
+    from dynllava_plugin.files import check_folder
 
-    from dynllava_plugin.compare.answers import Harness, task_names
-    from dynllava_plugin.compare.store import Store, figures_to_json
-    from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, subjects
+    for flag, least in (("limit", 1), ("batch_size", 1), ("repeats", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(
+                f"--{flag.replace('_', '-')}: {value} is {'negative' if least == 0 else 'not positive'}"
+            )
+    check_folder("--output", args.output)
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with (
+            locks({args.output} if first else set(), "another `dynllava compare`"),
+            terminated_like_interrupted(),
+        ):
+            return _compare(args, first)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _compare(args: argparse.Namespace, first: bool) -> int:
+    from dynllava_plugin.compare.subjects import ALL, DEFAULT_POLICIES, KEEP, TOKENS, runnable, subjects
+
+    listed = args.policies == [ALL]
+    kind, budgets = (TOKENS, args.tokens) if args.tokens else (KEEP, args.keep or DEFAULT_KEEP)
+    found = subjects(DEFAULT_POLICIES if listed else args.policies, kind, budgets)
+    benchmarks = _benchmarks(args)
+
+    from dynllava_plugin.compare.answers import Harness
+    from dynllava_plugin.compare.measuring import Comparison
+    from dynllava_plugin.compare.store import Store
     from dynllava_plugin.evaluation.engine.engine import Engine
-    from dynllava_plugin.evaluation.engine.prompting import VICUNA
+    from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
     from dynllava_plugin.evaluation.settings import ModelSettings
+    from dynllava_plugin.evaluation.suite.data import HUB
 
+    digest = resolve_checkpoint(args.pretrained)
     settings = ModelSettings(
-        args.pretrained, device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation
+        args.pretrained,
+        device=args.device or _device(),
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
     )
     engine = Engine.load(settings, args.batch_size)
-    if engine.style is not VICUNA:
-        raise UserError(
-            f"--pretrained {args.pretrained}: compare takes LLaVA-1.5 with Vicuna's Llama only; the harnesses' commands "
-            "take every family and policy"
-        )
-    config = engine.model.config
-    policies, layers = args.policies or DEFAULT_POLICIES, config.text_config.num_hidden_layers
-    wanted = subjects(policies, args.keep, config.sparsity, layers)
-    for subject in wanted:
-        policy = subject.of(config.sparsity).of_depth(layers)
-        engine.model.check_family(policy)
-        engine.model.check_images(policy, config)
-    tasks = task_names(args.tasks)
     made_from = {
-        "checkpoint": _fingerprint(engine, settings),
+        "checkpoint": f"{settings.checkpoint_name} {digest}",
         "dtype": str(engine.model.dtype),
-        "device": str(engine.model.device),
-        "attention": config._attn_implementation,
+        "device": engine.model.device.type,
+        "attention": engine.model.config._attn_implementation,
     }
+    local = args.data / HUB if args.data and (args.data / HUB).is_dir() else None
+    harness = Harness(benchmarks, args.limit, local)
+    # Images of one size were checked against the config; of others the first ones have to do.
+    varied = [] if engine.model.has_class_token else benchmarks
+    samples = [sample for benchmark in varied for sample in harness.inputs(engine, benchmark, 1)]
+    wanted, reasons = runnable(found, engine.model, listed, samples)
+    if first:
+        print("".join(f"left out, {line}\n" for line in _lines(reasons)), end="", flush=True)
     store = Store(args.output / "runs", made_from)
-    harness = Harness(tasks, args.limit)
-    base = config.sparsity
-    for number, subject in enumerate(wanted, 1):
-        for task in tasks:
-            of = {"task": task, "limit": args.limit}
-            if not args.fresh and store.read(task, subject, **of):
-                continue
-            print(f"[{number}/{len(wanted)}] {_name(subject)}: {task}", flush=True)
-            config.text_config.sparsity = subject.settings(base)
-            harness.tasks = [task]
-            # A new engine: it may keep image features, and they may depend on the policy.
-            figures = harness.figures(Engine(engine.model, engine.processor, args.batch_size), settings)
-            costs = _costs(engine, subject.of(base), figures, args, task)
-            store.write(task, subject, {**figures_to_json(figures), "costs": costs}, **of)
-    config.text_config.sparsity = base
-    if args.repeats:
-        _time(engine, wanted, harness, tasks, store, args)
-    _report(store, args)
+    comparison = Comparison(engine, settings, harness, store, args.limit, first)
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    reasons |= comparison.measure(wanted, benchmarks, args.fresh, lenient=listed and alone)
+    if first:
+        if args.repeats:
+            comparison.time(wanted, benchmarks, args.repeats, args.fresh)
+        _report(comparison, args, _lines(reasons))
     return 0
 
 
-def _name(subject: Subject) -> str:
-    return subject.name if subject.keep is None else f"{subject.name} at {subject.keep:.0%}"
+def _lines(reasons: dict[str, list[str]]) -> list[str]:
+    return [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
 
 
-def _fingerprint(engine: Any, settings: Any) -> str:
-    """The checkpoint's name and a digest of its weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(engine.model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        # Large checkpoints: a thousand numbers of each tensor tell two trainings apart.
-        digest.update(name.encode() + flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes())
-    return f"{settings.checkpoint_name} {digest.hexdigest()[:12]}"
+def _device() -> str | None:
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
 
 
-def _costs(
-    engine: Any, policy: Any, figures: Sequence[Any], args: argparse.Namespace, task: str
-) -> dict[str, Any]:
-    """By benchmark: what the table calls costs."""
-    from dynllava_plugin.compare.long_answers import reference_cache_kib
-    from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
-    from dynllava_plugin.flops import DecoderShape
+def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+    """The benchmarks that lmms-eval has and scores by itself, with their data here or within reach."""
+    from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
+    from dynllava_plugin.evaluation.suite.config import SuiteConfig
+    from dynllava_plugin.evaluation.suite.data import how_to_provide, is_offline, is_ours, locate
 
-    shape = DecoderShape.of(engine.model.config.text_config)
-    costs: dict[str, Any] = {f.benchmark: prefill_costs(shape, policy, f.counts) for f in figures}
-    if task.startswith(LONG):
-        costs.setdefault(LONG, {})["cache_kib"] = reference_cache_kib(engine, args.limit)
-    return costs
-
-
-def _time(
-    engine: Any, wanted: list[Subject], harness: Any, tasks: list[str], store: Any, args: argparse.Namespace
-) -> None:
-    """Prefill times of all wanted policies in one interleaved run a task."""
-    from dynllava_plugin.compare.costs import prefill_times
-
-    for task in tasks:
-        of = {"task": task, "repeats": args.repeats, "with": [_name(subject) for subject in wanted]}
-        if not args.fresh and all(store.read(f"{task}_time", subject, **of) for subject in wanted):
-            continue
-        inputs = harness.single_inputs(engine, task, TIMED_SAMPLES)
-        print(f"prefill time on {len(inputs)} samples of {task}, {args.repeats} turns", flush=True)
-        for subject, times in prefill_times(engine, wanted, inputs, args.repeats).items():
-            store.write(f"{task}_time", subject, {"times": times}, **of)
+    if args.suite:
+        given = {"pretrained": args.pretrained, "harness": LMMS_EVAL, "data": args.data, "limit": args.limit}
+        found = SuiteConfig.read(args.suite, given).wanted()
+    else:
+        found = list(dict.fromkeys(find_benchmark(name) for name in args.tasks))
+    able = [item for item in found if item.tasks(LMMS_EVAL) and not (item.judge or item.server)]
+    without = ", ".join(item.name for item in found if item not in able)
+    if without:
+        print(f"left out, lmms-eval alone can't score them: {without}", flush=True)
+    if not able:
+        raise UserError("--tasks: nothing is left to compare")
+    for item in able:
+        if is_offline() and not is_ours(item) and locate(item, LMMS_EVAL, args.data) is None:
+            raise UserError(f"{item.name}: {how_to_provide(item, LMMS_EVAL)}")
+    return able
 
 
-def _report(store: Any, args: argparse.Namespace) -> None:
-    from dynllava_plugin.compare.report import draw, make_table, to_markdown
-    from dynllava_plugin.compare.store import figures_from_json
+def _report(comparison: Comparison, args: argparse.Namespace, left_out: list[str]) -> None:
+    from dynllava_plugin.compare.literature import published
+    from dynllava_plugin.compare.picture import draw
+    from dynllava_plugin.compare.report import claims_table, field_table, make_table
     from dynllava_plugin.environment import host, versions
     from dynllava_plugin.files import write_json, write_text
 
-    measured = []
-    kinds = sorted(
-        path.name for path in store.folder.iterdir() if path.is_dir() and not path.name.endswith("_time")
+    table = make_table(comparison.everything())
+    claims = claims_table(
+        published(comparison.family, args.tokens or []), list(dict.fromkeys(table["benchmark"]))
     )
-    for kind in kinds:
-        times = {subject: content["times"] for subject, content in store.everything(f"{kind}_time")}
-        for subject, content in store.everything(kind):
-            figures = figures_from_json(content)
-            costs = {name: {**values, **times.get(subject, {})} for name, values in content["costs"].items()}
-            measured.append((subject, figures, costs))
-    table = make_table(measured)
-    checkpoint = store.made_from["checkpoint"].split()[0]
     facts = host()
-    note = f"Checkpoint: {checkpoint}. Machine: {facts['processor']}, {facts['threads']} threads of {facts['cores']} cores. "
-    note += "Intervals: bootstrap over questions, paired between policies. Prefill: pixels to first logits, one sample."
-    text = to_markdown(table)
+    notes = [f"* not measured, {line}" for line in left_out]
+    notes += [
+        f"* Checkpoint: {comparison.checkpoint}. Machine: {facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
+        "* Intervals: 95%, bootstrap over questions, paired between policies. Prefill ms: pixels to first logits, one sample.",
+    ]
+    text = field_table(table) + "\n" + "\n".join(notes) + "\n"
+    if claims:
+        text += f"\nWhat papers claim, in percent of the full model's score, by their own choice of benchmarks:\n\n{claims}"
     write_text(args.output / "table.csv", table.to_csv(index=False))
-    write_text(args.output / "table.md", f"{text}\n{note}\n")
-    write_json(
-        args.output / "machine.json",
-        {"host": facts, "versions": versions(), "threads": os.environ.get("OMP_NUM_THREADS")},
-    )
-    for benchmark, metric in dict.fromkeys(zip(table["benchmark"], table["metric"], strict=True)):
-        draw(table, benchmark, metric, args.output / f"{benchmark}_{metric}.png")
-    print(f"\n{text}\ntable and plots: {args.output}")
+    write_text(args.output / "table.md", text)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    write_json(args.output / "machine.json", {"host": facts, "versions": versions(), "threads": threads})
+    draw(table, args.output / "picture.png")
+    print(f"\n{text}\ntables and picture: {args.output}")

@@ -1,176 +1,191 @@
-"""The comparison's table (tidy CSV and Markdown) and its plots."""
+"""The comparison's tables: tidy, as the field prints it, and beside it what papers claim."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dynllava_plugin.compare.answers import Figure
-from dynllava_plugin.compare.bootstrap import interval, resampled_means
-from dynllava_plugin.compare.subjects import Subject
-from dynllava_plugin.evaluation.results.figures import decimals
-from dynllava_plugin.files import write_figure
-from dynllava_plugin.markup import in_markdown
+from dynllava_plugin.compare.bootstrap import interval
+from dynllava_plugin.compare.literature import MEAN
+from dynllava_plugin.compare.subjects import FULL, Subject
+from dynllava_plugin.evaluation.benchmarks import find_benchmark
+from dynllava_plugin.evaluation.results.figures import decimals, significant
+from dynllava_plugin.evaluation.results.tables import frame_text
 
 COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",
     "low", "high", "behind_full", "behind_low", "behind_high",
     "image_tokens", "kept_image_tokens", "kept_output_share", "prefill_gflops", "prefill_iqr_ms", "cache_kib",
+    "tokens", "percent", "percent_low", "percent_high",
 )  # fmt: skip
-FULL = "full"
-LOWER_IS_BETTER = ("ppl",)
+COSTS = ("equivalent_tokens", "prefill_ms", *COLUMNS[13:19])
+PERCENT_OF_FULL = "percent of full"
+Measured = Iterable[tuple[Subject, str, list[Figure], Mapping[str, Any]]]
 
 
-def make_table(measured: Iterable[tuple[Subject, list[Figure], dict[str, Any]]]) -> pd.DataFrame:
-    """One figure a row.
+def make_table(measured: Measured) -> pd.DataFrame:
+    """Return one figure a row, and one of the benchmark `MEAN` for each policy and budget.
 
     Parameters
     ----------
-    measured : iterable of (Subject, figures, costs)
+    measured : iterable of (Subject, benchmark's name, figures, costs)
         `costs` fills the columns of its names.
 
     Returns
     -------
     DataFrame
         Columns `COLUMNS`. `low` and `high` are the 95% interval of `value`; `behind_full` is the figure of full context
-        minus this one (or the reverse, where less is better), with its paired interval. NaN where the task's figure is
-        no mean over questions.
+        minus this one (or the reverse, where less is better) and `percent` this one in percent of it (or the reverse), with their
+        paired intervals. NaN where the task's figure can't be resampled, or where full context has none.
     """
-    rows = []
-    for subject, figures, costs in measured:
+    groups: dict[tuple[str, str, int], dict[Subject, tuple[Figure, Mapping[str, Any]]]] = {}
+    for subject, benchmark, figures, costs in measured:
         for figure in figures:
-            facts = {
-                **{k: v for k, v in figure.counts.items() if k in COLUMNS},
-                **costs.get(figure.benchmark, {}),
+            groups.setdefault((benchmark, figure.metric, figure.n), {})[subject] = figure, costs
+    rows, shares = [], {}
+    for (benchmark, metric, n), group in groups.items():
+        higher, headline = _of_metric(benchmark, metric)
+        whole = next((figure for subject, (figure, _) in group.items() if subject.name == FULL), None)
+        for subject, (figure, costs) in group.items():
+            row = {
+                "policy": subject.name,
+                "keep": subject.keep,
+                "tokens": subject.tokens,
+                "benchmark": benchmark,
             }
-            rows.append(
-                {
-                    "policy": subject.name, "keep": subject.keep, "benchmark": figure.benchmark,
-                    "metric": figure.metric, "value": figure.value, "n": len(figure.questions) or figure.counts.get("n"),
-                    **facts, "figure": figure,
-                }
-            )  # fmt: skip
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "figure"])
-    for _, group in table.groupby(["benchmark", "metric"]):
-        _add_intervals(table, group)
-    return table.drop(columns="figure").sort_values(
-        ["benchmark", "metric", "keep", "policy"], ascending=[True, True, False, True], na_position="first"
+            row |= {"metric": metric, "value": figure.value, "n": n}
+            row |= {name: costs[name] for name in COSTS if costs.get(name) is not None}
+            draws = np.array(figure.draws)
+            row |= _named("", draws)
+            if whole is not None:
+                base, sign = np.array(whole.draws), 1 if higher else -1
+                row["behind_full"] = sign * (whole.value - figure.value)
+                paired = base.size == draws.size > 0
+                row |= _named("behind_", sign * (base - draws) if paired else draws[:0])
+                above, below = (figure.value, whole.value) if higher else (whole.value, figure.value)
+                share = (
+                    _percent(draws if higher else base, base if higher else draws) if paired else draws[:0]
+                )
+                row["percent"] = float(_percent(above, below))
+                row |= _named("percent_", share)
+                if headline:
+                    shares[subject, benchmark] = row["percent"], share, row
+            rows.append(row)
+    table = pd.DataFrame(rows + _means(shares), columns=list(COLUMNS))
+    return table.sort_values(
+        ["benchmark", "metric", "keep", "tokens", "policy"], ascending=[True, True, False, False, True], na_position="first"
     ).reset_index(drop=True)  # fmt: skip
 
 
-def _add_intervals(table: pd.DataFrame, group: pd.DataFrame) -> None:
-    """Paired over the questions that all policies of the group with as many answered."""
-    full = group[group["policy"] == FULL]
-    for questions, same in group.groupby(group["figure"].map(lambda figure: tuple(figure.questions))):
-        if not questions:
+def _of_metric(benchmark: str, metric: str) -> tuple[bool, bool]:
+    """Return whether more is better, and whether it is the benchmark's first metric."""
+    metrics = find_benchmark(benchmark).metrics
+    return next(item.higher_is_better for item in metrics if item.name == metric), metric == metrics[0].name
+
+
+def _percent(above: Any, below: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = 100 * np.divide(above, below)
+    return np.where(np.isfinite(share), share, np.nan)
+
+
+def _named(prefix: str, draws: np.ndarray) -> dict[str, float]:
+    low, high = interval(draws) if draws.size else (np.nan, np.nan)
+    return {f"{prefix}low": low, f"{prefix}high": high}
+
+
+def _means(shares: Mapping[tuple[Subject, str], Any]) -> list[dict[Any, Any]]:
+    """Return a row for each subject that was asked what full context was: the mean percentage over benchmarks."""
+    wanted = {benchmark for subject, benchmark in shares if subject.name == FULL}
+    rows = []
+    for subject in dict.fromkeys(subject for subject, _ in shares):
+        found = [shares[subject, name] for name in sorted(wanted) if (subject, name) in shares]
+        if len(wanted) < 2 or len(found) < len(wanted):
             continue
-        means = resampled_means(np.array([figure.scores for figure in same["figure"]]))
-        rows = dict(zip(same.index, means, strict=True))
-        for index, mean in rows.items():
-            table.loc[index, ["low", "high"]] = interval(mean)
-        base = next((index for index in full.index if index in rows), None)
-        if base is None:
-            continue
-        sign = -1 if table.loc[base, "metric"] in LOWER_IS_BETTER else 1
-        for index, mean in rows.items():
-            table.loc[index, "behind_full"] = sign * (table.loc[base, "value"] - table.loc[index, "value"])
-            table.loc[index, ["behind_low", "behind_high"]] = interval(sign * (rows[base] - mean))
+        value = float(np.mean([percent for percent, _, _ in found]))
+        all_drawn = all(draws.size for _, draws, _ in found)
+        draws = np.mean([draws for _, draws, _ in found], axis=0) if all_drawn else np.empty(0)
+        costs = pd.DataFrame([row for _, _, row in found]).reindex(columns=COSTS).mean().to_dict()
+        row = {"policy": subject.name, "keep": subject.keep, "tokens": subject.tokens, **costs}
+        row |= {"benchmark": MEAN, "metric": PERCENT_OF_FULL, "value": value, "percent": value}
+        rows.append(row | _named("", draws) | _named("percent_", draws))
+    return rows
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """One block a benchmark and metric: policies by share, with intervals and costs."""
-    lines: list[str] = []
-    for (benchmark, metric), group in table.groupby(["benchmark", "metric"], sort=False):
-        lines += [f"### {benchmark}, {metric}", ""]
-        head: list[Any] = [
-            "policy",
-            "keep",
-            metric,
-            "95%",
-            "behind full (paired 95%)",
-            "n",
-            "equivalent tokens",
-        ]
-        head += ["prefill GFLOPs", "prefill ms"]
-        extra = [("output kept", "kept_output_share", "{:.0%}"), ("cache KiB", "cache_kib", "{:.1f}")]
-        extra = [item for item in extra if group[item[1]].notna().any()]
-        head += [title for title, _, _ in extra]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        order = group.sort_values("keep", ascending=False, na_position="first", kind="stable")
-        for row in order.to_dict("records"):
-            form = f"{{:.{decimals(str(metric), row['value'])}f}}"
-            behind = _range(row["behind_low"], row["behind_high"], form)
-            cells = [
-                in_markdown(row["policy"]), _cell(row["keep"], "{:.0%}"), _cell(row["value"], form),
-                _range(row["low"], row["high"], form),
-                _cell(row["behind_full"], form) + _in_brackets(behind),
-                _cell(row["n"], "{:.0f}"), _cell(row["equivalent_tokens"], "{:.1f}"),
-                _cell(row["prefill_gflops"], "{:.3g}"), _cell(row["prefill_ms"], "{:.2f}"),
-            ]  # fmt: skip
-            cells += [_cell(row[column], form) for _, column, form in extra]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def field_table(table: pd.DataFrame) -> str:
+    """Return Markdown as papers print it: policies by budget, figures and their percentage of full context across, then costs.
+
+    Intervals are those of the percentage, where there is one; of full context those of the figure.
+    """
+    numbers: dict[tuple[str, str], float] = {}
+    for benchmark, metric, n in zip(table["benchmark"], table["metric"], table["n"], strict=True):
+        numbers[benchmark, metric] = max(n, numbers.get((benchmark, metric), n))
+    numbers.pop((MEAN, PERCENT_OF_FULL), None)
+    averaged = MEAN in set(table["benchmark"])
+    groups: dict[tuple[str, str], dict[tuple[str, str], dict[Any, Any]]] = {}
+    order = ["pruned", "keep", "tokens", "policy"]
+    pruned = table.assign(pruned=table["policy"] != FULL)
+    for row in pruned.sort_values(order, ascending=[True, False, False, True], na_position="first").to_dict(
+        "records"
+    ):
+        subject = row["policy"], _budget(row["keep"], row["tokens"])
+        groups.setdefault(subject, {})[row["benchmark"], row["metric"]] = row
+    rows = []
+    for (policy, budget), found in groups.items():
+        cells = {"policy": policy, "budget": budget}
+        cells |= {f"{' '.join(pair)} (n = {n:.0f})": _cell(found.get(pair)) for pair, n in numbers.items()}
+        cells |= {"mean % of full": _cell(found.get((MEAN, PERCENT_OF_FULL)))} if averaged else {}
+        for name, title in _COST_TITLES.items():
+            values = {pair[0]: row[name] for pair, row in found.items() if not pd.isna(row[name])}
+            values.pop(MEAN, None)
+            cells[title] = significant(float(np.mean(list(values.values()))), 4) if values else "-"
+        rows.append(cells)
+    return frame_text(pd.DataFrame(rows), "markdown")
 
 
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None or pd.isna(value) else form.format(value)
+_COST_TITLES = {
+    "equivalent_tokens": "equivalent tokens",
+    "prefill_gflops": "prefill GFLOPs",
+    "cache_kib": "cache KiB",
+    "prefill_ms": "prefill ms",
+}
 
 
-def _range(low: float, high: float, form: str) -> str:
-    return "-" if pd.isna(low) else f"{form.format(low)} to {form.format(high)}"
+def _budget(keep: float, tokens: float) -> str:
+    if not pd.isna(tokens):
+        return f"{tokens:g} tokens"
+    return "-" if pd.isna(keep) else f"{keep:.0%}"
 
 
-def _in_brackets(text: str) -> str:
-    return "" if text == "-" else f" ({text})"
+def _cell(row: Mapping[Any, Any] | None) -> str:
+    if row is None:
+        return "-"
+    digits = 1 if row["benchmark"] == MEAN else decimals(row["metric"], row["value"])
+    text = f"{row['value']:.{digits}f}"
+    part = "percent_" if row["policy"] != FULL and not pd.isna(row["percent_low"]) else ""
+    if row["policy"] != FULL and row["benchmark"] != MEAN and not pd.isna(row["percent"]):
+        text, digits = f"{text}, {row['percent']:.1f}%", 1 if part else digits
+    low, high = row[f"{part}low"], row[f"{part}high"]
+    return text if pd.isna(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def draw(table: pd.DataFrame, benchmark: str, metric: str, path: Path) -> None:
-    """A PNG: the figure against equivalent tokens and against prefill time, a line a policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = table[(table["benchmark"] == benchmark) & (table["metric"] == metric)]
-    axes_of = [
-        ("equivalent_tokens", "equivalent image tokens (mean over layers)"),
-        ("prefill_ms", "prefill [ms]"),
-    ]
-    axes_of = [item for item in axes_of if rows[item[0]].notna().any()]
-    figure, axes = plt.subplots(
-        1, max(1, len(axes_of)), figsize=(1.6 + 5.4 * max(1, len(axes_of)), 4.8), sharey=True, squeeze=False
-    )
-    policies = sorted(set(rows["policy"]), key=lambda name: (name != FULL, name not in LEARNED, name))
-    markers = "osv^<>DPX*hd"
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for axis, (column, title) in zip(axes[0], axes_of, strict=False):
-        for index, policy in enumerate(policies):
-            mine = rows[(rows["policy"] == policy) & rows[column].notna()].sort_values(column)
-            known = mine["low"].notna()
-            bars = None
-            if known.all() and len(mine):
-                bars = np.abs([mine["value"] - mine["low"], mine["high"] - mine["value"]])
-            axis.errorbar(
-                mine[column], mine["value"], yerr=bars, label=policy, capsize=2, elinewidth=0.8,
-                marker=markers[index % len(markers)], color=colors[index % len(colors)],
-                linewidth=2.4 if policy in LEARNED else 1.1, zorder=3 if policy in LEARNED else 2, markersize=5,
-            )  # fmt: skip
-        axis.set_xlabel(title)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel(metric)
-    if axes_of:
-        axes[0][-1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    figure.suptitle(
-        f"{benchmark}: policies on one checkpoint, bars are 95% intervals over questions", fontsize=11
-    )
-    figure.tight_layout()
-    write_figure(path, figure)
+def claims_table(claims: pd.DataFrame, benchmarks: Sequence[str]) -> str:
+    """Return Markdown of published percentages, the sources' own claims; empty where there are none."""
+    known = set(claims["benchmark"]) - {MEAN}
+    rows = []
+    for (tokens, method, source, link), group in claims.groupby(
+        ["tokens", "method", "source", "link"], sort=False
+    ):
+        values = group.set_index("benchmark")["value"]
+        cells = {"method": method, "tokens": tokens, "mean %": _claimed(values.get(MEAN))}
+        cells |= {name: _claimed(values.get(name)) for name in benchmarks if name in known}
+        rows.append(cells | {"source": f"{source}, {link}"})
+    return frame_text(pd.DataFrame(rows), "markdown") if rows else ""
 
 
-LEARNED = ("image", "image_text", "learned")
+def _claimed(value: float | None) -> str:
+    return "-" if value is None or pd.isna(value) else f"{float(value):.1f}"

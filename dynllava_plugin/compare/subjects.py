@@ -1,84 +1,156 @@
-"""What is compared: policies, each at several shares of the image tokens."""
+"""What is compared: policies, each at several budgets of image tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.policies import Policy
 from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_policy, describe, parse_policy
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-# Without --policies: every registered way to have fewer image tokens, so all but those that drop output text alone.
+ALL, FULL = "all", "full"
+# Every registered way to have fewer image tokens, so all but those that drop output text alone.
 DEFAULT_POLICIES = (
     *(name for name, policy in POLICIES.items() if policy.decides != {OUTPUT}),
     "fastv+h2o",
 )
-BUDGETS = ("keep", "r", "n", "ratio", "tokens")
+KEEP, TOKENS = "keep", "tokens"
+BUDGETS = (KEEP, "r", "n", "ratio", TOKENS)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of the comparison: a policy with the share of tokens it keeps, None where that isn't varied."""
+    """One row of the comparison: a policy with its budget, a share or tokens, both None where that isn't varied."""
 
     name: str
     keep: float | None
     policy: str  # as `parse_policy` reads it
+    tokens: float | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name and budget."""
+        if self.tokens is not None:
+            return f"{self.name} at {self.tokens:g} tokens"
+        return self.name if self.keep is None else f"{self.name} at {self.keep:.0%}"
 
     def settings(self, sparsity: SparsityConfig) -> SparsityConfig:
-        """The checkpoint's settings with this policy."""
+        """Return the checkpoint's settings with this policy."""
         name, arguments = parse_policy(self.policy)
         return sparsity.replace(policy=name, policy_args=arguments)
 
-    def of(self, sparsity: SparsityConfig) -> Policy:
-        """The policy itself."""
-        return policy_of(self.settings(sparsity))
+    def check(self, model: Any) -> Policy:
+        """Return the policy in `model`, or raise `UserError` with why this model can't run it or reach the budget."""
+        layers = model.config.text_config.num_hidden_layers
+        policy = check_policy(self.settings(model.config.sparsity), layers)
+        model.check_family(policy)
+        model.check_images(policy, model.config)
+        if policy.predictors and getattr(model, "fresh_predictors", False):
+            raise UserError(
+                f"{policy.name}: needs predictors, and this checkpoint has none that were trained"
+            )
+        return policy
+
+    @contextmanager
+    def in_force(self, model: Any) -> Iterator[None]:
+        """Let `model` have this policy instead of its checkpoint's."""
+        base = model.config.sparsity
+        model.config.text_config.sparsity = self.settings(base)
+        try:
+            yield
+        finally:
+            model.config.text_config.sparsity = base
+
+    def reason(self, error: UserError) -> str:
+        """Return what `error` says without the policy's name, which several may share."""
+        name = self.policy.partition(",")[0]
+        return str(error).removeprefix(f"{name}: ").removeprefix(f"policy: {name} ")
 
 
-def subjects(
-    policies: Sequence[str], keeps: Sequence[float], sparsity: SparsityConfig, num_layers: int
-) -> list[Subject]:
-    """Every policy at every share; one whose text names a budget, or that has none, only as it is.
+def subjects(policies: Sequence[str], kind: str, budgets: Sequence[float]) -> list[Subject]:
+    """Return every policy at every budget; one whose text names a budget, or that has none, only as it is.
 
     A policy that finds its number of tokens by a rule of its own is there by that rule, too.
+
+    Parameters
+    ----------
+    policies : sequence of str
+    kind : str
+        `KEEP`: shares of the image tokens; `TOKENS`: means over layers, as papers count. A policy without a budget of image
+        tokens (a cache's) isn't varied by the latter.
+    budgets : sequence of float
 
     Raises
     ------
     UserError
-        An unknown policy or argument, a share that keeps nothing, a policy named twice.
+        An unknown policy, a budget of nothing, a policy named twice.
     """
-    for keep in keeps:
-        if not 0 < keep <= 1:
-            raise UserError(f"--keep: {keep} is outside (0, 1]")
+    for budget in budgets:
+        if not (0 < budget <= 1 if kind == KEEP else budget >= 1):
+            raise UserError(
+                f"--{kind}: {budget:g} is {'outside (0, 1]' if kind == KEEP else 'less than one token'}"
+            )
     found: list[Subject] = []
     for text in policies:
         name, arguments = parse_policy(text)
-        key = _budget(name, arguments)
-        if key is None or _has_own_rule(name):
+        key = _budget(name, arguments, kind)
+        if key is None or (name in POLICIES and POLICIES[name].own_budget):
             found.append(Subject(text, None, text))
-        if key is not None:
-            found += [Subject(text, keep, describe(name, {**arguments, key: keep})) for keep in keeps]
-    for subject in found:
-        check_policy(subject.settings(sparsity), num_layers)
-    names = [(subject.name, subject.keep) for subject in found]
+        for budget in budgets if key else ():
+            assert key is not None
+            whole = int(budget) if kind == TOKENS and budget == int(budget) else budget
+            varied = describe(name, {**arguments, key: whole})
+            found.append(Subject(text, **{KEEP: None, kind: budget}, policy=varied))  # type: ignore[arg-type]
+    names = [subject.title for subject in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"--policies: {twice[0]} is named twice")
+        raise UserError(f"--policies: {twice.partition(' at ')[0]} is named twice")
     return found
 
 
-def _has_own_rule(name: str) -> bool:
-    return name in POLICIES and POLICIES[name].own_budget
+def runnable(
+    found: Sequence[Subject], model: Any, listed: bool, samples: Sequence[dict[str, Any]] = ()
+) -> tuple[list[Subject], dict[str, list[str]]]:
+    """Return the subjects that `model` can run, and the others' titles by the reason why not.
+
+    `samples` are `model(...)` arguments to try each one on: where images differ in size, a budget may be out of reach for some.
+
+    Raises
+    ------
+    UserError
+        Unless `listed` (nobody named them one by one): the first one's reason. And where nothing is left to compare.
+    """
+    able: list[Subject] = []
+    reasons: dict[str, list[str]] = {}
+    for subject in found:
+        try:
+            subject.check(model)
+            for sample in samples:
+                with subject.in_force(model), torch.inference_mode():
+                    model(**sample, logits_to_keep=1)
+            able.append(subject)
+        except UserError as error:
+            if not listed:
+                raise
+            reasons.setdefault(subject.reason(error), []).append(subject.title)
+    if reasons and all(subject.name == FULL for subject in able):
+        reason, titles = next(iter(reasons.items()))
+        raise UserError(f"--policies: none can run here; {titles[0]}: {reason}")
+    return able, reasons
 
 
-def _budget(name: str, arguments: dict[str, Any]) -> str | None:
-    """The argument that a share is given to: `keep` of image tokens, or `r` of a cache alone."""
+def _budget(name: str, arguments: dict[str, Any], kind: str) -> str | None:
+    """Return the argument that a budget is given to: the image tokens', or with shares `r` of a cache alone."""
     known = arguments_of(name)
     if {key.rpartition(".")[2] for key in arguments} & set(BUDGETS):
         return None
-    if "keep" in known:
-        return "keep"
-    return "r" if name in ("h2o", "snapkv") else None
+    if kind in known:
+        return kind
+    return "r" if kind == KEEP and name in ("h2o", "snapkv") else None
