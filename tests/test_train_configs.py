@@ -77,6 +77,11 @@ def test_the_7b_and_13b_presets_are_the_papers_recipe():
         parsed = {key: value for part in preset(name) for key, value in vars(part).items()}
         assert {key: parsed[key] for key in PAPER} == PAPER
         assert parsed["num_train_epochs"] == 1 and parsed["warmup_steps"] == 0.03 and parsed["bf16"]
+        # The published script's order, averaging, clipping and freezing (docs/training.md has the table).
+        assert parsed["train_sampling_strategy"] == "random" and parsed["loss_average"] == "batches"
+        assert parsed["max_grad_norm"] == 0 and parsed["train_projector"] is False
+        assert parsed["per_device_train_batch_size"] == (8 if "7b" in name else 4) and not parsed["text_only"]
+        assert parsed["weight_decay"] == 0 and parsed["lr_scheduler_type"] == "cosine"
     _, _, recipe, adapter = preset("dynamic_llava_7b_lora.yaml")
     assert adapter.lora_rank == 128 and recipe.predictor_learning_rate == 2e-4
 

@@ -194,7 +194,14 @@ def test_an_epoch_is_every_sample_in_whole_batches(samples, batch, seed, epoch, 
     order = list(sampler)
     assert len(order) == len(sampler) and len(order) % batch == 0 and len(order) - samples < batch
     assert set(order) == set(range(samples))
-    assert sorted(order[:samples]) == list(range(samples))  # the fill comes last
+    drawn = EpochSampler(samples, batch, seed)
+    drawn.set_epoch(epoch)
+    at_random = np.array(list(drawn))
+    assert sorted(at_random[:samples]) == list(range(samples))  # the fill comes last
+    if lengths is not None:  # what is in a global batch stays drawn at random
+        rows = np.array(order).reshape(-1, batch)
+        assert (np.sort(rows, 1) == np.sort(at_random.reshape(-1, batch), 1)).all()
+        assert (np.diff(lengths[rows], axis=1) <= 0).all()
     again = EpochSampler(samples, batch, seed, lengths)
     again.set_epoch(epoch)
     assert list(again) == order
@@ -216,7 +223,7 @@ def test_grouping_by_length_saves_padding():
         batches = lengths[np.array(list(sampler))].reshape(-1, 8)
         return 1 - batches.mean() / batches.max(1).mean()
 
-    assert padding(EpochSampler(4000, 8, 0, lengths)) < 0.1 < padding(EpochSampler(4000, 8, 0))
+    assert padding(EpochSampler(4000, 64, 0, lengths)) < 0.1 < padding(EpochSampler(4000, 64, 0))
 
 
 READY = processor()

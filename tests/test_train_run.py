@@ -7,17 +7,19 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from dynllava_plugin import load_model
 from tests.training_kit import save_checkpoint, save_mixture
 from train.command_line import parse
 from train.finetune import main
+from train.noise import gumbel_noise
 from train.trainer import PREDICTORS, DynamicLlavaTrainer, freeze
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +170,112 @@ def test_each_trained_parameter_has_its_learning_rate(flags, tmp_path):
         predictor = any(part in name for part in PREDICTORS)
         frozen = name.startswith(("model.vision_tower", "model.multi_modal_projector"))
         assert rates.get(id(parameter)) == (None if frozen else 2e-4 if predictor else 5e-6), name
+
+
+def test_the_projector_trains_at_the_rate_of_the_llm_where_asked(flags, tmp_path):
+    set_seed(0)
+    model, _ = load_model(flags[1], device="cpu")
+    freeze(model, train_projector=True)
+    args = parse([*flags, "--output_dir", str(tmp_path)])[2]
+    optimizer = DynamicLlavaTrainer(model=model, args=args, train_dataset=[0]).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert {rates.get(id(p)) for n, p in named.items() if "multi_modal_projector" in n} == {5e-6}
+    assert {rates.get(id(p)) for n, p in named.items() if "vision_tower" in n} == {None}
+    recipe = "--train_projector true --global_batch_size 4 --max_steps 1 --per_device_train_batch_size 4 --warmup_steps 0"
+    assert main([*flags, *recipe.split(), "--output_dir", str(tmp_path / "out")]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(flags[1]), tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("multi_modal_projector" in name for name in moved)
+    assert not [name for name in moved if "vision_tower" in name]
+
+
+def gradients(flags, folder, monkeypatch, *more: str) -> tuple[dict[str, torch.Tensor], list]:
+    """The gradients of a run's one step before the optimiser sees them, and its batches."""
+    found, batches = {}, []
+    step, loss = torch.optim.SGD.step, DynamicLlavaTrainer.compute_loss
+
+    def watch(self, *args, **kwargs):
+        for name, parameter in watched["model"].named_parameters():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.clone()
+        return step(self, *args, **kwargs)
+
+    watched = {}
+
+    def remember(self, model, inputs, *args, **kwargs):
+        watched["model"] = model
+        batches.append({**inputs})
+        return loss(self, model, inputs, *args, **kwargs)
+
+    recipe = "--global_batch_size 4 --per_device_train_batch_size 2 --max_steps 1 --optim sgd"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", watch)
+        patch.setattr(DynamicLlavaTrainer, "compute_loss", remember)
+        assert main([*flags, *recipe.split(), *more, "--output_dir", str(folder)]) == 0
+    return found, batches
+
+
+def test_published_averaging_is_the_mean_of_the_passes_own_means(flags, tmp_path, monkeypatch):
+    checkpoint = save_checkpoint(tmp_path / "sure")  # of itself, so that labels differ in their loss
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"] *= 50
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    flags, single = (
+        ["--model_name_or_path", str(checkpoint), *flags[2:]],
+        ("--per_device_train_batch_size", "1"),
+    )
+    batches = gradients(flags, tmp_path / "a", monkeypatch, "--loss_average", "batches", *single)[1]
+    (row,) = log(tmp_path / "a")
+    means, sums, count = [], 0.0, 0
+    for batch in batches:
+        model, _ = load_model(flags[1], device="cpu")
+        model.train()
+        noise = gumbel_noise(42, 0, batch.pop("sample"), batch["input_ids"] == 4, batch["labels"])
+        with torch.no_grad():
+            logits = model(**batch, gumbel_noise=noise).logits[:, :-1].double()
+        for_labels = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none", ignore_index=-100
+        )
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        means.append(float(for_labels.sum()) / labels)
+        sums, count = sums + float(for_labels.sum()), count + labels
+    assert row["lm_loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
+    assert row["loss"] == pytest.approx(
+        row["lm_loss"] + 100 * (row["image_keep_loss"] + row["text_keep_loss"]), rel=1e-5
+    )
+    gradients(flags, tmp_path / "b", monkeypatch, "--loss_average", "labels", *single)
+    (other,) = log(tmp_path / "b")
+    assert other["lm_loss"] == pytest.approx(sums / count, rel=1e-5)
+    assert abs(sums / count - sum(means) / 4) > 1e-3  # the two differ here
+
+
+def test_clipping_leaves_each_groups_scale_to_itself(flags, tmp_path, monkeypatch):
+    """None by default, as published; else the LLM's gradients and the predictors', each to the norm."""
+    whole, _ = gradients(flags, tmp_path / "a", monkeypatch)
+    clipped, _ = gradients(flags, tmp_path / "b", monkeypatch, "--max_grad_norm", "0.01")
+
+    def norm(values, predictors: bool) -> float:
+        parts = [
+            v.flatten() for n, v in values.items() if any(part in n for part in PREDICTORS) == predictors
+        ]
+        return float(torch.cat(parts).norm())
+
+    for predictors in (True, False):
+        assert norm(whole, predictors) > 0.02
+        assert norm(clipped, predictors) == pytest.approx(0.01, rel=1e-3)
+    (row,), (other,) = log(tmp_path / "a"), log(tmp_path / "b")
+    assert row["grad_norm"] == pytest.approx(math.hypot(norm(whole, True), norm(whole, False)), rel=1e-4)
+    assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+
+
+def test_a_run_says_nothing_of_deprecated_names(flags, tmp_path):
+    flags = [*flags, "--max_steps", "1", "--global_batch_size", "8", "--activation_checkpointing", "true"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+        assert main([*flags, "--gradient_checkpointing", "true", "--output_dir", str(tmp_path / "old")]) == 0
+    assert not [str(one.message) for one in said if "deprecated" in str(one.message)]
 
 
 def test_short_answers_leave_the_text_rate_alone(flags, tmp_path):

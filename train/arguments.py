@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -18,8 +19,19 @@ REFUSED = {
     "save_only_model": "a checkpoint without optimiser and schedule is none to go on from",
     "remove_unused_columns": "the data is ours, and every column of it is used",
     "label_smoothing_factor": "the recipe's loss is the model's own",
+    "auto_find_batch_size": "a step has --global_batch_size samples; choose --per_device_train_batch_size",
+    "load_best_model_at_end": "the run's model is its last; --resume_from_checkpoint takes an earlier one",
 }
+LOSS_AVERAGES = ("labels", "batches")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def check_finite(arguments: Any) -> None:
+    """Raise `UserError` for a dataclass's number that is NaN or infinite."""
+    for item in fields(arguments):
+        value = getattr(arguments, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{item.name} {value}: must be a finite number")
 
 
 @dataclass
@@ -61,6 +73,7 @@ class ModelArguments:
             raise UserError(
                 "--mode full: nothing would be dropped, so there is nothing to train; use image or image_text"
             )
+        check_finite(self)
         SparsityConfig.from_dict(self.sparsity())
 
     def sparsity(self) -> dict[str, Any]:
@@ -132,6 +145,7 @@ class AdapterArguments:
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.lora_rank < 0:
             raise UserError(f"--lora_rank {self.lora_rank}: must not be negative")
         if not 0 <= self.lora_dropout < 1:
@@ -158,6 +172,25 @@ class RecipeArguments(TrainingArguments):
     global_batch_size: int = field(
         default=64,
         metadata={"help": "Samples per optimiser step over all processes; sets the gradient accumulation."},
+    )
+    loss_average: str = field(
+        default="labels",
+        metadata={
+            "help": "The cross entropy of a step: 'labels' is the mean over all its labelled tokens; 'batches' the "
+            "mean over forward passes of each one's mean, as the published code has it."
+        },
+    )
+    train_projector: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the projector (merger) too, at the LLM's rate, as the published script does."
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Clip the gradients of the LLM and those of the predictors to this norm, each by itself; 0: not at all."
+        },
     )
     tau_start: float = field(default=1.0, metadata={"help": "Gumbel-softmax temperature at the start."})
     tau_end: float = field(
@@ -211,6 +244,11 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.gradient_accumulation_steps = self._accumulation()
+        check_finite(self)
+        if self.loss_average not in LOSS_AVERAGES:
+            raise UserError(f"--loss_average {self.loss_average}: must be {' or '.join(LOSS_AVERAGES)}")
+        if self.max_grad_norm < 0:
+            raise UserError(f"--max_grad_norm {self.max_grad_norm}: must not be negative")
         for name in ("learning_rate", "predictor_learning_rate", "tau_start", "tau_end"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be positive")

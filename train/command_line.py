@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,7 +50,12 @@ def parse(
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0].endswith(PRESET_SUFFIXES):
         given.insert(0, "--config")
-    given = config_flags(given) + given
+    # Deprecated under its older name, the only one that transformers before 5.23 know.
+    name = "activation" if "--activation_checkpointing" in parser._option_string_actions else "gradient"
+    given = [
+        re.sub("^--(activation|gradient)_checkpointing", f"--{name}_checkpointing", word)
+        for word in config_flags(given) + given
+    ]
     try:
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             given, return_remaining_strings=True, look_for_args_file=False

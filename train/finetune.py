@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,6 @@ from train.trainer import DynamicLlavaTrainer, freeze
 
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, 2 after a one-line error, 143 where SIGTERM stopped it (saved; the same command goes on)."""
-    # The older of the transformers we run on know no other name.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     try:
         return train(*parse(argv))
     except UserError as error:
@@ -75,6 +72,10 @@ def train(
         args.eval_strategy = IntervalStrategy.STEPS
     if args.eval_strategy != "no" and not data_args.held_out:
         raise UserError(f"--eval_strategy {args.eval_strategy}: nothing to evaluate; add --held_out N")
+    if args.train_projector and adapter_args.lora_rank:
+        raise UserError(
+            "--train_projector: a run with --lora_rank saves adapter and predictors only; leave one out"
+        )
     sharded = sharding(args)
     if data_args.held_out and adapter_args.lora_rank and sharded == FSDP:
         raise UserError(
@@ -181,7 +182,7 @@ def build_model(
         )
     make_savable(model)
     if not adapter_args.lora_rank:
-        freeze(model)
+        freeze(model, args.train_projector)
         return model, processor, dtype
     adapted = add_adapter(model, adapter_args, dtype)
     name = model_args.model_name_or_path

@@ -50,25 +50,26 @@ class Measures:
         image_tokens: torch.Tensor,
         labels: torch.Tensor,
         tokens: torch.Tensor,
-        items: Any,
+        lm_loss: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         """Add a micro-batch.
 
         Parameters
         ----------
         outputs : DynamicLlavaOutput
-            With `lm_loss` divided by `items`, the labels of the whole global batch.
+            The model's.
         samples : int64 [B]
         image_tokens : bool [B, L]
         labels : int64 [B, L]
         tokens : int64 scalar
             Tokens that are no padding.
-        items : scalar
+        lm_loss : (scalar, scalar)
+            The cross entropy summed over what it is a mean of, and how many those are.
         """
         number = torch.tensor(float(len(samples)), device=labels.device)
         parts = {
-            "labels": count_labels(labels),
-            "lm_loss": outputs.lm_loss * items,
+            "lm_loss": lm_loss[0],
+            "lm_weight": lm_loss[1],
             "samples": number,
             "tokens": tokens,
         }
@@ -90,7 +91,7 @@ class Measures:
         values = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
         sums = dict(zip(names, values.tolist(), strict=True))
         self._sums = {}
-        logs = {"lm_loss": sums["lm_loss"] / max(sums["labels"], 1)}
+        logs = {"lm_loss": sums["lm_loss"] / max(sums["lm_weight"], 1)}
         for name in ("image_keep_loss", "text_keep_loss"):
             if name in sums:
                 logs[name] = sums[name] / sums["samples"]

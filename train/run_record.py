@@ -19,7 +19,7 @@ RECIPE = (
     *("seed", "data_seed", "learning_rate", "predictor_learning_rate", "global_batch_size", "tau_start"),
     *("tau_end", "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
-    *("bf16", "fp16", "train_sampling_strategy", "neftune_noise_alpha"),
+    *("bf16", "fp16", "train_sampling_strategy", "neftune_noise_alpha", "loss_average", "train_projector"),
 )
 
 
@@ -36,6 +36,10 @@ def describe(
         **{name: getattr(data_args, name) for name in DATA},
         **{name: getattr(args, name, None) for name in RECIPE},
         **vars(adapter_args),
+        # What a mean over forward passes is of.
+        "per_device_train_batch_size": (
+            args.per_device_train_batch_size if args.loss_average == "batches" else None
+        ),
         "data_path": data_digest,  # the file may move
     }
     return json.loads(json.dumps(values, default=str, sort_keys=True))

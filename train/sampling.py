@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-GROUPED_BATCHES = 50  # global batches that are sorted by length together
-
 
 class EpochSampler(Sampler[int]):
     """A shuffle of all samples per epoch, cut into global batches of one size.
@@ -23,7 +21,7 @@ class EpochSampler(Sampler[int]):
     global_batch : int
     seed : int
     lengths : int64 [samples], optional
-        Where given, samples of about the same length share a global batch (less padding).
+        Where given, each global batch is sorted by them: its passes pad less, and what is in it stays drawn at random.
     """
 
     def __init__(self, samples: int, global_batch: int, seed: int, lengths: np.ndarray | None = None) -> None:
@@ -39,18 +37,10 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(self.samples)
-        if self.lengths is not None:
-            order = self._grouped(order, random, self.lengths)
-        return iter(np.resize(order, len(self)).tolist())
-
-    def _grouped(self, order: np.ndarray, random: np.random.Generator, lengths: np.ndarray) -> np.ndarray:
-        """The shuffle with each stretch of `GROUPED_BATCHES` batches sorted by length, then batches shuffled."""
-        span = GROUPED_BATCHES * self.global_batch
-        stretches = [order[start : start + span] for start in range(0, len(order), span)]
-        order = np.concatenate(
-            [stretch[np.argsort(-lengths[stretch], kind="stable")] for stretch in stretches]
+        batches = np.resize(
+            random.permutation(self.samples), (len(self) // self.global_batch, self.global_batch)
         )
-        full = len(order) // self.global_batch * self.global_batch
-        batches = order[:full].reshape(-1, self.global_batch)
-        return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[full:]])
+        if self.lengths is not None:
+            longest_first = np.argsort(-self.lengths[batches], axis=1, kind="stable")
+            batches = np.take_along_axis(batches, longest_first, axis=1)
+        return iter(batches.ravel().tolist())

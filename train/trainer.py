@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,13 +25,15 @@ from train.sampling import EpochSampler
 
 # Of a model's names in every family; the rest is vision tower, projector (merger) and what stands between tiles.
 TRAINED = ("model.language_model.", "lm_head.")
+PROJECTOR = re.compile(r"^model\.(multi_modal_projector|visual\.(deepstack_)?merger)")
 
 
 class DynamicLlavaTrainer(Trainer):
     """Minimises `lm_loss + keep_loss_weight * (image_keep_loss + text_keep_loss)` over a global batch.
 
-    The cross entropy is the mean over all labelled tokens of the global batch, the keep losses over all its
-    samples, however many processes and micro-batches it takes. (Trainer alone weights every term by tokens.)
+    The keep losses are means over all samples of the global batch; the cross entropy is the mean over all its labelled
+    tokens, however many processes and micro-batches it takes, or (`--loss_average batches`) the mean of the micro-batches'
+    own means. (Trainer alone weights every term by tokens.)
 
     Parameters
     ----------
@@ -59,7 +62,7 @@ class DynamicLlavaTrainer(Trainer):
         self.evaluation = evaluation
         self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
         self.stopping = False
-        self._batch_samples = torch.zeros(())
+        self._batch_samples = self._micro_batches = torch.zeros(())
         self._rates: list[float] = []
         self._saving = False
         self.dynamic.config.use_cache = True  # Trainer switches it off, and it would be saved so
@@ -111,10 +114,10 @@ class DynamicLlavaTrainer(Trainer):
         labels = sum(int(count_labels(batch["labels"])) for batch in batches)
         samples = sum(len(batch["sample"]) for batch in batches)
         # A request to stop travels with the counts: every process hears of it before the same step.
-        totals = torch.tensor([labels, samples, int(self.interruption.requested)], device=self.args.device)
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        self._batch_samples = totals[1]
-        self.stopping = bool(totals[2])
+        counts = [labels, samples, len(batches), int(self.interruption.requested)]
+        totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
+        _, self._batch_samples, self._micro_batches, stopping = totals
+        self.stopping = bool(stopping)
         return batches, totals[0]
 
     def compute_loss(
@@ -131,10 +134,13 @@ class DynamicLlavaTrainer(Trainer):
         labels = inputs["labels"]
         image_tokens = inputs["input_ids"] == self.dynamic.config.image_token_id
         noise = gumbel_noise(self.args.seed, self.state.global_step, samples, image_tokens, labels)
-        # The model divides by the labels of the whole global batch, so that micro-batches add up.
-        outputs = model(**inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch)
+        # The model divides by the labels of the whole global batch, so that micro-batches add up; else by its own.
+        over_labels = self.args.loss_average == "labels"
+        outputs = model(
+            **inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch if over_labels else None
+        )
         share = len(samples) / self._batch_samples
-        loss = outputs.lm_loss
+        loss = outputs.lm_loss if over_labels else outputs.lm_loss / self._micro_batches
         for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
             if keep_loss is not None:  # mode "image" has none for text
                 loss = loss + self.dynamic.config.sparsity.keep_loss_weight * share * keep_loss
@@ -142,10 +148,23 @@ class DynamicLlavaTrainer(Trainer):
             raise UserError(self._not_finite(loss, samples))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         tokens = inputs["attention_mask"].sum()
-        self.measures.add(outputs, samples, image_tokens, labels, tokens, num_items_in_batch)
+        lm_sum = outputs.lm_loss * num_items_in_batch if over_labels else outputs.lm_loss
+        weight = count_labels(labels) if over_labels else torch.ones_like(lm_sum)
+        self.measures.add(outputs, samples, image_tokens, labels, tokens, (lm_sum, weight))
         # Gradients are averaged over processes; the parts must be added.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """Clip the predictors' gradients and the others', each by itself; return the norm of all before.
+
+        The predictors' are the larger: together, they would set the scale of the LLM's.
+        """
+        groups: tuple[list[Any], list[Any]] = ([], [])
+        for name, parameter in model.named_parameters():
+            groups[any(part in name for part in PREDICTORS)].append(parameter)
+        norms = [self.accelerator.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
+        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
     def _not_finite(self, loss: torch.Tensor, samples: torch.Tensor) -> str:
         name = getattr(self.train_dataset, "name", str)
@@ -254,9 +273,13 @@ def sparse_model(model: Any) -> SparseVLM:
     return next(part for part in model.modules() if isinstance(part, SparseVLM))
 
 
-def freeze(model: Any) -> None:
-    """Train the LLM and the predictors that are used; all else stays as it is (DDP waits for every gradient)."""
+def freeze(model: Any, train_projector: bool = False) -> None:
+    """Train the LLM and the predictors that are used, and the projector where asked; all else stays as it is.
+
+    DDP waits for every gradient, so that what is never used must not ask for one.
+    """
     unused = set(PREDICTORS) - set(trained_predictors(model))
     for name, parameter in model.named_parameters():
-        trains = name.startswith(TRAINED) and not any(part in name for part in unused)
+        wanted = name.startswith(TRAINED) or (train_projector and PROJECTOR.search(name) is not None)
+        trains = wanted and not any(part in name for part in unused)
         parameter.requires_grad_(trains)

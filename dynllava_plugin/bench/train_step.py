@@ -93,7 +93,7 @@ class Step:
         _bias(llm.image_predictor, settings.vision_keep_rate)
         _bias(llm.text_predictor, settings.text_keep_rate)
         if settings.checkpointing:
-            llm.gradient_checkpointing_enable()
+            getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("vision_tower" not in name and "multi_modal_projector" not in name)
         trained = [p for p in self.model.parameters() if p.requires_grad]
