@@ -133,6 +133,28 @@ def kill_behind(path: str) -> None:
     sys.addaudithook(listen)
 
 
+def kill_in_step(step: int, place: str) -> None:
+    """SIGKILL this process in an optimiser step: as its "forward" or "backward" pass or the weights' "update" begins."""
+    from train.trainer import DynamicLlavaTrainer
+
+    owners = {"forward": (DynamicLlavaTrainer, "compute_loss"), "backward": (torch.Tensor, "backward")}
+    owner, name = owners.get(place, (torch.optim.AdamW, "step"))
+    method, began = getattr(owner, name), []
+    start = DynamicLlavaTrainer.get_batch_samples
+
+    def counted(self: Any, *args: Any) -> Any:
+        began.append(self.state.global_step + 1)
+        return start(self, *args)
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if began[-1:] == [step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *args, **kwargs)
+
+    DynamicLlavaTrainer.get_batch_samples = counted  # type: ignore[method-assign]
+    setattr(owner, name, killed)
+
+
 def terminate_in_step(step: int) -> None:
     """SIGTERM to this process while it is in an optimiser step."""
     from train.trainer import DynamicLlavaTrainer

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dynllava_plugin import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.errors import UserError
 from tests import processes
 from tests.processes import Job, run
@@ -70,20 +72,19 @@ def uninterrupted(flags, tmp_path_factory) -> tuple[Path, int]:
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(flags, uninterrupted, tmp_path):
-    reference, changes = uninterrupted
-    assert changes > 40
-    # Ever later: the first kills are before the first checkpoint, the last while the model itself is saved.
-    moments = [*sorted(random.Random(0).sample(range(3, changes), 4)), changes - 2]
-    folder = tmp_path / "out"
-    killed = 0
-    for moment in moments:
-        count = str(tmp_path / "count")
-        (done,) = run(job(flags, folder, processes.kill_at_event, str(folder), moment, count))
-        assert done.status in (0, -signal.SIGKILL), done.output
-        killed += done.status != 0
-        if done.status == 0:
-            break
-    assert killed >= 2
+    """In a step's passes, as weights change, while a checkpoint and while the model is saved."""
+    reference, folder = uninterrupted[0], tmp_path / "out"
+    kills = [
+        (processes.kill_in_step, (1, "forward"), []),
+        (processes.kill_in_step, (3, "update"), ["checkpoint-2"]),
+        (processes.kill_behind, (str(folder / checkpoints.SAVING / "checkpoint-4"),), ["checkpoint-2"]),
+        (processes.kill_in_step, (5, "backward"), ["checkpoint-2", "checkpoint-4"]),
+        (processes.kill_behind, (str(folder / ".model"),), ["checkpoint-4", "checkpoint-6"]),
+    ]
+    for before, arguments, there in kills:
+        (done,) = run(job(flags, folder, before, *arguments))
+        assert done.status == -signal.SIGKILL, done.output
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == there, arguments
     (done,) = run(job(flags, folder))
     assert done.status == 0, done.output
     assert same(weights(reference), weights(folder))
@@ -116,7 +117,7 @@ def test_a_checkpoint_cut_short_is_passed_over(flags, uninterrupted, half_way, t
 
 @examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_cut_of_any_file_is_noticed(half_way, tmp_path, data):
+def test_any_damage_of_any_file_is_noticed(half_way, tmp_path, data):
     files = sorted(path.name for path in (half_way / "checkpoint-4").iterdir())
     folder = tmp_path / "out"
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +125,14 @@ def test_any_cut_of_any_file_is_noticed(half_way, tmp_path, data):
     assert checkpoints.last_whole(folder) == (folder / "checkpoint-4", [])
     damaged = folder / "checkpoint-4" / data.draw(st.sampled_from(files))
     content = damaged.read_bytes()
-    if length := data.draw(st.integers(0, len(content) - 1)):
+    length = data.draw(st.integers(0, len(content)))
+    if length == len(content):  # no byte is missing, one is another
+        place = data.draw(st.integers(0, length - 1))
+        changed = content[place] ^ data.draw(st.integers(1, 255))
+        damaged.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+        if damaged.name == "manifest.json":
+            return  # a text of the same meaning, or none at all
+    elif length:
         damaged.write_bytes(content[:length])
     else:
         damaged.unlink()
@@ -249,10 +257,65 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(flags, tm
     assert main(command(flags, folder)) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "the loss is nan" in error and "(id 's3')" in error
-    assert error.count("(id ") == 2  # the micro-batch's, not the whole step's
+    assert error.count("(id ") == 1  # of a micro-batch of two
     assert not (folder / "config.json").exists()
     for checkpoint in folder.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1.5e37])
+def test_a_loss_that_no_text_explains_stops_the_run_and_names_the_sample(
+    flags, tmp_path, capsys, monkeypatch, value
+):
+    """As a label that the model can't predict gives it: finite, and the weights are gone after one step."""
+    forward = DynamicLlavaForConditionalGeneration._logits
+
+    def masked(self, hidden):
+        logits = forward(self, hidden)
+        logits[1, :, 9:] = torch.where(logits[1, :, 9:] == logits[1, :, 9:], -value, 0.0)
+        return logits
+
+    monkeypatch.setattr(DynamicLlavaForConditionalGeneration, "_logits", masked)
+    assert main(command(flags, tmp_path / "out")) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "step 1: the loss is" in error and error.count("(id ") == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_the_weights_name(flags, tmp_path, capsys):
+    checkpoint = tmp_path / "nan"
+    shutil.copytree(flags[1], checkpoint)
+    tensors = weights(checkpoint)
+    name = next(name for name in tensors if "layers.2" in name)
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert main(["--model_name_or_path", str(checkpoint), *command(flags, tmp_path / "out")[2:]]) == 2
+    assert f"{name} has values that are not finite" in capsys.readouterr().err
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(flags, tmp_path, capsys):
+    """Both would succeed, and the log would have every step twice."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    command_line = [sys.executable, "-S", "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(command(flags, folder)) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "another run is writing there" in line
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+        other.kill()
+    assert main(command(flags, folder, "--max_steps", "1", "--save_strategy", "no")) == 0
+    assert not (folder / ".lock").exists()
 
 
 def test_a_checkpoint_named_is_used_until_the_run_has_a_newer_one(flags, half_way, tmp_path, capsys):
@@ -303,6 +366,25 @@ def test_another_launchers_checkpoints_are_named_not_loaded(flags, half_way, tmp
     assert main(command(flags, tmp_path / "new", *named)) == 2
     assert "was saved under FSDP" in capsys.readouterr().err
     assert len(list(folder.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "trainer_state.json", "model.safetensors"])
+def test_a_checkpoint_damaged_in_its_old_size_is_passed_over_with_one_line(
+    flags, uninterrupted, half_way, tmp_path, capsys, name
+):
+    """A damaged scheduler or state was a traceback, damaged weights were trained on."""
+    folder = tmp_path / "out"
+    shutil.copytree(half_way, folder)
+    damaged = folder / "checkpoint-4" / name
+    content = bytearray(damaged.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 8):
+        content[place] ^= 0xFF
+    damaged.write_bytes(content)
+    assert main(command(flags, folder)) == 0
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if "not used" in line]
+    assert f"checkpoint-4: not used, {name} is damaged" in line and "checkpoint-2\n" in said.out
+    assert same(weights(uninterrupted[0]), weights(folder))
 
 
 @pytest.mark.parametrize("name", ["run.json", "train_log.csv", "skipped.jsonl"])

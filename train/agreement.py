@@ -21,6 +21,12 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def from_the_first(work: Callable[[], T]) -> T:
+    """Return what `work` gives process 0, which alone does it; `UserError` on all where it raises one."""
+    first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return gather(together(lambda: work() if first else None))[0]
+
+
 def together(work: Callable[[], T]) -> T:
     """This process's result of `work`, once all processes are through with theirs.
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,22 +37,37 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def seal(folder: Path) -> None:
-    """List a folder's files and sizes in its manifest, everything on disk before that."""
-    sizes = {}
+    """List a folder's files, their sizes and checksums in its manifest, everything on disk before that."""
+    sizes, checksums = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+        name = path.relative_to(folder).as_posix()
+        sizes[name], checksums[name] = path.stat().st_size, checksum(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
+    content = {"files": sizes, "crc32": checksums}
+    manifest.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _sync(manifest)
     _sync(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """What a checkpoint lacks, in words; None where it is whole."""
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file: it finds damage, not forgery."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """Return what a checkpoint lacks, in words; None where it is whole.
+
+    With `read` every byte is held against the manifest's checksums (one of an earlier version has none), else sizes alone.
+    """
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes, checksums = dict(manifest["files"]), dict(manifest.get("crc32", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}, so it was not finished"
     for name, size in sizes.items():
         path = folder / name
@@ -59,14 +75,16 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if read and name in checksums and checksum(path) != checksums[name]:
+            return f"{name} is damaged: its checksum is not the manifest's"
     return None
 
 
-def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None: there is none), and a line for each newer one that isn't."""
+def last_whole(output_dir: Path, read: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is whole (None: there is none), and a line for each newer one that isn't."""
     notes: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
-        problem = damage(folder)
+        problem = damage(folder, read)
         if problem is None:
             return folder, notes
         notes.append(f"{folder}: not used, {problem}")
@@ -92,7 +110,7 @@ def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) 
     shutil.rmtree(folder.parent, ignore_errors=True)
     _sync(output_dir)
     older = [path for path in checkpoints(output_dir) if step_of(path) < step_of(target)]
-    whole = [path for path in older if damage(path) is None]
+    whole = [path for path in older if damage(path, read=False) is None]
     kept = whole if keep is None else whole[max(0, len(whole) - (keep - 1)) :]
     for path in older:
         if path not in kept and (best is None or path != Path(best)):
@@ -139,7 +157,7 @@ def saying_what_is_left(what: str, output_dir: Path, partial: Path, delete: bool
     except Exception as error:  # safetensors, PyTorch and Python each have their own for a full disk
         if delete:
             shutil.rmtree(partial, ignore_errors=True)
-        last = last_whole(output_dir)[0]
+        last = last_whole(output_dir, read=False)[0]
         left = f"{last} is whole" if last else "there is no earlier checkpoint"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         free = shutil.disk_usage(output_dir).free / 1e9  # PyTorch's writer doesn't say that a disk is full

@@ -18,7 +18,7 @@ from transformers.utils import strtobool
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from train.adapters import add_adapter, bases
-from train.agreement import together
+from train.agreement import from_the_first, together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
@@ -32,6 +32,7 @@ from train.outputs import (
     PARTIAL_MODEL,
     TRAINING_COLUMNS,
     CsvLog,
+    held,
     make_savable,
     prepare_output_dir,
     save_model,
@@ -92,8 +93,26 @@ def train(
     # A model of this run that isn't finished was moved into place right before the run was killed.
     replaces = args.overwrite_output_dir or record.difference() is None
     together(lambda: prepare_output_dir(args.output_dir, replaces, bases(model_args.model_name_or_path)))
-    named = together(lambda: record.named(args.resume_from_checkpoint))
-    checkpoint, notes = together(lambda: look_for_checkpoints(record, named, args))
+    with held(output_dir, args.process_index == 0):
+        return fit(model_args, data_args, args, adapter_args, training, held_out, left_out, record)
+
+
+def fit(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RecipeArguments,
+    adapter_args: AdapterArguments,
+    training: Mixture,
+    held_out: Mixture | None,
+    left_out: int,
+    record: RunRecord,
+) -> int:
+    """Train from the run's last whole checkpoint or from the beginning, in an output folder that is this run's; save."""
+    output_dir = record.output_dir
+    named = from_the_first(lambda: record.named(args.resume_from_checkpoint))
+    checkpoint, notes = from_the_first(lambda: record.start(args.overwrite_output_dir, spare=named))
+    if named:
+        checkpoint, notes = named, []
     for note in notes:
         say(args, note)
     skipped = SkippedSamples(output_dir / "skipped.jsonl")
@@ -180,6 +199,11 @@ def build_model(
             dtype=dtype if lean or adapter_args.lora_rank else torch.float32,
             **model_args.sparsity(),
         )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)):
+            raise UserError(
+                f"--model_name_or_path {model_args.model_name_or_path}: {name} has values that are not finite"
+            )
     make_savable(model)
     if not adapter_args.lora_rank:
         freeze(model, args.train_projector)
@@ -198,15 +222,6 @@ def read_data(data_args: DataArguments, args: RecipeArguments) -> tuple[Mixture,
     if args.local_process_index == 0:  # a node may have its own disk
         check_images(found[0], data_args.image_folder)
     return found
-
-
-def look_for_checkpoints(
-    record: RunRecord, named: Path | None, args: RecipeArguments
-) -> tuple[Path | None, list[str]]:
-    """Where to go on, and lines about it; one process changes files before the others look."""
-    with args.main_process_first(local=False, desc="looking for checkpoints"):
-        found, notes = record.start(args.overwrite_output_dir, args.process_index == 0, spare=named)
-    return (named, []) if named else (found, notes)
 
 
 def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:

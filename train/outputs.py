@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers import TrainerCallback
 
 from dynllava_plugin.errors import UserError
 from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
+from train.agreement import together
 from train.writing import naming_the_file
 
 PARTIAL_MODEL = ".model"
@@ -106,6 +110,38 @@ def prepare_output_dir(output_dir: str, overwrite: bool, bases: Sequence[Path] =
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot write there ({error.strerror})") from None
     return folder
+
+
+@contextmanager
+def held(folder: Path, by_this_process: bool) -> Iterator[None]:
+    """Hold an output folder for this run until the block ends or the process does, killed or not.
+
+    Raises
+    ------
+    UserError
+        Another run holds it; all processes raise it, though one (`by_this_process`) holds the folder for all.
+    """
+    path = folder / ".lock"
+    file = path.open("a") if by_this_process else None
+
+    def take() -> None:
+        try:
+            if file is not None:  # of a kind that processes forked to load data don't go on holding
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+                raise UserError(
+                    f"--output_dir {folder}: another run is writing there; choose another"
+                ) from None
+
+    try:
+        together(take)
+        yield
+        if file is not None:
+            path.unlink(missing_ok=True)
+    finally:
+        if file is not None:
+            file.close()
 
 
 def make_savable(model: Any) -> None:

@@ -118,17 +118,13 @@ class RunRecord:
             raise UserError(f"--resume_from_checkpoint {name} {misfit}; start as that run was")
         return checkpoint
 
-    def start(
-        self, overwrite: bool, changes_files: bool, spare: Path | None = None
-    ) -> tuple[Path | None, list[str]]:
-        """Where to go on: the newest whole checkpoint of this run (None: from the beginning).
+    def start(self, overwrite: bool, spare: Path | None = None) -> tuple[Path | None, list[str]]:
+        """Clear the folder of other runs and return where this one goes on: its newest whole checkpoint (None: from the beginning).
 
         Parameters
         ----------
         overwrite : bool
             Another run's checkpoints may be deleted.
-        changes_files : bool
-            This process is the one that deletes and writes.
         spare : Path, optional
             A checkpoint that is not deleted in any case.
 
@@ -156,13 +152,12 @@ class RunRecord:
             raise UserError(
                 f"{there[-1]} {other}: start as before to go on, or --overwrite_output_dir true to start anew"
             )
-        if changes_files:
-            checkpoints.clean_up(self.output_dir)
-            if other:
-                for path in there:
-                    if spare is None or not path.samefile(spare):
-                        checkpoints.discard(path)
-            self.write(finished=False)
+        checkpoints.clean_up(self.output_dir)
+        if other:
+            for path in there:
+                if spare is None or not path.samefile(spare):
+                    checkpoints.discard(path)
+        self.write(finished=False)
         return (None, []) if other else checkpoints.last_whole(self.output_dir)
 
 

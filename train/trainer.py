@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import tau_at
 from train import checkpoints
 from train.adapters import PREDICTORS, is_adapted, trained_predictors
@@ -23,6 +24,9 @@ from train.measures import Measures, count_labels
 from train.noise import gumbel_noise
 from train.sampling import EpochSampler
 
+ABSURD = (
+    1e4  # a cross entropy, per label, that no text has: a label that can't be predicted, a damaged weight
+)
 # Of a model's names in every family; the rest is vision tower, projector (merger) and what stands between tiles.
 TRAINED = ("model.language_model.", "lm_head.")
 PROJECTOR = re.compile(r"^model\.(multi_modal_projector|visual\.(deepstack_)?merger)")
@@ -57,7 +61,18 @@ class DynamicLlavaTrainer(Trainer):
         self.dynamic = sparse_model(self.model)
         if self.is_fsdp_enabled:  # whatever the family, its LLM's layers are what is wrapped
             layer = type(self.dynamic.model.language_model.layers[0]).__name__
-            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [layer]
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = [layer]
+            if computing := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+                self.accelerator.mixed_precision
+            ):
+                # accelerate's own would round what is float32 on purpose: Gumbel noise on its way in, losses on theirs out.
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=computing,
+                    reduce_dtype=torch.float32,
+                    output_dtype=torch.float32,
+                    cast_forward_inputs=False,
+                )
         self.interruption = interruption or Interruption()
         self.evaluation = evaluation
         self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
@@ -128,7 +143,7 @@ class DynamicLlavaTrainer(Trainer):
         Raises
         ------
         UserError
-            It is not finite; the message names the samples.
+            It is not finite, or so large that no text explains it; the message names the samples.
         """
         samples = inputs.pop("sample")
         labels = inputs["labels"]
@@ -144,12 +159,12 @@ class DynamicLlavaTrainer(Trainer):
         for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
             if keep_loss is not None:  # mode "image" has none for text
                 loss = loss + self.dynamic.config.sparsity.keep_loss_weight * share * keep_loss
-        if not torch.isfinite(loss):
-            raise UserError(self._not_finite(loss, samples))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         tokens = inputs["attention_mask"].sum()
         lm_sum = outputs.lm_loss * num_items_in_batch if over_labels else outputs.lm_loss
         weight = count_labels(labels) if over_labels else torch.ones_like(lm_sum)
+        if not (torch.isfinite(loss) & (lm_sum < ABSURD * weight.clamp(min=1))):
+            raise UserError(self._spoiled(loss, outputs.logits, labels, samples))
         self.measures.add(outputs, samples, image_tokens, labels, tokens, (lm_sum, weight))
         # Gradients are averaged over processes; the parts must be added.
         loss = loss * self.accelerator.num_processes
@@ -166,12 +181,16 @@ class DynamicLlavaTrainer(Trainer):
         norms = [self.accelerator.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
-    def _not_finite(self, loss: torch.Tensor, samples: torch.Tensor) -> str:
+    def _spoiled(
+        self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor
+    ) -> str:
         name = getattr(self.train_dataset, "name", str)
-        named = "; ".join(name(index) for index in samples.tolist())
+        own = [float(lm_loss(logits[row : row + 1], labels[row : row + 1])) for row in range(len(samples))]
+        at_fault = [index for index, value in zip(samples.tolist(), own, strict=True) if not value < ABSURD]
+        named = "; ".join(name(index) for index in at_fault or samples.tolist())
         return (
             f"step {self.state.global_step + 1}: the loss is {loss.item()}, so the run stops before it spoils the "
-            f"weights; the batch was {named}"
+            f"weights; {'it is that of' if at_fault else 'the batch was'} {named}"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
