@@ -117,6 +117,19 @@ def test_fsdp2(flags, alone, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sharding"] == "FSDP"
 
 
+def test_fsdp2_in_bfloat16_rounds_neither_noise_nor_losses(flags, tmp_path):
+    """accelerate's own policy casts a module's inputs and outputs, so the Gumbel noise and the losses, to bfloat16."""
+    flags = [*flags, "--held_out", "0", "--bf16", "true", "--save_strategy", "no"]
+    one = [*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
+    (done,) = run(Job(one, tmp_path / "one.log"))
+    assert done.status == 0, done.output
+    two(flags, tmp_path / "two", "--use_cpu", before=allow_fsdp_on_cpu, **FSDP2)
+    for row, other in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=5e-3), row["step"]
+        total = row["lm_loss"] + 100 * (row["image_keep_loss"] + row["text_keep_loss"])
+        assert row["loss"] == pytest.approx(total, rel=1e-4)  # float32 sums
+
+
 def test_another_family_under_ddp_and_fsdp2(tmp_path):
     """Half of the samples have no image: a process whose batch has none must not keep the other waiting."""
     mixture, images = save_mixture(tmp_path / "data", samples=4)

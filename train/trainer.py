@@ -63,16 +63,9 @@ class DynamicLlavaTrainer(Trainer):
             layer = type(self.dynamic.model.language_model.layers[0]).__name__
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = [layer]
-            if computing := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-                self.accelerator.mixed_precision
-            ):
-                # accelerate's own would round what is float32 on purpose: Gumbel noise on its way in, losses on theirs out.
-                plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                    param_dtype=computing,
-                    reduce_dtype=torch.float32,
-                    output_dtype=torch.float32,
-                    cast_forward_inputs=False,
-                )
+            # accelerate's own under --bf16 would round what is float32 on purpose: Gumbel noise, losses, sums of gradients.
+            # So nothing is cast here: autocast computes in bfloat16, as it does around DDP.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.interruption = interruption or Interruption()
         self.evaluation = evaluation
         self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
@@ -151,9 +144,10 @@ class DynamicLlavaTrainer(Trainer):
         noise = gumbel_noise(self.args.seed, self.state.global_step, samples, image_tokens, labels)
         # The model divides by the labels of the whole global batch, so that micro-batches add up; else by its own.
         over_labels = self.args.loss_average == "labels"
-        outputs = model(
-            **inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch if over_labels else None
-        )
+        with self.accelerator.autocast():  # which accelerate leaves out around FSDP2
+            outputs = model(
+                **inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch if over_labels else None
+            )
         share = len(samples) / self._batch_samples
         loss = outputs.lm_loss if over_labels else outputs.lm_loss / self._micro_batches
         for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
