@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.cli import main
-from dynllava_plugin.evaluation.results import result_files
-from dynllava_plugin.evaluation.results.result_files import prediction_rows
-from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results import results as results_module
+from dynllava_plugin.evaluation.results.results import prediction_rows, read_results
 
 WRITTEN = Path(__file__).parent / "harness_files"
 LMMS, LMMS_RUN = "lmms_eval_judged/*_results.json", "lmms_eval_judged/*_dynllava_run.json"
@@ -24,7 +23,7 @@ KIT, KIT_RUN = "vlmevalkit_judged/status.json", "vlmevalkit_judged/dynllava_run.
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(result_files, "_said", set())
+    monkeypatch.setattr(results_module, "_said", set())
     folder = tmp_path / "runs"
     shutil.copytree(WRITTEN, folder)
     for file in folder.rglob(
@@ -190,7 +189,7 @@ def test_nothing_but_damage_is_one_error(results: Path, capsys: pytest.CaptureFi
 def test_damaged_predictions_are_no_count(
     tmp_path: Path, content: bytes, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(result_files, "_said", set())
+    monkeypatch.setattr(results_module, "_said", set())
     (tmp_path / f"dynllava_MMVet.{ending}").write_bytes(content)
     assert prediction_rows(tmp_path, "dynllava_MMVet") in (None, 0)
 

@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
-from dynllava_plugin.evaluation.results.figures import figure_text, significant
 from dynllava_plugin.evaluation.results.paper import compare, render_comparison
 from dynllava_plugin.evaluation.results.results import read_results
-from dynllava_plugin.evaluation.results.tables import render
+from dynllava_plugin.evaluation.results.tables import figure_text, render, significant
 from dynllava_plugin.evaluation.suite.progress import headline
 from tests.test_paper import write_run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results.result_files import read_json
+from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.files import write_json, write_text
 
 # What a row is about; everything else is what was measured.

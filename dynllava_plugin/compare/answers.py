@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.compare.bootstrap import resampled
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark, find_metrics
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, METRICS, Benchmark
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.evaluation.lmms_eval.questions import checked_visuals
@@ -122,7 +122,7 @@ def _figures(
     name: str, task: Any, results: dict[str, Any], benchmark: Benchmark, arguments: Namespace
 ) -> Iterator[Figure]:
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    for _, metric, key, factor in find_metrics(LMMS_EVAL, name):
+    for _, metric, key, factor in METRICS.get((LMMS_EVAL, name), ()):
         value = next((v for k, v in results["results"][name].items() if k.partition(",")[0] == key), None)
         if isinstance(value, (int, float)):
             aggregate = task.aggregation()[key]

@@ -13,8 +13,7 @@ from dynllava_plugin.compare.bootstrap import interval
 from dynllava_plugin.compare.literature import MEAN
 from dynllava_plugin.compare.subjects import FULL, Subject
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
-from dynllava_plugin.evaluation.results.figures import decimals, significant
-from dynllava_plugin.evaluation.results.tables import frame_text
+from dynllava_plugin.evaluation.results.tables import decimals, frame_text, significant
 
 COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",

@@ -21,26 +21,31 @@ __all__ = [
     "BENCHMARKS",
     "HARNESSES",
     "LMMS_EVAL",
+    "METRICS",
     "PERCENT",
     "VLMEVALKIT",
     "Benchmark",
     "Metric",
     "Place",
     "find_benchmark",
-    "find_metrics",
     "unit_of",
 ]
 
 
-def find_metrics(harness: str, task: str) -> list[tuple[Benchmark, Metric, str, float]]:
-    """What a harness's task or dataset reports: (benchmark, metric, its key, factor to our unit)."""
-    found = []
+def _by_task() -> dict[tuple[str, str], list[tuple[Benchmark, Metric, str, float]]]:
+    found: dict[tuple[str, str], list[tuple[Benchmark, Metric, str, float]]] = {}
     for benchmark in BENCHMARKS:
         for metric in benchmark.metrics:
-            place = metric.place(harness)
-            if place is not None and place.task == task:
-                found.append((benchmark, metric, place.key, place.factor))
+            for harness in HARNESSES:
+                if place := metric.place(harness):
+                    row = (benchmark, metric, place.key, place.factor)
+                    found.setdefault((harness, place.task), []).append(row)
     return found
+
+
+# What a harness's task or dataset reports, by (harness, task): benchmark, metric, its key, factor to our unit.
+METRICS = _by_task()
+_UNITS = {metric.name: metric.unit for benchmark in reversed(BENCHMARKS) for metric in benchmark.metrics}
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -63,9 +68,5 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a metric of ours."""
-    for benchmark in BENCHMARKS:
-        for item in benchmark.metrics:
-            if item.name == metric:
-                return item.unit
-    return ""
+    """Return the unit of a metric of ours."""
+    return _UNITS.get(metric, "")

@@ -55,7 +55,7 @@ def _state_of(manifest: Path) -> Path | None:
 
 
 def _seconds(state: Path | None) -> float | None:
-    from dynllava_plugin.evaluation.results.result_files import read_json
+    from dynllava_plugin.evaluation.results.manifest import read_json
 
     try:
         found = read_json(state).get("seconds") if state and state.is_file() else None

@@ -6,6 +6,8 @@ beside the harness's output; tables read it.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -18,7 +20,6 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score, mean_counts, mean_score_counts
 from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.results.identity import checkpoint_hash, commit
-from dynllava_plugin.evaluation.results.result_files import number, read_json
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.files import write_json
 from dynllava_plugin.flops import DecoderShape
@@ -114,6 +115,31 @@ class RunRecord:
     def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
         counts = mean_counts(answers)
         return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable JSON file ({reason}); delete it or run the evaluation again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a harness's results; delete it or name another folder")
+    return content
+
+
+def number(value: Any) -> float | None:
+    """A finite number; None for everything else, truth values too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

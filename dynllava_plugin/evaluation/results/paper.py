@@ -19,11 +19,11 @@ from dynllava_plugin.evaluation.benchmarks import (
     Metric,
     find_benchmark,
 )
-from dynllava_plugin.evaluation.results.figures import decimals
 from dynllava_plugin.evaluation.results.results import SCORED
 from dynllava_plugin.evaluation.results.tables import (
     COUNT_COLUMNS,
     FORMATS,
+    decimals,
     frame_text,
     largest_runs,
     setting_counts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,17 @@ import pandas as pd
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import (
+    BENCHMARKS,
     LMMS_EVAL,
+    METRICS,
     VLMEVALKIT,
     Benchmark,
     Metric,
-    find_metrics,
 )
 from dynllava_plugin.evaluation.judging import failure
 from dynllava_plugin.evaluation.results import saved_table
 from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
-from dynllava_plugin.evaluation.results.manifest import beside, read_manifest
-from dynllava_plugin.evaluation.results.order import in_order
-from dynllava_plugin.evaluation.results.result_files import (
-    number,
-    prediction_rows,
-    question_count,
-    read_json,
-    say_skipped,
-)
+from dynllava_plugin.evaluation.results.manifest import beside, number, read_json, read_manifest
 from dynllava_plugin.evaluation.results.run_settings import SETTINGS, generation_label, run_settings
 
 COUNTS = (
@@ -46,6 +40,17 @@ KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
 COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
 _NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
 _KIT_RUN = re.compile(r"T\d{8}[-_].*")  # the folder in which a kit notes one start
+_said: set[str] = set()
+_MODES = ("full", "image", "image_text", "random")
+_RANKS = {
+    "benchmark": {item.name: rank for rank, item in enumerate(BENCHMARKS)},
+    "metric": {
+        name: rank
+        for rank, name in enumerate(
+            dict.fromkeys(metric.name for item in BENCHMARKS for metric in item.metrics)
+        )
+    },
+}
 # What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`judging.failure`).
 SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
@@ -142,7 +147,7 @@ def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
     for task, scores in content.get("results", {}).items():
         count = question_count(content.get("n-samples", {}).get(task, {}).get("effective"), path)
         counts = _counts(manifest, task)
-        for benchmark, metric, key, factor in find_metrics(LMMS_EVAL, task):
+        for benchmark, metric, key, factor in METRICS.get((LMMS_EVAL, task), ()):
             row = _row(common, LMMS_EVAL, benchmark, metric, count, counts, path)
             if benchmark.server:
                 yield {**row, "status": SUBMISSION}
@@ -174,7 +179,7 @@ def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
         counts = _counts(manifest, dataset)
         rows = (manifest.get("questions") or {}).get(dataset) or counts.get("n")
         count = question_count(rows, path) or prediction_rows(path.parent, f"{model}_{dataset}")
-        for benchmark, metric, key, factor in find_metrics(VLMEVALKIT, dataset):
+        for benchmark, metric, key, factor in METRICS.get((VLMEVALKIT, dataset), ()):
             row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
             if benchmark.judge and not (metrics and _judged(manifest, dataset)):
                 if count:  # predictions are there
@@ -243,3 +248,60 @@ def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:
     # The perplexity task generates nothing: its answer task's counts go with it, or those of what it scored.
     scored = (manifest.get("scored") or {}).get(task) or {}
     return tokens.get(task) or tokens.get(task.replace("_ppl", "_answer")) or scored
+
+
+def in_order(table: pd.DataFrame, first: tuple[str, ...] = ("checkpoint", "mode")) -> pd.DataFrame:
+    """Return the rows sorted by the columns `first`, then by the others that name a row.
+
+    Full context comes first and controls last; benchmarks and metrics stand as the registry lists them.
+    """
+
+    def key(column: pd.Series) -> pd.Series:
+        if column.name == "mode":
+            return column.map(_mode_rank)
+        ranks = _RANKS.get(str(column.name))
+        return column if ranks is None else column.map(lambda name: ranks.get(name, len(ranks)))
+
+    order = list(dict.fromkeys([*first, "checkpoint", "mode", "benchmark", "metric", "harness"]))
+    return table.sort_values(order, key=key)
+
+
+def _mode_rank(mode: str) -> str:
+    name = re.split("@|, ", mode)[0]
+    rank = _MODES.index(name) if name in _MODES else len(_MODES)
+    return f"{'@' in mode:d}{rank}{mode}"  # other keep rates follow, method beside control
+
+
+def question_count(value: Any, path: Path) -> int | None:
+    """How many questions a file says were asked.
+
+    Raises
+    ------
+    UserError
+        For something that is no count.
+    """
+    found = number(value)
+    if value is not None and (found is None or found < 0):
+        raise UserError(f"{path}: not a harness's results (the number of questions is {value!r})")
+    return None if found is None else int(found)
+
+
+def prediction_rows(folder: Path, stem: str) -> int | None:
+    """Questions in VLMEvalKit's prediction file; None where it has none that can be read."""
+    path = folder / f"{stem}.tsv"
+    try:
+        if path.is_file():
+            return len(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))
+        path = folder / f"{stem}.xlsx"
+        return len(pd.read_excel(path)) if path.is_file() else None
+    except Exception as error:  # its readers raise what the damage made of them: zip, XML and key errors
+        say_skipped(f"{path}: not a readable file of predictions ({type(error).__name__})")
+        return None
+
+
+def say_skipped(problem: object) -> None:
+    """One line, once, for a file that is left out of a table."""
+    line = " ".join(str(problem).split())
+    if line not in _said:
+        _said.add(line)
+        print(f"skipped: {line}", file=sys.stderr, flush=True)

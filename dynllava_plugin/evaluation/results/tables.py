@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from math import floor, isnan, log10
 from typing import Any
 
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT, unit_of
-from dynllava_plugin.evaluation.results.figures import figure_text, significant
-from dynllava_plugin.evaluation.results.modes import mode_name
-from dynllava_plugin.evaluation.results.order import in_order
-from dynllava_plugin.evaluation.results.results import KEYS, SCORED, read_results
-from dynllava_plugin.evaluation.results.run_settings import told_apart
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, PERCENT, VLMEVALKIT, unit_of
+from dynllava_plugin.evaluation.results.results import KEYS, SCORED, in_order, read_results
+from dynllava_plugin.evaluation.results.run_settings import mode_name, told_apart
 from dynllava_plugin.markup import in_latex, in_markdown
 
 __all__ = [
@@ -30,6 +29,9 @@ __all__ = [
 FORMATS = ("markdown", "csv", "latex")
 COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
 _LONG = 20  # tokens; which of fewer stay says nothing
+# Figures for reading; CSV and JSON are never rounded.
+_PPL = "ppl"
+_MOST = 12  # what is smaller still is rounding
 # More than these don't fit beside each other: one benchmark a row then.
 _BENCHMARKS_ACROSS = 4
 
@@ -210,3 +212,30 @@ def _latex(columns: list[str], rows: list[list[str]]) -> str:
     lines.append(" & ".join(columns) + r" \\ \hline")
     lines += [" & ".join(row) + r" \\" for row in rows]
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
+
+
+def figure_text(metric: str, value: float, percent: int = 2) -> str:
+    """The figure, without its unit; ``-`` for NaN."""
+    return "-" if isnan(value) else f"{value:.{decimals(metric, value, percent)}f}"
+
+
+def decimals(metric: str, value: float, percent: int = 2) -> int:
+    """Of percentages `percent`; of small amounts three digits; else two.
+
+    Of perplexities near 1 at least four, and two digits of what is above 1.
+    """
+    if unit_of(metric) == PERCENT:
+        return percent
+    if metric == _PPL:
+        return max(4, _place(value - 1) + 1) if value < 2 else 2
+    return max(2, _place(value) + 2) if abs(value) < 1 else 2
+
+
+def significant(value: float, digits: int) -> str:
+    """That many digits, never with an exponent: ``10100``, ``0.00312``."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}"
+
+
+def _place(value: float) -> int:
+    """The decimal of the first digit that isn't 0."""
+    return -floor(log10(abs(value))) if abs(value) >= 10**-_MOST else 0

@@ -82,8 +82,8 @@ def _state(run: Run, seconds: float) -> str:
 def headline(run: Run) -> str:
     """The benchmark's first figure, or why there is none, and the number of questions."""
     from dynllava_plugin.errors import UserError
-    from dynllava_plugin.evaluation.results.figures import figure_text
     from dynllava_plugin.evaluation.results.results import SCORED, read_results
+    from dynllava_plugin.evaluation.results.tables import figure_text
 
     try:
         table = read_results(run.output)

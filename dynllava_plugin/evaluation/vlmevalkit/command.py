@@ -22,7 +22,7 @@ from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.identity import source_digest
 from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
-from dynllava_plugin.evaluation.results.result_files import prediction_rows
+from dynllava_plugin.evaluation.results.results import prediction_rows
 from dynllava_plugin.evaluation.settings import PROMPTS, ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
