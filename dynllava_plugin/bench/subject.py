@@ -12,6 +12,7 @@ from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.token_layout import with_checksum
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.predictors import KEEP
@@ -105,7 +106,14 @@ class Prompts:
             self.ids[row, before : before + images] = token
         self.answers = torch.randint(3, high, (batch, max(new_tokens, 1)), generator=generator, device=device)
         features = torch.randn(batch, images, subject.shape.hidden, generator=generator, device=device) * 0.02
-        self.encoded = {"image": SimpleNamespace(pooler_output=list(features.to(subject.dtype)))}
+        self.features = list(features.to(subject.dtype))
+
+    @property
+    def encoded(self) -> dict[str, Any]:
+        """Return the images' features as the model would encode them under the policy that is in force."""
+        seeded = self.subject.model.model.language_model.policy.image_seed is not None
+        features = with_checksum(self.features, self.features) if seeded else self.features
+        return {"image": SimpleNamespace(pooler_output=features)}
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -151,7 +159,7 @@ class Prompts:
         image_mask = tokens == self.subject.model.config.image_token_id
         scores = []
         for row in range(self.batch):  # one at a time: padding and memory
-            features = self.encoded["image"].pooler_output[row]
+            features = self.features[row]
             hidden = llm.embed_tokens(tokens[row : row + 1])
             hidden = hidden.masked_scatter(image_mask[row : row + 1, :, None], features)
             hidden = hidden[:, self.width - self.lengths[row] :]
