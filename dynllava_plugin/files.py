@@ -44,6 +44,16 @@ def check_folder(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder}: can't be written ({error.strerror or error})") from None
 
 
+def check_file(flag: str, file: Path) -> None:
+    """`UserError` that names `flag` where `file` couldn't be written; nothing is made."""
+    if file.is_dir():
+        raise UserError(f"{flag} {file}: is a folder; name a file")
+    try:
+        check_folder(flag, file.parent)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{flag} {file.parent}:", f"{flag} {file}:", 1)) from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from dynllava_plugin.errors import UserError
 
 MODES = ("full", "image", "image_text")
 IMAGE_POLICIES = ("learned", "random")
+# The integers among the settings and the least each may be.
+_LEAST = {
+    **dict.fromkeys(
+        ("sparse_layer", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"), 1
+    ),
+    **dict.fromkeys(("random_seed", "min_text_length"), 0),
+}
 
 
 @dataclass
@@ -83,29 +92,31 @@ class SparsityConfig:
                 "mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'"
             )
         for name in ("vision_keep_rate", "text_keep_rate"):
-            rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate <= 1.0:
-                raise UserError(f"{name}: {rate!r} is outside (0, 1]")
-        for name in (
-            "sparse_layer",
-            "predictor_dim",
-            "predictor_heads",
-            "predictor_ffn_dim",
-            "predictor_layers",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: {value!r} is not a positive integer")
+            if not 0.0 < self._number(name, Real, "outside (0, 1]") <= 1.0:
+                raise UserError(f"{name}: {getattr(self, name)!r} is outside (0, 1]")
+        if not 0.0 <= self._number("keep_loss_weight", Real, "not a number") < math.inf:
+            raise UserError(f"keep_loss_weight: {self.keep_loss_weight!r} is not a finite number from 0")
+        for name, least in _LEAST.items():
+            kind = "a positive integer" if least else "an integer from 0"
+            if self._number(name, Integral, f"not {kind}") < least:
+                raise UserError(f"{name}: {getattr(self, name)!r} is not {kind}")
         if self.predictor_dim % 4 or self.predictor_dim % self.predictor_heads:
             raise UserError(
                 f"predictor_dim: {self.predictor_dim} must be divisible by 4 and by predictor_heads={self.predictor_heads}"
             )
-        if self.min_text_length < 0 or self.keep_loss_weight < 0:
-            raise UserError("min_text_length and keep_loss_weight must not be negative")
         if num_layers is not None and self.sparse_layer >= num_layers:
             raise UserError(
                 f"sparse_layer: {self.sparse_layer} is outside the model, which has layers 0..{num_layers - 1}"
             )
+
+    def _number(self, name: str, kind: type, otherwise: str) -> Any:
+        """Return a field's value as Python's own number (of numpy's or torch's scalars), which JSON can write."""
+        value = getattr(self, name)
+        value = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{name}: {value!r} is {otherwise}")
+        setattr(self, name, value)
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import check_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(f"{Path(args.image).stem}_kept.png")
     if output.suffix.lower() != ".png":
         raise UserError(f"--output: {output} must end in .png")
+
+    check_file("--output", output)
 
     from dynllava_plugin import explain, load_model
     from dynllava_plugin.evaluation.engine.images import load_image

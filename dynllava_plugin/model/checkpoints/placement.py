@@ -9,6 +9,9 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 
+# Spelled out: PyTorch has other names of the same types ("float"), and float64 is for checking figures.
+_NAMES = ("float32", "bfloat16", "float16", "float64")
+
 
 def find_device(device: str | torch.device | None) -> torch.device:
     """The device meant, the GPU where none is named and there is one; `UserError` where it isn't here."""
@@ -33,8 +36,8 @@ def find_dtype(
     text: Any = config.text_config
     if wanted in (None, "auto"):
         wanted = config.dtype or text.dtype or of_weights
-    if isinstance(wanted, str):
-        wanted = getattr(torch, wanted.removeprefix("torch."), None)
+    if isinstance(wanted, str) and wanted.removeprefix("torch.") in _NAMES:
+        wanted = getattr(torch, wanted.removeprefix("torch."))
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise UserError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
     return wanted
