@@ -43,3 +43,17 @@ def host() -> dict[str, Any]:
         facts["accelerator"] = torch.cuda.get_device_name(0)
     facts["threads"] = torch.get_num_threads()
     return facts
+
+
+def free_bytes(device: Any) -> int:
+    """Return how many bytes could be allocated now on a `torch.device`; 2**62 where the system doesn't say."""
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return 1 << 62

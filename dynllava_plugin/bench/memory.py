@@ -9,7 +9,8 @@ import torch
 from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, held_bytes, kept_share, spaced
 from dynllava_plugin.bench.subject import Prompts, estimated_bytes
-from dynllava_plugin.bench.timing import free_bytes, release
+from dynllava_plugin.bench.timing import release
+from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.flops import cache_bytes
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 

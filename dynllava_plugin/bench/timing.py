@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import UserError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -86,18 +87,6 @@ def summary(times: list[float]) -> dict[str, float]:
         "iqr_s": quarter[2] - quarter[0],
         "repeats": len(times),
     }
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return 1 << 62
 
 
 def require_memory(needed: float, device: torch.device, what: str) -> None:

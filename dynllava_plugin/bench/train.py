@@ -18,7 +18,6 @@ from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import shape_named
 from dynllava_plugin.bench.timing import (
     find_device,
-    free_bytes,
     interleaved,
     release,
     require_memory,
@@ -27,6 +26,7 @@ from dynllava_plugin.bench.timing import (
 from dynllava_plugin.bench.train_attention import IMPLEMENTATIONS, plain_bytes
 from dynllava_plugin.bench.train_memory import attention_peak, step_peak
 from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, peak_flops
+from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
 

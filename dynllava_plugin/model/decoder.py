@@ -16,14 +16,16 @@ from dynllava_plugin.model.call_settings import call_settings
 from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
 from dynllava_plugin.model.outputs import SparseDecoderOutput
-from dynllava_plugin.model.packing import Tokens, at_columns, last_column, present_tokens
+from dynllava_plugin.model.packing import Tokens, at_columns, gather_columns, last_column, present_tokens
 from dynllava_plugin.model.positions import moved_up, position_offset, token_positions
+from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.token_layout import read_layout, valid_columns
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import training_context
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
+from dynllava_plugin.sparsity.tracks import packing_order
 
 
 class SparseDecoder(nn.Module):
@@ -233,6 +235,53 @@ class SparseDecoder(nn.Module):
             track.commit_static()
         cache.fed.add_(valid)  # type: ignore[union-attr]
         return self.norm(tokens.hidden), stays
+
+    def static_prefill(
+        self, tokens: Tokens, lengths: torch.Tensor, cache: StaticCache, policy: Policy
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`forward` for whole prompts into an empty static cache, in tensor operations of fixed shape alone.
+
+        Padding stands behind each prompt: the causal order hides it, so that no layer needs a mask.
+
+        Parameters
+        ----------
+        tokens : Tokens
+            [B, L] with as many images of one size in each prompt, and no output text.
+        lengths : int64 [B]
+            Real tokens of each.
+        policy : Policy
+            One that allows `static_prefill`.
+
+        Returns
+        -------
+        [B, 1, d] the last real token's hidden states; bool [B, N_img] image tokens that stay, and their scores, or None.
+        """
+        use_sparse_attention(self.config)
+        call, decision, ends = SparseCall(cache), None, _segment_ends(policy, len(self.layers))
+        batch, rotary = len(lengths), None
+        for start, end in zip((0, *ends[:-1]), ends, strict=True):
+            length = tokens.hidden.shape[1]
+            if start < end:
+                call.watch = WatchLastPromptToken.of(
+                    policy.attention_layers, start, end, tokens.valid, tokens.layout
+                )
+                track: Any = cache.layers[start].track
+                track.plan_whole(lengths, length)
+                mask = context_mask(self.config, tokens.valid, [length] * batch, tokens.hidden)
+                rotary = rotary or self.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
+                tokens = self._run(start, end, tokens, mask, rotary, call)
+                track.commit()
+            if end not in policy.layers or not tokens.layout.image_lengths:
+                continue
+            watch = call.watch
+            attention = watch.weights if isinstance(watch, WatchLastPromptToken) else None
+            decision = decide(policy, self._view(end, tokens, attention), tokens.valid, [length] * batch)
+            assert decision.counts is not None
+            lengths, rotary = decision.keep.sum(1), None
+            tokens = tokens.first(packing_order(decision.keep, max(decision.counts)), lengths)
+        last = gather_columns(tokens.hidden, lengths[:, None] - 1)
+        found = (None, None) if decision is None else (decision.image_keep, decision.image_score)
+        return self.norm(last), *found
 
     def _gate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import nn
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.call_settings import settings_of_call
-from dynllava_plugin.model.outputs import DynamicLlavaOutput
-from dynllava_plugin.model.positions import token_positions
-from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.policies import Policy
+from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput
+from dynllava_plugin.model.packing import Tokens
+from dynllava_plugin.model.positions import position_offset, token_positions
+from dynllava_plugin.model.static_decoding import StaticCache, captures
+from dynllava_plugin.model.static_prefill import StaticPrefill
+from dynllava_plugin.model.token_layout import valid_columns
+from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
+_SAID: set[str] = set()  # policies whose steps can't be captured, of which that was said
 _ASSISTED = "guessed tokens are taken back, but what they let the cache drop can't be"
 REFUSED = {
     "prefill_chunk_size": "which image tokens stay is decided over the whole prompt",
@@ -30,6 +35,7 @@ class SparseGeneration(nn.Module):
     """Of `SparseVLM`: the loop and the caches it runs on."""
 
     model: Any
+    static_prefill: StaticPrefill
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
@@ -135,6 +141,27 @@ class SparseGeneration(nn.Module):
             raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
         return llm.new_cache()
 
+    def _static_prefill(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        layout: TokenLayout,
+        deepstack: tuple[torch.Tensor, ...],
+        cache: StaticCache,
+        policy: Policy,
+    ) -> SparseDecoderOutput | None:
+        """Whole prompts through a bucket's shapes; None where they have to go the common way."""
+        batch, length, _ = embeds.shape
+        valid = valid_columns(attention_mask, batch, length, 0, embeds.device)
+        text, turned = token_positions(attention_mask, position_ids, valid, None)
+        tokens = Tokens(embeds, turned, text, valid, valid, layout.counts, None, layout, deepstack)
+        assert layout.counts is not None
+        outputs = self.static_prefill.run(self.model.language_model, policy, tokens, layout.counts, cache)
+        if outputs is not None and turned is not text:
+            cache.offset = position_offset(turned, valid, None)
+        return outputs
+
     def _static_step(
         self,
         input_ids: torch.Tensor,
@@ -172,4 +199,7 @@ class SparseGeneration(nn.Module):
 
 def default_cache(device: torch.device, policy: Policy) -> str:
     """Return which cache a policy's decoding is fastest with: captured steps where there is CUDA and the policy allows them."""
-    return "static" if device.type == "cuda" and not policy.sequential else "dynamic"
+    if captures(device) and policy.sequential and policy.name not in _SAID:
+        _SAID.add(policy.name)
+        print(f"{policy.name}: lets tokens go later, its steps run uncaptured", file=sys.stderr)
+    return "static" if captures(device) and not policy.sequential else "dynamic"

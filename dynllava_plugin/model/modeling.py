@@ -17,6 +17,7 @@ from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at, training_outpu
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
+from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
     output_columns,
     place_images,
@@ -62,6 +63,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()  # type: ignore[operator]
         self.gumbel_tau = 1.0
+        self.static_prefill = StaticPrefill()
 
     def forward(
         self,
@@ -165,7 +167,12 @@ class SparseVLM(SparseGeneration, SparseScoring):
             return result if return_dict is not False else result.to_tuple()
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
-        outputs = llm(
+        captured = None
+        if only_last and isinstance(cache, StaticCache) and not cache.seen and not torch.is_grad_enabled():
+            captured = self._static_prefill(
+                embeds, attention_mask, position_ids, layout, added, cache, policy
+            )
+        outputs = captured or llm(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -175,7 +182,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
             last_only=only_last,
             deepstack=added,
         )
-        hidden = outputs.last_hidden_state
+        hidden, decision = outputs.last_hidden_state, outputs.decision
+        assert hidden is not None and decision is not None
         if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep and labels is None:
@@ -195,10 +203,10 @@ class SparseVLM(SparseGeneration, SparseScoring):
             past_key_values=outputs.past_key_values,
             image_hidden_states=features,
             token_index=outputs.token_index,
-            image_keep=outputs.decision.image_keep,
-            text_keep=outputs.decision.text_keep,
-            image_score=outputs.decision.image_score,
-            text_score=outputs.decision.text_score,
+            image_keep=decision.image_keep,
+            text_keep=decision.text_keep,
+            image_score=decision.image_score,
+            text_score=decision.text_score,
         )
         return result if return_dict is not False else result.to_tuple()
 

@@ -65,6 +65,25 @@ class Tokens:
         columns = torch.arange(self.valid.shape[1], device=self.valid.device)
         return torch.where(self.valid, columns, -1)
 
+    def first(self, order: torch.Tensor, lengths: torch.Tensor) -> Tokens:
+        """Return the tokens at `order` int64 [B, n], of which the first `lengths` int64 [B] are real; without a layout."""
+        there = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
+        positions = gather_positions(self.position_ids, order)
+        same = self.text_positions is self.position_ids
+        text = positions if same else gather_positions(self.text_positions, order)
+        levels = tuple(gather_columns(level, order) for level in self.deepstack)
+        return Tokens(
+            gather_columns(self.hidden, order),
+            positions,
+            text,
+            there,
+            there,
+            None,
+            None,
+            TokenLayout(),
+            levels,
+        )
+
     def packed(self, present: torch.Tensor, counts: Sequence[int], layout_too: bool) -> Tokens:
         """Return the tokens that are `present` bool [B, L], `counts` of each sample, packed to the right.
 

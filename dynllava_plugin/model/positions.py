@@ -34,11 +34,13 @@ def token_positions(
     return text, text
 
 
-def position_offset(positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache) -> torch.Tensor:
+def position_offset(
+    positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache | None
+) -> torch.Tensor:
     """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
     last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
     fed = valid.sum(1, keepdim=True)
-    return last + 1 - (fed if cache.fed is None else cache.fed + fed)
+    return last + 1 - (fed if cache is None or cache.fed is None else cache.fed + fed)
 
 
 def moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:

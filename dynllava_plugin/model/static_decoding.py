@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class StaticCache(SparseContextCache):
         self.captures = (compile_options or {}).get("mode") not in CAPTURE_THEMSELVES
         self._step: Step | None = None
         self._settings: Any = None
-        self._graph: _Graph | None = None
+        self._graph: tuple[Graph, Any] | None = None  # and the tensors it was captured over
 
     def is_step(self, input_ids: torch.Tensor | None, prompt_length: int | None) -> bool:
         """Whether a call is one output token a sample; any other call goes the common way."""
@@ -58,11 +59,15 @@ class StaticCache(SparseContextCache):
             self._step = step if self.compile_options is None else torch.compile(step, **self.compile_options)
             self._settings, self._graph = settings, None
         self.reserve_step()
-        if self.captures and inputs[0].device.type == "cuda":
-            if self._graph is None or not self._graph.fits(self, inputs):
+        if self.captures and captures(inputs[0].device):
+            over = inputs[0].shape, self.addresses()
+            if self._graph is None or self._graph[1] != over:
                 self._graph = None  # its memory is free again before the next capture
-                self._graph = _Graph(self, self._step, inputs)
-            logits, keep = self._graph.replay(inputs)
+                # What a trial step wrote lies behind the lengths again.
+                lengths = [self.fed, *(track.lengths for track in self.tracks)]
+                graph = Graph(partial(self._step, self), inputs, [x for x in lengths if x is not None])
+                self._graph = graph, over
+            logits, keep = self._graph[0].replay(inputs)
         else:
             if self.compile_options is not None:
                 self._pin_addresses()
@@ -70,6 +75,38 @@ class StaticCache(SparseContextCache):
         logits, keep = logits.clone(), keep.clone()  # a graph writes the next step's over them
         self.note(1, keep)
         return logits, keep
+
+    def adopt(
+        self,
+        fed: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
+        bounds: Sequence[int],
+        states: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Hold copies of a prefill's keys and values, computed elsewhere.
+
+        Parameters
+        ----------
+        fed : int64 [B, 1]
+            Real tokens of each sample.
+        lengths : sequence of int64 [B]
+            Of each track: the slots 0..lengths - 1 are held.
+        bounds : sequence of int
+            The longest of each track.
+        states : sequence of ([B', H_kv, n, D], [B', H_kv, n, D])
+            Keys and values of each layer, of B samples or more.
+        """
+        batch = len(fed)
+        for track, held, bound in zip(self.static_tracks(), lengths, bounds, strict=True):
+            track.hold(held[:batch].clone(), bound)
+        here, there = [], []
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer.lazy_initialization(keys[:batch], values[:batch])
+            bound = layer.track.bound
+            here += [layer.keys[:, :, :bound], layer.values[:, :, :bound]]
+            there += [keys[:batch, :, :bound], values[:batch, :, :bound]]
+        torch._foreach_copy_(here, there)
+        self.fed = fed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StaticCache:
         """Copies what is held; a captured or compiled step belongs to the buffers it was made over."""
@@ -85,38 +122,47 @@ class StaticCache(SparseContextCache):
             torch._dynamo.mark_static_address(tensor)
 
 
-class _Graph:
-    """A captured decode step over a cache's present buffers."""
+class Graph:
+    """A call captured on CUDA, to be replayed on other values of its inputs.
 
-    def __init__(self, cache: StaticCache, step: Step, inputs: tuple[torch.Tensor, ...]) -> None:
+    Parameters
+    ----------
+    call : callable
+        Tensors -> a tuple of tensors, in operations of fixed shape that never wait for the device.
+    inputs : tuple of tensors
+        Of which the graph has its own copies.
+    undo : sequence of tensors
+        What the call changes in place and trial runs before the capture must not.
+    """
+
+    def __init__(
+        self, call: Callable[..., tuple[Any, ...]], inputs: tuple[Any, ...], undo: Sequence[torch.Tensor] = ()
+    ) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        held = [cache.fed, *(track.lengths for track in cache.tracks)]
-        lengths = [length for length in held if length is not None]
-        before = [length.clone() for length in lengths]
+        before = [tensor.clone() for tensor in undo]
         self.device = inputs[0].device
         with torch.cuda.device(self.device):  # a capture is of the current device's streams
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries set themselves up, which a capture may not do
-                    step(cache, *self.inputs)
-                    # What a trial step wrote lies behind the lengths again.
-                    for length, value in zip(lengths, before, strict=True):
-                        length.copy_(value)
+                    call(*self.inputs)
+                    for tensor, value in zip(undo, before, strict=True):
+                        tensor.copy_(value)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=stream):
-                self.logits, self.keep = step(cache, *self.inputs)
-        self.addresses = cache.addresses()
+                self.outputs = call(*self.inputs)
 
-    def fits(self, cache: StaticCache, inputs: tuple[torch.Tensor, ...]) -> bool:
-        """Whether the cache's tensors and the batch are those of the capture."""
-        return self.inputs[0].shape == inputs[0].shape and self.addresses == cache.addresses()
-
-    def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the captured step for other tokens."""
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """Return the captured call's outputs for other values; the next replay writes over them."""
         with torch.cuda.device(self.device):
             for static, given in zip(self.inputs, inputs, strict=True):
                 static.copy_(given)
             self.graph.replay()
-        return self.logits, self.keep
+        return self.outputs
+
+
+def captures(device: torch.device) -> bool:
+    """Return whether calls of one shape are captured there."""
+    return device.type == "cuda"

@@ -63,6 +63,9 @@ class Policy:
     # Whether what it decides may depend on the prompt's words, before or behind an image, or on the prompt coming in one
     # call; False lets prompts that begin alike share their prefill.
     reads_question: ClassVar[bool] = True
+    # Whether its gates are tensor operations whose shapes follow from the prompt's length and images alone, without a wait
+    # for a value: such a prefill can be captured.
+    static_prefill: ClassVar[bool] = False
     # Its gate is at layer 0; `reduces_patches`: what passes it was chosen in the vision tower.
     at_input: ClassVar[bool] = False
     reduces_patches: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Combined(Policy):
         object.__setattr__(self, "predictors", frozenset().union(*(part.predictors for part in self.parts)))
         for name in ("uses_chance", "sequential", "reads_question", "reduces_patches"):
             object.__setattr__(self, name, any(getattr(part, name) for part in self.parts))
+        object.__setattr__(self, "static_prefill", all(part.static_prefill for part in self.parts))
         object.__setattr__(self, "vision_layer", self._image.vision_layer)
         several = next((part.name for part in self.parts if part.several_gates), None)
         if several and CACHE in owners:

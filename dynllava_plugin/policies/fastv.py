@@ -20,6 +20,7 @@ class FastV(ImagePolicy):
     name = "fastv"
     rule = "image tokens that the last prompt token attends to most, in layer k-1"
     source = "arXiv 2403.06764"
+    static_prefill = True
     layer_argument = "k"
     follows = False
 

@@ -15,5 +15,6 @@ class Full(Policy):
     rule = "everything stays"
     source = "LLaVA-1.5"
     reads_question = False
+    static_prefill = True
 
     layer: int = 2

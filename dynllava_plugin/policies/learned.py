@@ -18,6 +18,7 @@ class LearnedImage(ImagePolicy):
     rule = "image tokens by the image predictor (Dynamic-LLaVA, I)"
     source = _PAPER
     reads_question = False
+    static_prefill = True
     predictors = frozenset({IMAGE})
     follows = False  # the predictors were trained at their layer
 
@@ -37,6 +38,7 @@ class LearnedText(Policy):
     rule = "output tokens by the text predictor"
     source = _PAPER
     reads_question = False
+    static_prefill = True
     decides = frozenset({OUTPUT})
     predictors = frozenset({OUTPUT})
     follows = False

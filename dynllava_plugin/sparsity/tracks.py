@@ -149,6 +149,16 @@ class StaticTrack(ContextTrack):
         self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return mask
 
+    def plan_whole(self, lengths: torch.Tensor, slots: int) -> None:
+        """Plan a first call of `slots` tokens a sample, all stored, of which the first `lengths` int64 [B] are held."""
+        self.plan, self.capacity = Prefill(order=None), slots
+        self._pending, self._pending_bound = lengths, slots
+
+    def hold(self, lengths: torch.Tensor, bound: int) -> None:
+        """Hold `lengths` int64 [B] tokens, at most `bound`."""
+        self.lengths, self.bound = lengths, bound
+        self.capacity = -(-(bound + self.growth_step) // MASK_ALIGNMENT) * MASK_ALIGNMENT
+
     def reserve_step(self) -> bool:
         """Count on one more token; whether the buffers have to grow for it.
 

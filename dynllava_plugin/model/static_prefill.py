@@ -1,0 +1,263 @@
+"""Prefill in shapes that a bucket fixes, captured on CUDA and replayed.
+
+A prompt's operations depend on how long it is. So prompts are padded to the next bucket of lengths and batches, with the padding
+behind them, where the causal order hides it: no layer needs a mask. What stays of each image is a number known beforehand, so
+every later segment has one shape, too. A bucket that comes a second time is captured, over buffers of its own, and what it leaves
+is copied into the call's cache. Elsewhere than on CUDA a static cache's prefill runs the same operations uncaptured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from dynllava_plugin.environment import free_bytes
+from dynllava_plugin.model.gate import Decision
+from dynllava_plugin.model.outputs import SparseDecoderOutput
+from dynllava_plugin.model.packing import Tokens, gather_columns, gather_positions, last_column
+from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
+from dynllava_plugin.policies import Policy, TokenLayout
+from dynllava_plugin.sparsity.tracks import packing_order
+
+HELD = 8  # graphs at once
+SHARE = 0.5  # of the free memory that a graph may take: the call's own cache comes beside it
+CAPTURES = 64  # in a model's life; a run whose prompts are of ever other lengths goes on without
+# Buckets between a power of two and the next: at most a sixteenth of the tokens is padding, an eighth of the rows.
+LENGTHS, BATCHES = 16, 8
+
+
+class Bucket(NamedTuple):
+    """What fixes a prefill's shapes: rows, columns of each, images of each and tokens of each image."""
+
+    batch: int
+    length: int
+    images: int
+    image_tokens: int
+
+    def __str__(self) -> str:
+        return f"prefill of {self.batch} x {self.length} tokens"
+
+
+def bucket(count: int, between: int) -> int:
+    """Return the least bucket that holds `count`, of `between` ones from a power of two to the next."""
+    step = max(1, (1 << (count.bit_length() - 1)) // between)
+    return -(-count // step) * step
+
+
+class StaticPrefill:
+    """A model's captured prefills.
+
+    Attributes
+    ----------
+    captured, replayed : int
+        Captures and replays so far.
+    plain : Counter
+        Why how many prefills behind a static cache went the common way.
+    """
+
+    def __init__(self) -> None:
+        self.captured, self.replayed, self.plain = 0, 0, Counter[str]()
+        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._weights: tuple[int, ...] = ()
+        self._met: set[Any] = set()
+        self._refused: set[Any] = set()
+        self._lock = Lock()  # a graph's buffers serve one call at a time
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model begins anew: graphs belong to the weights they were captured over."""
+        return StaticPrefill, ()
+
+    @torch.no_grad()
+    def run(
+        self, llm: Any, policy: Policy, tokens: Tokens, counts: Sequence[int], cache: StaticCache
+    ) -> SparseDecoderOutput | None:
+        """Prefill an empty `cache`; None where the call has to go the common way.
+
+        Parameters
+        ----------
+        llm : SparseDecoder
+        tokens : Tokens
+            As they enter the decoder, padded at either end.
+        counts : sequence of int
+            Real tokens of each sample.
+
+        Returns
+        -------
+        SparseDecoderOutput
+            With the last token's hidden states [B, 1, d].
+        """
+        per_row = _images_of_each_row(tokens.layout, len(counts))
+        reason = _why_not(policy, tokens, per_row)
+        if reason:
+            self.plain[reason] += 1
+            return None
+        assert per_row is not None
+        images, each = per_row
+        to = Bucket(bucket(len(counts), BATCHES), bucket(max(counts), LENGTHS), images, each)
+        inputs = _aligned(tokens, counts, to)
+        device = tokens.hidden.device
+
+        def call(*given: torch.Tensor) -> tuple[Any, ...]:
+            buffers = StaticCache(len(llm.layers), policy.splits)
+            found = llm.static_prefill(_tokens(given, to), given[2], buffers, policy)
+            return *found, buffers
+
+        with self._lock:
+            if captures(device):
+                kind = to, policy, llm.config._attn_implementation, inputs[0].dtype, len(inputs)
+                graph = self._graph(kind, llm, call, inputs, to)
+                if graph is None:
+                    return None
+                self.replayed += 1
+                last, image_keep, image_score, buffers = graph.replay(inputs)
+            else:
+                last, image_keep, image_score, buffers = call(*inputs)
+            rows = len(counts)
+            states = [(layer.keys, layer.values) for layer in buffers.layers]
+            lost = [to.length - track.bound for track in buffers.tracks]
+            bounds = [max(counts) - gone for gone in lost]
+            fed = tokens.valid.sum(1, keepdim=True)
+            cache.adopt(fed, [track.lengths for track in buffers.tracks], bounds, states)
+            last, image_keep, image_score = (
+                None if found is None else found[:rows].clone() for found in (last, image_keep, image_score)
+            )
+        cache.note(tokens.valid.shape[1], None, image_keep)
+        columns = torch.arange(tokens.valid.shape[1], device=device)
+        index = torch.where(last_column(tokens.valid), columns, -1).amax(1, keepdim=True)
+        decision = Decision(tokens.valid, image_keep=image_keep, image_score=image_score)
+        return SparseDecoderOutput(
+            last_hidden_state=last, past_key_values=cache, token_index=index, decision=decision
+        )
+
+    def _graph(
+        self, key: Any, llm: Any, call: Any, inputs: tuple[torch.Tensor, ...], to: Bucket
+    ) -> Graph | None:
+        """Return a bucket's graph, captured when the bucket comes a second time; None where there is none."""
+        weights = tuple(parameter.data_ptr() for parameter in llm.parameters())
+        if weights != self._weights:  # loaded anew, moved, an adapter put in
+            self._weights = weights
+            self._graphs.clear()
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        if key in self._refused:
+            self.plain["bucket can't be captured"] += 1
+            return None
+        if key not in self._met:
+            self._met.add(key)
+            self.plain["a bucket's first prompt"] += 1
+            return None
+        reason = _not_plain(llm)
+        if self.captured >= CAPTURES:
+            reason = f"{CAPTURES} buckets were captured already"
+        needed, free = needed_bytes(llm.config, to, inputs[0].element_size()), free_bytes(inputs[0].device)
+        if needed > SHARE * free:
+            reason = f"its graph needs about {needed / 2**30:.2f} of {free / 2**30:.2f} GiB free"
+        if not reason:
+            if len(self._graphs) >= HELD:
+                self._graphs.popitem(last=False)
+            try:
+                with torch.inference_mode(False):  # its buffers are written again by calls of any kind
+                    self._graphs[key] = Graph(call, inputs)
+                self.captured += 1
+                return self._graphs[key]
+            except RuntimeError as error:  # out of memory, or an operation that no capture takes
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+        self._refused.add(key)
+        self.plain["bucket can't be captured"] += 1
+        print(f"{to}: {reason}; it runs uncaptured", file=sys.stderr)
+        return None
+
+
+def needed_bytes(config: Any, to: Bucket, itemsize: int) -> int:
+    """Return about how many bytes a bucket's graph holds: keys and values of every layer, and one layer's activations."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    held = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    return to.batch * to.length * itemsize * (held + 6 * config.hidden_size + 3 * config.intermediate_size)
+
+
+def _images_of_each_row(layout: TokenLayout, batch: int) -> tuple[int, int] | None:
+    """(images, tokens of each) that every sample has; None where samples differ."""
+    if not layout.image_lengths:
+        return 0, 0
+    each, images = set(layout.image_lengths), len(layout.image_lengths) // batch
+    rows = tuple(row for row in range(batch) for _ in range(images))
+    return (images, each.pop()) if len(each) == 1 and layout.image_rows == rows else None
+
+
+def _why_not(policy: Policy, tokens: Tokens, per_row: Any) -> str:
+    if not policy.static_prefill:
+        return f"{policy.name}'s gates"
+    if tokens.layout.output_mask is not None:
+        return "output text in the prompt"
+    if per_row is None:
+        return "images that differ from sample to sample"
+    return "autocast" if torch.is_autocast_enabled(tokens.hidden.device.type) else ""
+
+
+def _not_plain(llm: Any) -> str:
+    """Why what the modules do may change behind a graph's back; empty where it can't."""
+    for module in llm.modules():
+        adapter = type(module).__module__.startswith("peft.")
+        if adapter or hasattr(module, "_hf_hook") or module._forward_hooks:
+            return f"{type(module).__name__} has an adapter or a hook"
+    devices = {parameter.device for parameter in llm.parameters()}
+    return "" if len(devices) == 1 else "the layers are on several devices"
+
+
+def _aligned(tokens: Tokens, counts: Sequence[int], to: Bucket) -> tuple[torch.Tensor, ...]:
+    """Return states [B, L, d], image places int64 [T], lengths int64 [B], text positions and position ids, levels of deepstack.
+
+    Padding stands behind each prompt; rows beyond the batch repeat its last one.
+    """
+    valid, width = tokens.valid, max(counts)
+    batch, length = valid.shape
+    more, behind = to.batch - batch, to.length - width
+    order = None if min(counts) == length else packing_order(valid, width)
+
+    def states(values: torch.Tensor) -> torch.Tensor:
+        values = values if order is None else gather_columns(values, order)
+        values = pad(values, (0, 0, 0, behind))
+        return torch.cat([values, values[-1:].expand(more, -1, -1)]) if more else values
+
+    def positions(values: torch.Tensor) -> torch.Tensor:
+        values = values.expand(*values.shape[:-2], batch, -1)
+        values = pad(values if order is None else gather_positions(values, order), (0, behind))
+        if not more:
+            return values
+        return torch.cat([values, values[..., -1:, :].expand(*values.shape[:-2], more, -1)], -2)
+
+    lengths = valid.sum(1)
+    lengths = torch.cat([lengths, lengths[-1:].expand(more)])
+    places = valid.new_zeros(0, dtype=torch.int64)
+    if to.images:
+        columns = (valid.cumsum(1) - 1).flatten()[tokens.layout.image_index].view(batch, -1)
+        columns = torch.cat([columns, columns[-1:].expand(more, -1)])
+        places = (columns + torch.arange(to.batch, device=columns.device)[:, None] * to.length).flatten()
+    text, turned = positions(tokens.text_positions), positions(tokens.position_ids)
+    return states(tokens.hidden), places, lengths, text, turned, *map(states, tokens.deepstack)
+
+
+def _tokens(given: tuple[torch.Tensor, ...], to: Bucket) -> Tokens:
+    """Return what `_aligned` gave as the tokens of a call."""
+    hidden, places, lengths, text, turned, *levels = given
+    valid = torch.arange(to.length, device=hidden.device) < lengths[:, None]
+    layout = TokenLayout()
+    if to.images:
+        mask = torch.zeros_like(valid)
+        mask.view(-1).index_fill_(0, places, True)
+        layout = TokenLayout(
+            image_mask=mask,
+            image_lengths=(to.image_tokens,) * (to.batch * to.images),
+            image_rows=tuple(row for row in range(to.batch) for _ in range(to.images)),
+            image_index=places,
+        )
+    if turned.dim() == 2:
+        turned = text
+    return Tokens(hidden, turned, text, valid, valid, None, None, layout, tuple(levels))
