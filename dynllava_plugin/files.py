@@ -31,6 +31,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def leaves(folder: Path, name: str) -> bool:
+    """Return whether the path `name`, taken from `folder`, ends outside of it: upwards, absolute, or through a link."""
+    inside = os.path.realpath(folder)
+    return os.path.commonpath([inside, os.path.realpath(os.path.join(inside, name))]) != inside
+
+
 def check_folder(flag: str, folder: Path) -> None:
     """`UserError` that names `flag` where nothing could be written into `folder`; it isn't made if it isn't there."""
     place = folder.absolute()

@@ -158,6 +158,35 @@ def test_bad_input_is_one_line(
     assert error.startswith("error: ") and problem in error and error.count("\n") == 1
 
 
+def test_the_output_place_is_looked_at_before_the_work(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "sets").touch()
+    instruct = files / "instruct.json"
+    instruct.write_text("[{")  # would be named, were it read
+    assert build(files, "--instruct", str(instruct)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {files / 'sets'}: can't be written") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("image", ["../outside.jpg", "{root}/coco/outside.jpg", "link.jpg"])
+def test_images_outside_of_their_folder_are_refused(
+    files: Path, capsys: pytest.CaptureFixture[str], image: str
+) -> None:
+    outside = files / "coco" / "outside.jpg"
+    outside.write_bytes(b"jpg")
+    (files / "coco" / "train2017" / "link.jpg").symlink_to(outside)
+    image = image.format(root=files)
+    entries = [talk("odd", image, [150]), talk("eight", "e.jpg", [40] * 8)]
+    (files / "instruct.json").write_text(json.dumps(entries))
+    flags = ["--instruct", str(files / "instruct.json")]
+    assert build(files, *flags) == 2
+    error = capsys.readouterr().err
+    assert f"{image} lies outside of it" in error and "--allow_outside" in error and error.count("\n") == 1
+    assert not (files / "sets").exists()
+    assert build(files, *flags, "--allow_outside") == 0
+
+
 def test_an_empty_set_stops_no_other(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = str(files / "captions.json")
     assert build(files, "--instruct", captions, "--sharegpt4v", captions) == 2

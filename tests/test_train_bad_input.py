@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
-from tests.training_kit import conversation, save_mixture
+from tests.training_kit import conversation, save_checkpoint, save_mixture
 from train.finetune import main, one_line
 
 GOOD = {"id": "good", "image": "0.png", "conversations": conversation(("<image>\nwhat", "a"), ("which", "b"))}
@@ -66,7 +67,18 @@ def command(data, tmp_path, *flags: str) -> list[str]:
         ("--warmup_steps nan", "--warmup_steps nan"),
         ("--num_train_epochs inf", "--num_train_epochs inf"),
         ("--lora_alpha nan", "--lora_alpha nan"),
+        ("--learning_rate inf", "--learning_rate inf"),
+        ("--predictor_learning_rate nan", "--predictor_learning_rate nan"),
+        ("--keep_loss_weight inf", "--keep_loss_weight inf"),
+        ("--keep_loss_weight -1", "keep_loss_weight"),
+        ("--weight_decay inf", "--weight_decay inf"),
+        ("--weight_decay -1", "--weight_decay -1"),
+        ("--max_grad_norm nan", "--max_grad_norm nan"),
+        ("--max_grad_norm inf", "--max_grad_norm inf"),
         ("--max_grad_norm -1", "--max_grad_norm -1"),
+        ("--skip_bad -1", "--skip_bad -1"),
+        ("--skip_bad 1.5", "--skip_bad 1.5"),
+        ("--skip_bad nan", "--skip_bad nan"),
         ("--loss_average mean", "--loss_average mean"),
         ("--train_projector true --lora_rank 4", "--train_projector"),
         ("--held_out 1 --lora_rank 4 --fsdp full_shard", "--held_out under FSDP"),
@@ -132,25 +144,24 @@ def test_missing_images_are_counted_by_folder(data, tmp_path, capsys):
     path = tmp_path / "mix.json"
     path.write_text(json.dumps(rows))
     line = refuse(capsys, *command(data, tmp_path, "--data_path", str(path)))
-    assert (
-        "5 images are missing (4 of 4 in sub, 1 of 2 in .)" in line and "sub/0.png" in line and "r0" in line
-    )
+    assert "5 of 6 samples can't be trained on, --skip_bad 0.001 allows 0: 4 x " in line
+    assert "(id 'r0'): image sub/0.png is missing (4 of 4 in sub); " in line
+    assert "image 9.png is missing (1 of 2 in .)" in line
 
 
 def test_an_image_folder_that_cannot_be_listed(data, tmp_path, capsys, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("train.images.os.listdir", refused)
+    monkeypatch.setattr("train.images.os.scandir", refused)
     assert "can't be listed (Permission denied)" in refuse(capsys, *command(data, tmp_path))
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora_rank", "4")])
 def test_the_folder_that_a_run_starts_from(data, tmp_path, capsys, adapter):
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    (tmp_path / "lora").mkdir()
+    base = save_checkpoint(tmp_path / "base")
+    capsys.readouterr()
+    shutil.copytree(base, tmp_path / "lora", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     out = ["--output_dir", str(tmp_path / "lora" / ".." / "base"), "--overwrite_output_dir", "true", *adapter]
     for start in (base, tmp_path / "lora"):
@@ -165,6 +176,72 @@ def test_layer_outside_the_model(data, tmp_path, capsys):
 def test_checkpoint_that_is_not_there(data, tmp_path, capsys):
     flags = command(data, tmp_path, "--model_name_or_path", str(tmp_path / "nowhere"))
     assert "nowhere" in refuse(capsys, *flags)
+
+
+@pytest.mark.parametrize("sparsity", [{"policy": "fastvv"}, {"sparse_layer": 400}, {"keep_loss_weight": -1}])
+def test_settings_of_the_checkpoint_itself_that_no_model_has(data, tmp_path, capsys, sparsity):
+    """The run's flags take their place, and would hide them until the model is used."""
+    start = save_checkpoint(tmp_path / "start")
+    capsys.readouterr()
+    config = json.loads((start / "config.json").read_text())
+    config["text_config"]["sparsity"].update(sparsity)
+    (start / "config.json").write_text(json.dumps(config))
+    assert next(iter(sparsity)) in refuse(
+        capsys, *command(data, tmp_path, "--model_name_or_path", str(start))
+    )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_nothing_is_written_before_model_and_places_are_looked_at(data, tmp_path, capsys):
+    """The data's cache was, though it takes minutes, and so was the output folder."""
+    (tmp_path / "file").touch()
+    for flags, named in (
+        ("--model_name_or_path nowhere/at/all", "nowhere/at/all"),
+        ("--sparse_layer 99", "sparse_layer"),
+        ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: not a whole checkpoint"),
+        (f"--output_dir {tmp_path / 'file'}", "--output_dir"),
+        (f"--output_dir {tmp_path / 'file' / 'below'}", "--output_dir"),
+        ("--image_folder nowhere", "--image_folder nowhere: no such folder"),
+    ):
+        assert named in refuse(capsys, *command(data, tmp_path, *flags.split()))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], flags
+
+
+def test_paths_out_of_the_image_folder_are_refused_before_anything_is_read(data, tmp_path, capsys):
+    images = tmp_path / "root" / "images"
+    images.mkdir(parents=True)
+    shutil.copy(data[1] / "0.png", images.parent / "secret.png")
+    shutil.copy(data[1] / "0.png", images / "0.png")
+    (images / "link.png").symlink_to(images.parent / "secret.png")
+    (images / "folder").symlink_to(images.parent)
+    (images / "inside.png").symlink_to("0.png")
+    path = tmp_path / "mix.json"
+    outside = ["../secret.png", str(images.parent / "secret.png"), "link.png", "folder/secret.png"]
+    flags = [
+        "--data_path",
+        str(path),
+        "--image_folder",
+        str(images),
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+    ]
+    flags += [
+        "--global_batch_size",
+        "1",
+        "--per_device_train_batch_size",
+        "1",
+        "--dataloader_num_workers",
+        "0",
+    ]
+    for image in outside:
+        path.write_text(json.dumps([{**GOOD, "image": "inside.png"}, {**GOOD, "id": "odd", "image": image}]))
+        line = refuse(capsys, *command(data, tmp_path, *flags, "--skip_bad", "1"))
+        assert f"{image} of" in line and "(id 'odd') lies outside of it" in line and "--allow_outside" in line
+    path.write_text(json.dumps([{**GOOD, "image": image} for image in ["inside.png", *outside]]))
+    flags += ["--allow_outside", "true", "--report_to", "none"]
+    assert main(command(data, tmp_path, *flags)) == 0
 
 
 def test_folder_that_holds_a_model(data, tmp_path, capsys):

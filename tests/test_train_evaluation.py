@@ -129,11 +129,11 @@ def test_held_out_images_that_cannot_be_read_are_found_before_training(tmp_path,
     ]
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "unreadable image" in line and "makes 1 (all in" in line and "--max_unreadable" in line
-    assert main([*command, "--max_unreadable", "3"]) == 2
+    assert "3 x " in line and "unreadable image" in line and "--skip_bad allows 0 (all in" in line
+    assert main([*command, "--skip_bad", "3"]) == 2
     assert "--held_out 3: none of these" in capsys.readouterr().err
     broken.write_bytes(whole)
-    assert main([*command, "--max_unreadable", "2"]) == 0
+    assert main([*command, "--skip_bad", "2"]) == 0
     assert "skipped samples: 2 (2 unreadable)" in capsys.readouterr().out
     assert [row["eval_samples"] for row in rows(tmp_path / "out" / "eval_log.csv")] == [1]
 

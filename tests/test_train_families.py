@@ -415,7 +415,7 @@ def test_lengths_are_about_those_of_the_tokens(tmp_path: Path, loaded) -> None:
     (tmp_path / "small" / "1.png").write_bytes(b"no image")
     mixture, _ = open_mixture(tmp_path / "mix.json", tmp_path / "cache")
     skipped = SkippedSamples(tmp_path / "skipped.jsonl")
-    dataset = ConversationDataset(mixture, tmp_path, encoder_of(model, processor), 2048, 0, False, skipped)
+    dataset = ConversationDataset(mixture, tmp_path, encoder_of(model, processor), 2048, False, skipped)
     readable = [number for number in range(24) if number != 1]
     exact = [len(dataset[number]["input_ids"]) for number in readable]
     assert np.corrcoef(exact, dataset.lengths()[readable])[0, 1] > 0.9

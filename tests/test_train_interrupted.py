@@ -395,7 +395,7 @@ def test_a_disk_that_is_full_for_small_files_is_one_line(flags, tmp_path, capsys
     (folder / (name if name == "skipped.jsonl" else f".{name}")).symlink_to("/dev/full")
     if name == "skipped.jsonl":
         with pytest.raises(UserError, match=r"skipped\.jsonl: cannot be written \(No space left"):
-            SkippedSamples(folder / name).add(0, "unreadable", "")
+            SkippedSamples(folder / name).add((0, "unreadable", ""))
         return
     assert main(command(flags, folder, "--max_steps", "1", "--save_strategy", "no")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
 from dynllava_plugin.sparsity.selection import last_answer
 from tests.property_tests import examples
-from tests.training_kit import IMAGE_TOKENS, processor
+from tests.training_kit import IMAGE_TOKENS, conversation, processor
 from train.conversation import IGNORE, ConversationEncoder
 from train.data import Collator, count_image_tokens
 from train.samples import Sample
@@ -101,3 +103,53 @@ def test_a_tokenizer_with_another_end_of_sequence_is_refused():
     ready.tokenizer.eos_token = "<s>"
     with pytest.raises(UserError, match="end of sequence"):
         encoder(ready)
+
+
+def llava_learns(turns: list[tuple[str, str]]) -> bool:
+    """LLaVA's rule in words: cut at `</s>`; each round, up to an empty one, has one " ASSISTANT: " in it; nothing is left over."""
+    text, learned = vicuna_v1(turns), 0
+    for part in text.split("</s>"):
+        if not part or len(part.split(" ASSISTANT: ")) != 2:
+            break
+        learned += len(part) + len("</s>")
+    return learned == len(text)
+
+
+ODD = st.text(st.sampled_from("ab "), max_size=4)
+MARKED = st.lists(
+    ODD | st.sampled_from(["</s>", "ASSISTANT: ", "ASSISTANT:", "USER: ", "<pad>"]), min_size=1, max_size=3
+)
+PART = MARKED.map("".join).filter(str.strip)
+
+
+@examples(150)
+@given(turns=st.lists(st.tuples(PART, PART), min_size=1, max_size=3))
+def test_a_turn_that_ends_or_begins_an_answer_teaches_nothing(turns):
+    sample = sample_of(turns)
+    tokens = encoder(PROCESSORS["llama"])(sample)
+    assert any(label != IGNORE for label in tokens.labels) == llava_learns(list(sample.turns))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bytes"])
+def test_a_literal_pad_is_text(kind):
+    ready = PROCESSORS[kind]
+    sample = sample_of([("what is a <pad>", "a <pad> is <pad>")])
+    tokens = encoder(ready)(sample)
+    pad = ready.tokenizer.pad_token_id
+    assert pad not in tokens.input_ids
+    assert ready.tokenizer.decode(tokens.input_ids).replace("▁", " ").count("<pad>") == 3
+    assert ready.tokenizer("<pad>", add_special_tokens=False)["input_ids"] == [pad]  # as before
+
+
+def test_a_sample_that_teaches_nothing_is_named(tmp_path):
+    from tests.test_train_data import dataset_of
+    from train.mixture import open_mixture
+
+    rows = [{"image": "0.png", "conversations": conversation(("<image>\nwhat", "a</s> b"))}]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    dataset = dataset_of(
+        open_mixture(tmp_path / "mix.json", tmp_path / "c")[0], tmp_path, tmp_path, PROCESSORS["llama"]
+    )
+    assert set(dataset[0]["labels"]) == {IGNORE}
+    assert dataset.skipped.counts() == {"not labelled": 1} and not dataset.skipped.too_many()

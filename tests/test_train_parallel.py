@@ -99,7 +99,7 @@ def test_what_one_process_finds_ends_all(flags, tmp_path):
     flags = [*flags, "--image_folder", str(tmp_path), "--per_device_train_batch_size", "2", "--use_cpu"]
     done = run(*side_by_side([*flags, "--output_dir", str(tmp_path / "out")], tmp_path / "log", 2))
     assert [one.status for one in done] == [2, 2], "\n".join(one.output for one in done)
-    assert "images are missing" in done[0].output and "images are missing" not in done[1].output
+    assert "0.png is missing (10 of 10 in .)" in done[0].output and "error" not in done[1].output
 
 
 FSDP2 = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -12,14 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from dynllava_plugin import load_model
-from tests.training_kit import save_checkpoint, save_mixture
+from tests.training_kit import conversation, save_checkpoint, save_mixture
 from train.command_line import parse
 from train.finetune import main
 from train.noise import gumbel_noise
+from train.sampling import EpochSampler
+from train.skipped import most_frequent
 from train.trainer import PREDICTORS, DynamicLlavaTrainer, freeze
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +279,7 @@ def test_a_run_says_nothing_of_deprecated_names(flags, tmp_path):
         warnings.simplefilter("always")
         assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
         assert main([*flags, "--gradient_checkpointing", "true", "--output_dir", str(tmp_path / "old")]) == 0
+        assert main([*flags, "--lora_rank", "2", "--output_dir", str(tmp_path / "lora")]) == 0
     assert not [str(one.message) for one in said if "deprecated" in str(one.message)]
 
 
@@ -285,27 +290,88 @@ def test_short_answers_leave_the_text_rate_alone(flags, tmp_path):
     assert row["text_keep_loss"] == 0 and "text_keep_rate" not in row and row["image_keep_loss"] > 0
 
 
-def test_unreadable_samples_are_counted_up_to_a_limit(flags, tmp_path, capsys):
+def test_unreadable_samples_are_skipped_up_to_a_limit(flags, tmp_path, capsys):
+    """Found in the run; one too many stops it behind a checkpoint, from which a larger limit goes on."""
     mixture, images = save_mixture(tmp_path / "data")
     for name in ("3.png", "5.png"):
         (images / name).write_bytes((images / name).read_bytes()[:40])
     out = tmp_path / "out"
     data = ["--data_path", str(mixture), "--image_folder", str(images), "--output_dir", str(out)]
-    recipe = ["--global_batch_size", "8", "--max_steps", "1"]
-
-    def refused(*limit: str) -> str:
-        assert main([*flags, *data, *recipe, *limit]) == 2
-        assert not (out / "config.json").exists()
-        return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-
-    first = refused()
-    assert "makes 1" in first and "--max_unreadable" in first and str(out / "skipped.jsonl") in first
-    assert ("3.png" in first and "s3" in first) or ("5.png" in first and "s5" in first)
-    assert "makes 2" in refused("--max_unreadable", "1")
-    assert main([*flags, *data, *recipe, "--max_unreadable", "2"]) == 0
-    assert "skipped samples: 2 (2 unreadable), see" in capsys.readouterr().out
+    recipe = ["--global_batch_size", "4", "--per_device_train_batch_size", "4", "--max_steps", "3"]
+    assert main([*flags, *data, *recipe]) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert "--skip_bad allows 0" in line and "unreadable image" in line and str(out / "skipped.jsonl") in line
+    assert ("3.png" in line and "s3" in line) or ("5.png" in line and "s5" in line)
+    (left,) = out.glob("checkpoint-*")
+    assert f"stopped after step {left.name.split('-')[1]}, which is saved" in said.out
+    assert not (out / "config.json").exists()
+    assert main([*flags, *data, *recipe, "--skip_bad", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"going on from {left}" in said and "skipped samples: 2 (2 unreadable), see" in said
     named = (out / "skipped.jsonl").read_text()
     assert "3.png" in named and "5.png" in named
+
+
+def test_a_mixture_with_bad_samples_of_eight_kinds_trains_through_and_names_them(flags, tmp_path, capsys):
+    """0.05% of 16,000, as in a large mixture; the default lets twice as many pass."""
+    good = conversation(("<image>\nwhat color is the shape", "red"))
+    rows = [{"id": f"g{index}", "image": "0.png", "conversations": good} for index in range(16_000)]
+    bad = {
+        10: {"conversations": conversation(("<image>\nwhat", " "))},
+        20: {"conversations": conversation(("<image>\n", "red"))},
+        30: {"conversations": good[:1]},
+        40: {"conversations": "what color"},
+        50: {"image": ["0.png", "0.png"]},
+        60: {"conversations": conversation(("<image>\nwhat", "half \ud83d"))},
+        70: {"image": "gone.png"},
+    }
+    for row, changes in bad.items():
+        rows[row] = {**rows[row], **changes, "id": f"b{row}"}
+    (drawn, *_) = EpochSampler(len(rows) - len(bad), 4, 42)
+    corrupt = [row for row in range(len(rows)) if row not in bad][drawn]
+    rows[corrupt] = {**rows[corrupt], "image": "corrupt.png", "id": "corrupt"}
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (32, 32)).save(images / "0.png")
+    (images / "corrupt.png").write_bytes((images / "0.png").read_bytes()[:40])
+    mixture = tmp_path / "mix.json"
+    mixture.write_text(json.dumps(rows))
+    data = [
+        "--data_path",
+        str(mixture),
+        "--image_folder",
+        str(images),
+        "--data_cache",
+        str(tmp_path / "cache"),
+    ]
+    recipe = ["--global_batch_size", "4", "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    out = tmp_path / "out"
+    assert main([*flags, *data, *recipe, "--output_dir", str(out), "--skip_bad", "6"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "7 of 16000 samples can't be trained on, --skip_bad 6 allows 6: " in line and "gone.png" in line
+    assert not out.exists()
+    assert main([*flags, *data, *recipe, "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "15993 samples (0 text-only left out, 7 bad ones skipped, see" in said
+    assert "skipped samples: 8 (6 malformed, 1 missing image, 1 unreadable), see" in said
+    entries = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {entry["sample"] for entry in entries} == {*bad, corrupt}
+    reasons = {entry["sample"]: entry["reason"] for entry in entries}
+    for row, why in {10: "empty answer", 20: "empty question", 30: "alternate", 40: "'conversations'",
+                     50: "2 images", 60: "half of a character", 70: "gone.png is missing",
+                     corrupt: "unreadable image"}.items():  # fmt: skip
+        assert why in reasons[row] and f"(id '{rows[row]['id']}')" in reasons[row]
+    many = [
+        f"x.json: sample {n} (id 'a{n}'): reason {kind}"
+        for kind in "abcdefghijkl"
+        for n in range(ord(kind) - 96)
+    ]
+    shown = most_frequent(many)
+    assert shown.startswith("12 x x.json: sample 0 (id 'a0'): reason l; 11 x ") and shown.endswith(
+        "and 2 other reasons"
+    )
+    assert shown.count(";") == 10
 
 
 def test_overlong_samples_lose_text_but_never_image_tokens(flags, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
         target_modules=rf"{re.escape(DECODER)}\..*\.({targets})",
         modules_to_save=trained,
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft asks for it by its older name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(model, config)
     for name in trained:  # copies in the LLM's dtype, but these train
         getattr(model.model.language_model, name).modules_to_save.float()
     return adapted

@@ -104,11 +104,16 @@ class DataArguments:
         default=0,
         metadata={"help": "Samples kept from training and evaluated every --eval_steps."},
     )
-    max_unreadable: int = field(
-        default=0,
+    skip_bad: float = field(
+        default=0.001,
         metadata={
-            "help": "Samples whose image can't be decoded that are skipped before the run ends (0: none)."
+            "help": "Samples that are malformed or whose image is missing or can't be decoded: so many, or below 1 such a "
+            "share, are skipped and named in skipped.jsonl; more end the run, before it starts where they are known by then."
         },
+    )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Image paths may lead out of --image_folder ('..', absolute, links)."},
     )
     strict: bool = field(
         default=False, metadata={"help": "A sample too long for --model_max_length is an error, not skipped."}
@@ -121,9 +126,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.model_max_length < 1:
             raise UserError(f"--model_max_length {self.model_max_length}: must be positive")
-        for name in ("held_out", "max_unreadable"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        check_finite(self)
+        if self.held_out < 0:
+            raise UserError(f"--held_out {self.held_out}: must not be negative")
+        if self.skip_bad < 0 or (self.skip_bad > 1 and self.skip_bad % 1):
+            raise UserError(f"--skip_bad {self.skip_bad}: must be a number of samples, or below 1 a share")
 
 
 @dataclass
@@ -247,8 +254,9 @@ class RecipeArguments(TrainingArguments):
         check_finite(self)
         if self.loss_average not in LOSS_AVERAGES:
             raise UserError(f"--loss_average {self.loss_average}: must be {' or '.join(LOSS_AVERAGES)}")
-        if self.max_grad_norm < 0:
-            raise UserError(f"--max_grad_norm {self.max_grad_norm}: must not be negative")
+        for name in ("max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("learning_rate", "predictor_learning_rate", "tau_start", "tau_end"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be positive")

@@ -80,6 +80,8 @@ class ChatEncoder:
                 "take that word out of its text"
             )
         plain = label_spans(self.tokenizer, text, spans, sample.name, self.adds_special_tokens)
+        if any(self.end.strip() in part for turn in sample.turns for part in turn):
+            plain = Tokens(plain.input_ids, [IGNORE] * len(plain.labels))  # as LLaVA does with its own
         if not images:
             return plain, None
         inputs = self._process(text, images, sample.name)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import ANSWER_END, vicuna_v1
 from train.samples import Sample
 
 IGNORE = -100
+ANSWER = " ASSISTANT: "  # what LLaVA splits a round at
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ class ConversationEncoder:
             )
         if tokenizer.convert_tokens_to_ids(ANSWER_END) != tokenizer.eos_token_id:
             raise UserError(f"--model_name_or_path: the tokenizer's end of sequence is not {ANSWER_END!r}")
-        self.processor, self.tokenizer = processor, tokenizer
+        self.processor, self.tokenizer = processor, without_pad(tokenizer)
         self.prepare_text = processor.prepare_text
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
 
     def __call__(self, sample: Sample) -> Tokens:
-        """Tokenise one sample.
+        """Tokenise one sample; without any label where its text is what LLaVA can't split into rounds.
 
         Raises
         ------
@@ -68,6 +72,8 @@ class ConversationEncoder:
         """
         text, spans = answer_spans(sample, self.prepare_text)
         plain = label_spans(self.tokenizer, text, spans, sample.name)
+        if not splits_into_rounds(sample):
+            plain = Tokens(plain.input_ids, [IGNORE] * len(plain.labels))
         images = plain.input_ids.count(self.image_token_id)
         if images != len(sample.images):
             raise UserError(f"{sample.name}: {images} image tokens for {len(sample.images)} images")
@@ -102,6 +108,27 @@ class ConversationEncoder:
     def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         prepared = [self.processor.prepare_image(image) for image in images]
         return {"pixel_values": self.processor.image_processor(prepared, return_tensors="pt")["pixel_values"]}
+
+
+def splits_into_rounds(sample: Sample) -> bool:
+    """Return whether LLaVA finds a conversation's rounds again; it learns nothing of one with `</s>` or ` ASSISTANT: ` in a turn."""
+    *rounds, rest = vicuna_v1(sample.turns).split(ANSWER_END)
+    return not rest and len(rounds) == len(sample.turns) and all(text.count(ANSWER) == 1 for text in rounds)
+
+
+def without_pad(tokenizer: Any) -> Any:
+    """Return a tokenizer to which `<pad>` in a text is text, as it is to LLaVA's; the same one where that can't be had."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    others = [token for token in content["added_tokens"] if token["content"] != tokenizer.pad_token]
+    wanted = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    if tokenizer.pad_token in wanted or len(others) == len(content["added_tokens"]):
+        return tokenizer
+    built = Tokenizer.from_str(json.dumps({**content, "added_tokens": others}))
+    if any(built.token_to_id(token["content"]) != token["id"] for token in others):
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain._tokenizer = built
+    return plain
 
 
 def label_spans(

@@ -20,7 +20,7 @@ from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.mixture import Mixture
 from train.samples import Sample
-from train.skipped import TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample, too_many
+from train.skipped import MASKED, TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample
 
 MAX_SKIPS_IN_A_ROW = 100
 PROBED = 8  # images of a folder that are opened to know how many tokens one of it has
@@ -40,8 +40,6 @@ class ConversationDataset(Dataset):
         Treats text and images as at inference; padding is the collator's.
     max_length : int
         Tokens, image tokens included.
-    max_unreadable : int
-        Samples with an unreadable image that are skipped; one more ends the run.
     strict : bool
         A sample that is too long ends the run.
     skipped : SkippedSamples
@@ -53,14 +51,12 @@ class ConversationDataset(Dataset):
         image_folder: str | Path,
         encode: ConversationEncoder | ChatEncoder,
         max_length: int,
-        max_unreadable: int,
         strict: bool,
         skipped: SkippedSamples,
     ) -> None:
         self.mixture = mixture
         self.image_folder = Path(image_folder)
         self.max_length = max_length
-        self.max_unreadable = max_unreadable
         self.strict = strict
         self.skipped = skipped
         self.encode = encode
@@ -109,10 +105,8 @@ class ConversationDataset(Dataset):
         raise UserError(f"{self.skipped.path}: every sample from {index} on is unusable; see there why")
 
     def skip(self, index: int, error: UnusableSample) -> None:
-        """Note an unusable sample, or end the run where that is one too many."""
-        count = self.skipped.add(int(self.mixture.rows[index]), error.kind, str(error))
-        if error.kind == UNREADABLE and count > self.max_unreadable:
-            raise too_many(str(error), count, self.skipped.path) from None
+        """Note an unusable sample; the trainer stops, with a checkpoint, where they are too many."""
+        self.skipped.add((int(self.mixture.rows[index]), error.kind, str(error)))
         if error.kind == TOO_LONG and self.strict:
             raise UserError(f"{error}; without --strict it would be skipped") from None
 
@@ -120,6 +114,9 @@ class ConversationDataset(Dataset):
         """One sample, without replacement for an unusable one."""
         sample = self.mixture[index]
         tokens, images = self.encode.encoded(sample, open_images(sample, self.image_folder))
+        if all(label == IGNORE for label in tokens.labels):  # trained on for its image alone, as LLaVA does
+            reason = f"{sample.name} has what ends or begins an answer inside a turn: none of it is learned"
+            self.skipped.add((int(self.mixture.rows[index]), MASKED, reason))
         tokens = self.truncate(sample, tokens)
         return {"input_ids": tokens.input_ids, "labels": tokens.labels, "images": images, "sample": index}
 

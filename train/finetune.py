@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from transformers.utils import strtobool
 
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import check_folder
+from dynllava_plugin.model.checkpoints.loading import check_settings
+from train import checkpoints
 from train.adapters import add_adapter, bases
-from train.agreement import from_the_first, together
+from train.agreement import from_the_first, gather, together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
 from train.data import Collator, ConversationDataset, encoder_of
 from train.held_out import HeldOut, readable
-from train.images import check_images
+from train.images import missing_images
 from train.interruption import Interruption
 from train.mixture import Mixture, open_mixture
 from train.outputs import (
@@ -39,7 +44,7 @@ from train.outputs import (
 )
 from train.run_record import RunRecord, describe
 from train.sharding import FSDP, sharding, whole_weights
-from train.skipped import SkippedSamples
+from train.skipped import MALFORMED, MISSING, Entry, SkippedSamples, most_frequent
 from train.trainer import DynamicLlavaTrainer, freeze
 
 
@@ -82,10 +87,10 @@ def train(
         raise UserError(
             "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
         )
-    mixture, left_out = together(lambda: read_data(data_args, args))
-    training, held_out = split(mixture, data_args.held_out, args.seed)
+    check_first(model_args, data_args, args)
+    data = read_data(data_args, args)
     output_dir = Path(args.output_dir)
-    values = describe(model_args, data_args, args, adapter_args, training.digest)
+    values = describe(model_args, data_args, args, adapter_args, data.identity)
     record = together(lambda: RunRecord(output_dir, values, sharded))  # read by all before any writes
     if record.finished and not args.overwrite_output_dir:
         say(args, f"{output_dir} holds the finished model of this very run; nothing to do")
@@ -94,7 +99,24 @@ def train(
     replaces = args.overwrite_output_dir or record.difference() is None
     together(lambda: prepare_output_dir(args.output_dir, replaces, bases(model_args.model_name_or_path)))
     with held(output_dir, args.process_index == 0):
-        return fit(model_args, data_args, args, adapter_args, training, held_out, left_out, record)
+        return fit(model_args, data_args, args, adapter_args, data, record)
+
+
+def check_first(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> None:
+    """Raise `UserError` for a model, place or checkpoint that the run would fail at later; nothing is written before."""
+
+    def look() -> None:
+        check_settings(model_args.model_name_or_path)  # what its own config says, too
+        check_settings(model_args.model_name_or_path, **model_args.sparsity())
+        check_folder("--output_dir", Path(args.output_dir))
+        if not Path(data_args.image_folder).is_dir():
+            raise UserError(f"--image_folder {data_args.image_folder}: no such folder")
+        name = args.resume_from_checkpoint
+        if name and not checkpoints.checkpoints(Path(args.output_dir)):
+            if problem := checkpoints.damage(Path(name), read=False):
+                raise UserError(f"--resume_from_checkpoint {name}: not a whole checkpoint ({problem})")
+
+    together(look)
 
 
 def fit(
@@ -102,9 +124,7 @@ def fit(
     data_args: DataArguments,
     args: RecipeArguments,
     adapter_args: AdapterArguments,
-    training: Mixture,
-    held_out: Mixture | None,
-    left_out: int,
+    data: Data,
     record: RunRecord,
 ) -> int:
     """Train from the run's last whole checkpoint or from the beginning, in an output folder that is this run's; save."""
@@ -115,12 +135,14 @@ def fit(
         checkpoint, notes = named, []
     for note in notes:
         say(args, note)
-    skipped = SkippedSamples(output_dir / "skipped.jsonl")
-    if args.process_index == 0 and checkpoint is None:
-        skipped.path.unlink(missing_ok=True)
+    skipped = SkippedSamples(output_dir / "skipped.jsonl", data.allowed)
+    if args.process_index == 0:
+        if checkpoint is None:
+            skipped.path.unlink(missing_ok=True)
+        skipped.add(*data.bad)
+    training, held_out = data.training, data.held_out
     if held_out is not None:
-        limit = data_args.max_unreadable
-        held_out = readable(held_out, data_args.image_folder, skipped, limit, args.process_index)
+        held_out = readable(held_out, data_args.image_folder, skipped)
 
     model, processor, dtype = build_model(model_args, args, adapter_args)
     dataset = ConversationDataset(
@@ -128,7 +150,6 @@ def fit(
         data_args.image_folder,
         encoder_of(model, processor),
         data_args.model_max_length,
-        data_args.max_unreadable,
         data_args.strict,
         skipped,
     )
@@ -151,9 +172,10 @@ def fit(
             eval_dataset=held_out,
             evaluation=evaluation,
         )
+        bad = f", {len(data.bad)} bad ones skipped, see {skipped.path}" if data.bad else ""
         say(
             args,
-            f"{len(training)} samples ({left_out} text-only left out), global batch {args.global_batch_size} = "
+            f"{len(training)} samples ({data.left_out} text-only left out{bad}), global batch {args.global_batch_size} = "
             f"{args.per_device_train_batch_size} x {args.world_size} processes x "
             f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
         )
@@ -165,6 +187,9 @@ def fit(
             # This process's own samples or disk, so each says it; on a line of its own behind the progress bar.
             print(f"\nerror: {one_line(error)}", file=sys.stderr, flush=True)
             return 2
+        if trainer.stopping and skipped.too_many():
+            say(args, f"\nstopped after step {trainer.state.global_step}, which is saved")
+            raise skipped.refusal()
         if trainer.stopping:
             say(args, f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on")
             return Interruption.EXIT_CODE
@@ -215,13 +240,60 @@ def build_model(
     return adapted, processor, dtype
 
 
-def read_data(data_args: DataArguments, args: RecipeArguments) -> tuple[Mixture, int]:
-    """The mixture and how many conversations it leaves out, read by one process of a node, mapped by the others."""
-    with args.main_process_first(local=True, desc="reading the data"):
-        found = open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
-    if args.local_process_index == 0:  # a node may have its own disk
-        check_images(found[0], data_args.image_folder)
-    return found
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, what it keeps for evaluation, and what it leaves out: text-only samples, and bad ones by name.
+
+    `allowed` is how many bad samples there may be in all; `identity` changes with the file and with those left out.
+    """
+
+    training: Mixture
+    held_out: Mixture | None
+    left_out: int
+    bad: list[Entry]
+    allowed: int
+    identity: str
+
+
+def read_data(data_args: DataArguments, args: RecipeArguments) -> Data:
+    """Return the run's data, without its bad samples; the same on every process.
+
+    Read by one process of a node, mapped by the others; the images' folders are listed by each node's first.
+
+    Raises
+    ------
+    UserError
+        More bad samples than `--skip_bad` allows (the line has the most frequent reasons), a path that leaves the image
+        folder, or a file that is no mixture.
+    """
+
+    def opened() -> tuple[Mixture, int]:
+        with args.main_process_first(local=True, desc="reading the data"):
+            return open_mixture(data_args.data_path, data_args.data_cache, data_args.text_only)
+
+    def look() -> dict[str, str]:
+        if args.local_process_index:
+            return {}
+        return missing_images(mixture, data_args.image_folder, data_args.allow_outside)
+
+    mixture, left_out = together(opened)
+    missing = {image: why for of_node in gather(together(look)) for image, why in of_node.items()}
+    bad: list[Entry] = [(row, MALFORMED, problem) for row, problem in mixture.problems().items()]
+    for index, image in mixture.users(missing) if missing else ():
+        bad.append((int(mixture.rows[index]), MISSING, f"{mixture.name(index)}: {missing[image]}"))
+    skip = data_args.skip_bad
+    allowed = int(skip if skip >= 1 else skip * len(mixture))
+    if len(bad) > allowed:
+        raise UserError(
+            f"--data_path {data_args.data_path}: {len(bad)} of {len(mixture)} samples can't be trained on, "
+            f"--skip_bad {skip:g} allows {allowed}: {most_frequent([reason for _, _, reason in bad])}"
+        )
+    good = mixture.without([row for row, _, _ in bad])
+    if not len(good):
+        raise UserError(f"--data_path {data_args.data_path}: none of its samples is left to train on")
+    training, held_out = split(good, data_args.held_out, args.seed)
+    left = f" without {zlib.crc32(repr(sorted(bad)).encode()):08x}" if bad else ""
+    return Data(training, held_out, left_out, bad, allowed, f"{mixture.digest}{left}")
 
 
 def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:

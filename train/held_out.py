@@ -14,13 +14,13 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
-from train.agreement import gather, together
+from train.agreement import from_the_first
 from train.chat import ChatEncoder
 from train.conversation import ConversationEncoder
 from train.data import open_images
 from train.mixture import Mixture
 from train.samples import Sample
-from train.skipped import SkippedSamples, UnusableSample, too_many
+from train.skipped import SkippedSamples, UnusableSample
 
 MAX_NEW_TOKENS = 64
 SHORT_ANSWER = 3  # words: up to here an answer is right or wrong
@@ -107,27 +107,15 @@ class HeldOut:
         return Request(prompt, images, sample.name, continuation=answer)
 
 
-def readable(
-    held_out: Mixture, image_folder: str | Path, skipped: SkippedSamples, max_unreadable: int, rank: int
-) -> Mixture:
-    """The samples whose images can be decoded; the others are named and counted in `skipped`.
+def readable(held_out: Mixture, image_folder: str | Path, skipped: SkippedSamples) -> Mixture:
+    """Return the samples whose images can be decoded; the others are named and counted in `skipped`.
 
-    Called on every process before training, so that no evaluation ends a run of hours.
-
-    Parameters
-    ----------
-    held_out : Mixture
-    image_folder : path
-    skipped : SkippedSamples
-    max_unreadable : int
-        Of the whole run.
-    rank : int
-        Process 0 opens the images, the others hear what it found.
+    Called on every process before training, so that no evaluation ends a run of hours; process 0 opens the images.
 
     Raises
     ------
     UserError
-        More than `max_unreadable` samples of the run can't be read, or all of `held_out`.
+        More samples of the run are bad than it may skip, or none of `held_out` can be read.
     """
 
     def look() -> list[int]:
@@ -137,15 +125,14 @@ def readable(
                 open_images(sample, Path(image_folder))
             except UnusableSample as error:
                 bad.append(index)
-                count = skipped.add(int(held_out.rows[index]), error.kind, str(error))
-                if count > max_unreadable:
-                    raise too_many(str(error), count, skipped.path) from None
+                skipped.add((int(held_out.rows[index]), error.kind, str(error)))
+        if skipped.too_many():
+            raise skipped.refusal()
         if len(bad) == len(held_out):
             raise UserError(f"--held_out {len(bad)}: none of these samples' images can be read")
         return bad
 
-    bad = together(lambda: look() if rank == 0 else [])
-    return held_out.take(np.setdiff1d(np.arange(len(held_out)), gather(bad)[0]))
+    return held_out.take(np.setdiff1d(np.arange(len(held_out)), from_the_first(look)))
 
 
 def _sums(samples: list[Sample], answers: list[Answer], scores: list[Score]) -> list[float]:

@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import leaves
 from train.mixture import Mixture
 
 
-def check_images(mixture: Mixture, image_folder: str | Path) -> None:
-    """Find missing images before training, by listing each sub-folder once instead of opening every file.
+def missing_images(mixture: Mixture, image_folder: str | Path, allow_outside: bool) -> dict[str, str]:
+    """Return the images that are not there and why, by listing each sub-folder once instead of opening every file.
 
     Raises
     ------
     UserError
-        With the number missing per sub-folder and the first few names.
+        The folder can't be listed, or a path leaves it: upwards, as an absolute one, or through a link.
     """
     folder = Path(image_folder)
-    if not folder.is_dir():
-        raise UserError(f"--image_folder {image_folder}: no such folder")
-    listed: dict[str, set[str]] = {}
-    wanted: Counter[str] = Counter()
-    missing: dict[str, list[str]] = {}
+    parents: dict[str, list[str]] = {}
     for image in mixture.images():
-        parent, file_name = os.path.split(image)
-        if parent not in listed:
-            path = folder / parent
-            try:
-                listed[parent] = set(os.listdir(path)) if path.is_dir() else set()
-            except OSError as error:
-                raise UserError(
-                    f"--image_folder {image_folder}: {path} can't be listed ({error.strerror})"
-                ) from None
-        wanted[parent] += 1
-        if file_name not in listed[parent]:
-            missing.setdefault(parent, []).append(image)
-    if missing:
-        groups = [f"{len(names)} of {wanted[parent]} in {parent or '.'}" for parent, names in missing.items()]
-        counts = ", ".join(groups[:5]) + (", ..." if len(groups) > 5 else "")
-        names = [name for group in missing.values() for name in group]
+        parents.setdefault(os.path.dirname(image), []).append(image)
+    missing = {}
+    for parent, images in parents.items():
+        if not allow_outside and leaves(folder, parent):
+            _refuse(mixture, image_folder, images[0])
+        listed, links = _listed(image_folder, folder / parent)
+        absent = []
+        for image in images:
+            name = os.path.basename(image)
+            if name in links and not allow_outside and leaves(folder, image):
+                _refuse(mixture, image_folder, image)
+            if not (name in listed or (name in links and (folder / image).exists())):
+                absent.append(image)
+        for image in absent:
+            missing[image] = f"image {image} is missing ({len(absent)} of {len(images)} in {parent or '.'})"
+    return missing
+
+
+def _listed(image_folder: str | Path, place: Path) -> tuple[set[str], set[str]]:
+    """Return the names in a folder, and those that are links; none where there is no such folder."""
+    listed: set[str] = set()
+    links: set[str] = set()
+    try:
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    (links if entry.is_symlink() else listed).add(entry.name)
+    except OSError as error:
         raise UserError(
-            f"--image_folder {image_folder}: {len(names)} images are missing ({counts}), "
-            f"first: {', '.join(names[:3])}; needed by {mixture.first_user(names[0])}"
-        )
+            f"--image_folder {image_folder}: {place} can't be listed ({error.strerror})"
+        ) from None
+    return listed, links
+
+
+def _refuse(mixture: Mixture, image_folder: str | Path, image: str) -> NoReturn:
+    index, _ = next(mixture.users({image}))
+    raise UserError(
+        f"--image_folder {image_folder}: {image} of {mixture.name(index)} lies outside of it; mend the path, or "
+        "--allow_outside true where that is meant"
+    )

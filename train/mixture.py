@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dynllava_plugin.errors import UserError
 from train.json_stream import JsonList
 from train.samples import Sample, opens_with_image, read_sample
 
-FORMAT = 1  # of the cached files; another number builds them anew
+FORMAT = 2  # of the cached files; another number builds them anew
 ROWS = 4096  # samples a record batch
 
 
@@ -102,19 +102,30 @@ class Mixture:
         used = self._table["images"].combine_chunks().take(pa.array(self.rows))
         return pc.unique(pc.list_flatten(used)).to_pylist()
 
-    def first_user(self, image: str) -> str:
-        """Name of the first sample with this image."""
-        return next(sample.name for sample in self if image in sample.images)
+    def users(self, images: Collection[str]) -> Iterator[tuple[int, str]]:
+        """(place in `rows`, image) of every sample that has any of these images, once a sample."""
+        column = self._table["images"].combine_chunks()
+        for index, row in enumerate(self.rows.tolist()):
+            for image in column[row].as_py():
+                if image in images:
+                    yield index, image
+                    break
 
-    def check(self) -> None:
-        """`UserError` with the first problem that only matters where conversations without images are used."""
-        import pyarrow.compute as pc
+    def problems(self) -> dict[int, str]:
+        """What is wrong with each malformed sample, by its place in the file."""
+        column = self._table["problem"]
+        if column.null_count == len(column):
+            return {}
+        found = zip(self.rows.tolist(), column.take(self.rows).to_pylist(), strict=True)
+        return {row: problem for row, problem in found if problem is not None}
 
-        problems = self._table["problem"]
-        if problems.null_count < len(problems):
-            found = pc.drop_null(problems.take(self.rows))
-            if len(found):
-                raise UserError(found[0].as_py())
+    def without(self, rows: Collection[int]) -> Mixture:
+        """The samples but those with these places in the file."""
+        return Mixture(self.arrow_file, self.data_path, np.setdiff1d(self.rows, np.fromiter(rows, int)))
+
+    def is_text(self) -> np.ndarray:
+        """bool [n]: which samples are conversations without an image, malformed or not."""
+        return self._table["text"].to_numpy()[self.rows]
 
 
 def open_mixture(
@@ -134,14 +145,14 @@ def open_mixture(
     Returns
     -------
     mixture : Mixture
-        In file order.
+        In file order, malformed samples (`problems`) among them.
     left_out : int
         Conversations without an image that don't belong to it.
 
     Raises
     ------
     UserError
-        Not a JSON list of conversations, the first sample that is malformed, or a cache that can't be written.
+        Not a JSON list, none with an image, or a cache that can't be written.
     """
     if not find_spec("pyarrow"):
         raise UserError('training keeps its data as Arrow: pip install -e ".[train]"')
@@ -149,9 +160,8 @@ def open_mixture(
     arrow_file = _cached(path, cache)
     everything = Mixture(arrow_file, path)
     if text_only:
-        everything.check()
         return everything, 0
-    rows = np.flatnonzero(everything.image_counts())
+    rows = np.flatnonzero(~everything.is_text())
     if not len(rows):
         raise UserError(
             f"--data_path {data_path}: none of its {len(everything)} samples has an 'image' to train on"
@@ -200,7 +210,7 @@ def _write(path: Path, target: Path) -> None:
     texts = pa.list_(pa.large_string())
     schema = pa.schema(
         {"id": pa.string(), "images": pa.list_(pa.string()), "questions": texts, "answers": texts}
-        | {"characters": pa.int64(), "problem": pa.string()}
+        | {"characters": pa.int64(), "problem": pa.string(), "text": pa.bool_()}
     )
     schema = schema.with_metadata({"digest": _digest(path)})
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -227,9 +237,8 @@ def _row(path: Path, number: int, item: Any) -> dict[str, Any]:
     try:
         sample = read_sample(_name(path, number, identity), item)
     except UserError as error:
-        if not _plain_text(item):
-            raise
-        sample, problem = Sample("", (), ()), str(error)
+        sample = Sample("", (), ())
+        problem = str(error).encode(errors="backslashreplace").decode()
     questions, answers = [turn[0] for turn in sample.turns], [turn[1] for turn in sample.turns]
     return {
         "id": identity,
@@ -238,11 +247,12 @@ def _row(path: Path, number: int, item: Any) -> dict[str, Any]:
         "answers": answers,
         "characters": sum(map(len, questions)) + sum(map(len, answers)),
         "problem": problem,
+        "text": _plain_text(item),
     }
 
 
 def _plain_text(item: Any) -> bool:
-    """Whether a malformed sample is a conversation without images, which most runs leave out."""
+    """Whether a sample, malformed or not, is a conversation without images, which most runs leave out."""
     if not isinstance(item, dict) or item.get("image") or not isinstance(item.get("conversations"), list):
         return False
     return not opens_with_image(item["conversations"])

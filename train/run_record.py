@@ -28,7 +28,7 @@ def describe(
     data_args: DataArguments,
     args: RecipeArguments,
     adapter_args: AdapterArguments,
-    data_digest: str,
+    data: str,
 ) -> dict[str, Any]:
     """The arguments that decide a run's weights, JSON-ready."""
     values = {
@@ -40,7 +40,7 @@ def describe(
         "per_device_train_batch_size": (
             args.per_device_train_batch_size if args.loss_average == "batches" else None
         ),
-        "data_path": data_digest,  # the file may move
+        "data_path": data,  # what is in it: the file may move
     }
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 

@@ -121,8 +121,10 @@ class DynamicLlavaTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         labels = sum(int(count_labels(batch["labels"])) for batch in batches)
         samples = sum(len(batch["sample"]) for batch in batches)
-        # A request to stop travels with the counts: every process hears of it before the same step.
-        counts = [labels, samples, len(batches), int(self.interruption.requested)]
+        # A reason to stop (SIGTERM, too many bad samples) travels with the counts: every process hears of it before the same step.
+        skipped = getattr(self.train_dataset, "skipped", None)
+        stop = self.interruption.requested or (skipped is not None and skipped.too_many())
+        counts = [labels, samples, len(batches), int(stop)]
         totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
         _, self._batch_samples, self._micro_batches, stopping = totals
         self.stopping = bool(stopping)
@@ -179,6 +181,7 @@ class DynamicLlavaTrainer(Trainer):
         self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor
     ) -> str:
         name = getattr(self.train_dataset, "name", str)
+        logits = logits.detach()
         own = [float(lm_loss(logits[row : row + 1], labels[row : row + 1])) for row in range(len(samples))]
         at_fault = [index for index, value in zip(samples.tolist(), own, strict=True) if not value < ABSURD]
         named = "; ".join(name(index) for index in at_fault or samples.tolist())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import check_folder, leaves
 
 _NAMED = 5  # broken entries that are named; all are counted
 
@@ -27,6 +29,11 @@ def add_parser(commands: Any) -> None:
     )
     add("--images", type=Path, metavar="DIR", help="only samples whose image is there; evaluation reads it")
     add(
+        "--allow_outside",
+        action="store_true",
+        help="images may lie outside of --images ('..', absolute, links)",
+    )
+    add(
         "--exclude",
         type=Path,
         metavar="JSON",
@@ -44,7 +51,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("build-lvis: give --instruct, --sharegpt4v, or both")
     if args.size is not None and args.size < 1:
         raise UserError(f"--size {args.size}: must be positive")
-    build(args.output, args.instruct, args.sharegpt4v, args.images, args.exclude, args.size, args.seed)
+    places = args.output, args.instruct, args.sharegpt4v, args.images, args.exclude
+    build(*places, args.size, args.seed, args.allow_outside)
     return 0
 
 
@@ -56,6 +64,7 @@ def build(
     exclude: Path,
     size: int | None = None,
     seed: int = 0,
+    allow_outside: bool = False,
     report: Callable[[str], None] = print,
 ) -> None:
     """Write the sets that the given files allow to `output`, each file whole.
@@ -70,21 +79,25 @@ def build(
     exclude : Path
         LLaVA-format JSON of the training mixture.
     size, seed : int
+    allow_outside : bool
+        Images may lie outside of `images`.
     report : callable
         Takes the lines that say what each rule left.
 
     Raises
     ------
     UserError
-        For a file that can't be read, an output that can't be written, or, once the others are written, a set
-        without any candidate.
+        For a file that can't be read, an output that can't be written, an image outside of `images`, or, once the others
+        are written, a set without any candidate.
     """
     from dynllava_plugin.evaluation.own_sets.generation.conversations import image_names, read_conversations
     from dynllava_plugin.evaluation.own_sets.generation.rules import MULTI, SHAREGPT4V, SINGLE, select
     from dynllava_plugin.evaluation.own_sets.generation.sets import write_set
 
+    check_folder("--output", output)
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: no such folder")
+    found = None if images is None else _finder(images, allow_outside)
     excluded = image_names(exclude)
     report(f"{exclude}: {len(excluded)} images of the training mixture")
     empty: list[str] = []
@@ -95,7 +108,6 @@ def build(
         _report_broken(path, broken, report)
         for rules in sets:
             wanted = size if rules.size is not None else None
-            found = None if images is None else _finder(images)
             chosen, counts = select(conversations, rules, excluded, found, seed, wanted)
             report(f"{rules.name}:")
             for text, count in counts:
@@ -110,10 +122,18 @@ def build(
     report(f"written to {output}")
 
 
-def _finder(images: Path) -> Callable[[str], bool]:
+def _finder(images: Path, allow_outside: bool) -> Callable[[str], bool]:
     from dynllava_plugin.evaluation.own_sets.generation.sets import find_image
 
-    return lambda name: find_image(images, name) is not None
+    def find(name: str) -> bool:
+        found = find_image(images, name)
+        if found is not None and not allow_outside and leaves(images, os.path.relpath(found, images)):
+            raise UserError(
+                f"--images {images}: {name} lies outside of it; mend the path, or --allow_outside"
+            )
+        return found is not None
+
+    return find
 
 
 def _report_broken(path: Path, broken: Sequence[str], report: Callable[[str], None]) -> None:
