@@ -222,6 +222,8 @@ def test_lmms_eval_names_bad_samples_and_arguments(lm: DynamicLlava, documents: 
         DynamicLlava(pretrained="tiny", colour="red")
     with pytest.raises(UserError, match="batch_size: 'many'"):
         DynamicLlava(pretrained="tiny", batch_size="many")
+    auto = DynamicLlava(pretrained="tiny", device="cpu", batch_size="auto", max_batch_size="16")
+    assert auto.batch_size == auto.engine.batch_size == 16
 
 
 def write_status(folder: Path, **entries: dict) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageFile
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine import engine as engine_module
 from dynllava_plugin.evaluation.engine.answers import Answer, mean_counts
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.own_sets import easy_vqa
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
+from dynllava_plugin.model.static_prefill import prefill_bytes
 
 SHORT = Generation.from_task({"max_new_tokens": 12})
 
@@ -249,3 +252,45 @@ def test_settings_tell_runs_apart(tmp_path: Path) -> None:
     before = settings.slug()
     (tmp_path / "model.safetensors").write_bytes(b"trained again")
     assert settings.slug() != before
+
+
+def test_an_automatic_batch_size_fits_in_memory_and_says_so(
+    engine: Engine, requests: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def auto(free: int) -> Engine:
+        monkeypatch.setattr(engine_module, "free_bytes", lambda device: free)
+        return Engine(engine.model, engine.processor, AUTO)
+
+    assert auto(1 << 40).batch_size == 64 and auto(1).batch_size == 1
+    sample = prefill_bytes(engine.model.config.text_config, 1, 2048, 4)
+    assert auto(13 * sample).batch_size == 4
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("batch_size: auto takes 4 (2,048 tokens take about 0.0") and said.endswith(
+        "on cpu)"
+    )
+    with pytest.raises(UserError, match="batch_size: many is neither"):
+        Engine(engine.model, engine.processor, "many")
+
+
+def test_an_automatic_batch_that_finds_no_room_is_answered_in_halves(
+    engine: Engine, requests: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engine.model.set_sparsity(mode="image")
+    expected = engine.generate(requests, SHORT)
+    sizes, answer = [], engine_module.answer_batch
+
+    def crowded(calls: Any, batch: Any, generation: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return answer(calls, batch, generation)
+
+    monkeypatch.setattr(engine_module, "answer_batch", crowded)
+    auto = Engine(engine.model, engine.processor, AUTO)
+    assert auto.generate(requests * 2, SHORT) == expected * 2
+    assert sizes[:3] == [16, 8, 4] and auto.batch_size == 2
+    assert "batch_size: 4 found no room, goes on with 2\n" in capsys.readouterr().err
+    sizes.clear()
+    assert auto.generate(requests, SHORT) == expected and sizes == [2] * 4
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(engine.model, engine.processor, 8).generate(requests, SHORT)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.model import generation, static_decoding, static_prefill
-from dynllava_plugin.model.static_prefill import Bucket, bucket
+from dynllava_plugin.model.static_prefill import bucket
 from tests.families.checkpoints import FAMILIES, sample_batch, stock_processor
 from tests.families.ours import answers_of, model_of
 from tests.op_counts import counted
@@ -256,6 +256,6 @@ def test_what_a_bucket_cannot_hold_goes_the_plain_way():
 
 def test_the_memory_of_a_graph_is_about_its_keys_values_and_a_layers_activations():
     config = MODEL.config.text_config
-    needed = static_prefill.needed_bytes(config, Bucket(2, 32, 1, 16), 4)
+    needed = static_prefill.prefill_bytes(config, 2, 32, 4)
     states = 2 * 32 * 4 * (2 * 5 * 2 * 8)
     assert states < needed < 5 * states

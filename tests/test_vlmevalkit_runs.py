@@ -70,6 +70,7 @@ def test_whatever_changes_an_answer_changes_the_folder() -> None:
         settings, asked, _ = settings_of(own)
         return command._folder_name(settings, asked)
 
+    assert settings_of(own_parser().parse_known_args(["--batch-size", "auto"])[0])[1].batch_size == "auto"
     names = [name(), name("--prompts", "kit"), name("--max-new-tokens", "5"), name("--limit", "3")]
     assert len(set(names)) == 4 and names[0] == name("--batch-size", "2", "--prompts", "llava") == "tiny"
 

@@ -18,7 +18,7 @@ def module_and_arguments(
     harness: str,
     settings: ModelSettings,
     tasks: Sequence[str],
-    batch_size: int,
+    batch_size: int | str,
     output: Path,
     limit: int | None,
 ) -> list[str]:
@@ -28,7 +28,9 @@ def module_and_arguments(
     return command + (["--limit", str(limit)] if limit else [])
 
 
-def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
+def _lmms_eval(
+    settings: ModelSettings, tasks: Sequence[str], batch_size: int | str, output: Path
+) -> list[str]:
     given = {"pretrained": settings.pretrained, **settings.sparsity(), **settings.asking()}
     given |= {name: getattr(settings, name) for name in ("dtype", "attn_implementation", "quantization")}
     pairs = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
@@ -37,7 +39,9 @@ def _lmms_eval(settings: ModelSettings, tasks: Sequence[str], batch_size: int, o
     return command + (["--device", settings.device] if settings.device else [])
 
 
-def _vlmevalkit(settings: ModelSettings, tasks: Sequence[str], batch_size: int, output: Path) -> list[str]:
+def _vlmevalkit(
+    settings: ModelSettings, tasks: Sequence[str], batch_size: int | str, output: Path
+) -> list[str]:
     given = {**settings.sparsity(), **settings.asking(), "dtype": settings.dtype, "device": settings.device}
     given |= {name: getattr(settings, name) for name in ("attn_implementation", "quantization")}
     command = ["--pretrained", settings.pretrained]

@@ -18,6 +18,7 @@ def option(
     least: int | None = None,
     metavar: str | None = None,
     several: bool = False,
+    word: str | None = None,
 ) -> Any:
     """Return a dataclass field.
 
@@ -36,8 +37,17 @@ def option(
         What stands behind its flag in the help.
     several : bool
         Whether it is a tuple: its flag takes several values.
+    word : str, optional
+        What may stand in place of a number.
     """
-    facts = {"help": text, "kind": kind, "choices": tuple(choices), "least": least, "metavar": metavar}
+    facts = {
+        "word": word,
+        "help": text,
+        "kind": kind,
+        "choices": tuple(choices),
+        "least": least,
+        "metavar": metavar,
+    }
     return field(default=default, metadata={**facts, "several": several})
 
 
@@ -59,7 +69,8 @@ def add_flags(parser: Any, settings: Iterable[Field[Any]], **changed: Mapping[st
     """
     for setting in settings:
         facts = setting.metadata
-        usual: dict[str, Any] = {"help": facts["help"], "type": facts["kind"], "metavar": facts["metavar"]}
+        kind = _or_word(facts["kind"], facts["word"]) if facts["word"] else facts["kind"]
+        usual: dict[str, Any] = {"help": facts["help"], "type": kind, "metavar": facts["metavar"]}
         if facts["choices"]:
             usual = {"help": facts["help"], "choices": facts["choices"]}
         if facts["several"]:
@@ -80,6 +91,8 @@ def checked(setting: Any, value: Any, where: Path) -> Any:
         if not all(isinstance(item, str) for item in values):
             raise UserError(f"{where}: `{name}` has to be a name or a list of names, not {value!r}")
         return tuple(_chosen(setting, item) for item in values)
+    if facts["word"] is not None and value == facts["word"]:
+        return value
     if facts["least"] is not None:
         if type(value) is not int or value < facts["least"]:
             raise UserError(f"{flag(name)} {value}: must be a positive integer")
@@ -89,6 +102,14 @@ def checked(setting: Any, value: Any, where: Path) -> Any:
     elif not isinstance(value, (str, Path)):
         raise UserError(f"{where}: `{name}` has to be text, not {value!r}")
     return _chosen(setting, facts["kind"](value))
+
+
+def _or_word(kind: type, word: str) -> Any:
+    def parsed(text: str) -> Any:
+        return text if text == word else kind(text)
+
+    parsed.__name__ = kind.__name__  # what argparse's message calls it
+    return parsed
 
 
 def _chosen(setting: Any, value: Any) -> Any:

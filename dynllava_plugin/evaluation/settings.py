@@ -14,6 +14,7 @@ from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES, SparsityConfi
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
+AUTO = "auto"  # batch size
 PROMPTS = ("llava", "kit")
 # How a model is asked, where not as its checkpoint says.
 ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
@@ -24,9 +25,10 @@ class RunSettings:
     """How a benchmark's questions are asked, in whichever harness."""
 
     limit: int | None = option("questions of each benchmark (default: all)", int, least=1)
-    batch_size: int = option(
-        "questions answered at once; in float32 it never changes an answer (default: 8)", int, 8, least=1
-    )
+    batch_size: int | str = option(
+        "questions answered at once; in float32 it never changes an answer; auto takes the most that fit (default: 8)",
+        int, 8, least=1, word=AUTO,
+    )  # fmt: skip
     prompts: str = option(
         "who words VLMEvalKit's questions for VizWiz, POPE, MME and multiple choice: LLaVA-1.5's evaluation or the kit "
         "(default: llava)",

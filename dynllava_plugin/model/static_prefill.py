@@ -156,7 +156,8 @@ class StaticPrefill:
         reason = _not_plain(llm)
         if self.captured >= CAPTURES:
             reason = f"{CAPTURES} buckets were captured already"
-        needed, free = needed_bytes(llm.config, to, inputs[0].element_size()), free_bytes(inputs[0].device)
+        needed = prefill_bytes(llm.config, to.batch, to.length, inputs[0].element_size())
+        free = free_bytes(inputs[0].device)
         if needed > SHARE * free:
             reason = f"its graph needs about {needed / 2**30:.2f} of {free / 2**30:.2f} GiB free"
         if not reason:
@@ -175,11 +176,11 @@ class StaticPrefill:
         return None
 
 
-def needed_bytes(config: Any, to: Bucket, itemsize: int) -> int:
-    """Return about how many bytes a bucket's graph holds: keys and values of every layer, and one layer's activations."""
+def prefill_bytes(config: Any, batch: int, length: int, itemsize: int) -> int:
+    """Return about how many bytes a prefill of `batch` x `length` tokens holds: all keys and values, one layer's activations."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     held = 2 * config.num_hidden_layers * config.num_key_value_heads * width
-    return to.batch * to.length * itemsize * (held + 6 * config.hidden_size + 3 * config.intermediate_size)
+    return batch * length * itemsize * (held + 6 * config.hidden_size + 3 * config.intermediate_size)
 
 
 def _images_of_each_row(layout: TokenLayout, batch: int) -> tuple[int, int] | None:

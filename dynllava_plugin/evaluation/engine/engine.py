@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answering import answer_batch
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
@@ -18,9 +21,12 @@ from dynllava_plugin.evaluation.engine.prefetch import Preparation, Prepared
 from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.engine.scoring import score_batch
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
+from dynllava_plugin.model.static_prefill import prefill_bytes
 
 DEFAULT_BATCH_SIZE = 8
+# The most that "auto" takes; what it counts on for a sample, where the model has room for so many; how much of the free memory.
+_MOST, _SAMPLE_TOKENS, _SHARE = 64, 4096, 0.5
 # A window is sorted by length and by image, decoded while the one before it is answered.
 _WINDOW = 256
 Result = TypeVar("Result", Answer, Score)
@@ -35,8 +41,9 @@ class Engine:
     ----------
     model, processor
         As `load_model` gives them, of any family.
-    batch_size : int
-        Samples in one forward pass. In float32 it never changes an answer; half precision may round another way.
+    batch_size : int or "auto"
+        Samples in one forward pass. In float32 it never changes an answer; half precision may round another way. "auto" takes
+        as many as memory has room for, and fewer once a batch found none.
     system_prompt : str, optional
         As in `style_of`.
 
@@ -58,12 +65,14 @@ class Engine:
         self,
         model: Any,
         processor: Any,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
         system_prompt: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is not a positive integer")
-        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self._may_shrink = batch_size == AUTO
+        size = largest_batch(model) if batch_size == AUTO else batch_size
+        if type(size) is not int or size < 1:
+            raise UserError(f"batch_size: {batch_size} is neither a positive integer nor {AUTO}")
+        self.model, self.processor, self.batch_size = model, processor, size
         self.style, self.encoder = style_of(model, processor, system_prompt), encoder_of(model, processor)
         self.calls = Calls(model, processor, self.encoder)
         self._preparation = Preparation(self.encoder.prepare)
@@ -71,7 +80,7 @@ class Engine:
         self.started: float | None = None
 
     @classmethod
-    def load(cls, settings: ModelSettings, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
+    def load(cls, settings: ModelSettings, batch_size: int | str = DEFAULT_BATCH_SIZE) -> Engine:
         """Load what `settings` names."""
         from dynllava_plugin import load_model
 
@@ -163,7 +172,7 @@ class Engine:
         size = max(self.batch_size, min(self.encoder.window_batches * self.batch_size, _WINDOW))
         for window in self._preparation.windows(requests, text_of, size, self.batch_size):
             for batch in self._batches(window):
-                found = work(batch)
+                found = self._worked(work, batch)
                 for item, result in zip(batch, found, strict=True):
                     results[item.index] = result
                 if on_batch:
@@ -178,5 +187,39 @@ class Engine:
             images = tuple(image.key for image in item.images) or (item.index.to_bytes(8, "big"),)
             groups.setdefault(images, []).append(item)
         order = [item for group in groups.values() for item in group]
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+        while order:
+            size = self.batch_size  # which may have become less
+            yield order[:size]
+            order = order[size:]
+
+    def _worked(self, work: Callable[[list[Prepared]], list[Result]], batch: list[Prepared]) -> list[Result]:
+        """Return `work(batch)`; of "auto" in halves where memory has no room for the whole."""
+        try:
+            return work(batch)
+        except RuntimeError as error:
+            if not (self._may_shrink and len(batch) > 1 and should_reduce_batch_size(error)):
+                raise
+        # Outside the handler, whose error holds on to what the batch had.
+        half: int = len(batch) // 2
+        self.batch_size = min(self.batch_size, half)
+        print(f"batch_size: {len(batch)} found no room, goes on with {self.batch_size}", file=sys.stderr)
+        clear_device_cache(garbage_collection=True)
+        return self._worked(work, batch[:half]) + self._worked(work, batch[half:])
+
+
+def largest_batch(model: Any) -> int:
+    """Return the largest power of two, 64 at most, whose samples fit in half of the memory that is free; and say so.
+
+    A sample counts as 4,096 tokens, or as many as the model has positions: its keys and values, and one layer's activations.
+    """
+    config = model.config.text_config
+    length = min(config.max_position_embeddings, _SAMPLE_TOKENS)
+    sample, free = prefill_bytes(config, 1, length, model.dtype.itemsize), free_bytes(model.device)
+    size = max(1, min(_MOST, int(_SHARE * free / sample)))
+    size = 1 << (size.bit_length() - 1)
+    print(
+        f"batch_size: auto takes {size} ({length:,} tokens take about {sample / 2**30:.2f} GiB, "
+        f"{free / 2**30:.1f} GiB are free on {model.device})",
+        file=sys.stderr,
+    )
+    return size

@@ -24,7 +24,7 @@ from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.questions import Item, LazyRequests, Question, Rounds, is_padding
 from dynllava_plugin.evaluation.results.journal import Journal
 from dynllava_plugin.evaluation.results.manifest import RunRecord
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
 
 
 class LossAndGreedy(tuple, GenerationResult):
@@ -50,7 +50,7 @@ class DynamicLlava(lmms):
     Parameters
     ----------
     batch_size : int or str
-        A number as typed (text); ``auto``, or lmms-eval's own default (the number 1), is 8.
+        A number as typed (text); lmms-eval's own default (the number 1) is 8, ``auto`` the largest that fits.
     max_batch_size : int, optional
         Upper bound of `batch_size`.
     model_args
@@ -76,14 +76,14 @@ class DynamicLlava(lmms):
         super().__init__()
         settings = ModelSettings.from_dict(model_args)
         size = _batch_size(batch_size)
-        if max_batch_size is not None:
-            size = min(size, int(max_batch_size))
         if settings.device is None and torch.cuda.is_available():
             settings = replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         self.record = RunRecord()
         self.engine = self.load(settings, size)
+        if max_batch_size is not None:
+            self.engine.batch_size = min(self.engine.batch_size, _batch_size(str(max_batch_size)))
         self.record.note_model(settings, self.engine.model)
-        self.batch_size = size
+        self.batch_size = self.engine.batch_size
         self._journal = self.new_journal()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import Accelerator
@@ -210,10 +210,12 @@ class DynamicLlava(lmms):
         return tqdm(total=total, initial=total - missing, desc=f"dynllava {what}", disable=self.rank != 0)
 
 
-def _batch_size(value: int | str | None) -> int:
+def _batch_size(value: int | str | None) -> Any:
     # lmms-eval passes what the user typed as text, and 1 as a number where nothing was typed.
-    if value is None or value == 1 or str(value).startswith("auto"):
+    if value is None or value == 1:
         return DEFAULT_BATCH_SIZE
+    if value == AUTO:
+        return AUTO
     text = str(value)
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"batch_size: {value!r} is neither a positive integer nor 'auto'")

@@ -37,7 +37,7 @@ class OneModel:
         self._loaded: tuple[Any, Any] | None = None
         self._problem: UserError | None = None
 
-    def __call__(self, settings: Any, batch_size: int) -> Any:
+    def __call__(self, settings: Any, batch_size: int | str) -> Any:
         """Return an `Engine` of its own counts; what can't be loaded is tried once, and its error is each command's."""
         from dynllava_plugin.evaluation.engine.engine import Engine
 

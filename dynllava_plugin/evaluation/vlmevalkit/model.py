@@ -47,8 +47,8 @@ class DynamicLlava(BaseModel):
 
     Parameters
     ----------
-    batch_size : int
-        Rows answered at once; 1 asks one at a time, as the kit does.
+    batch_size : int or "auto"
+        Rows answered at once; 1 asks one at a time, as the kit does, "auto" takes as many as fit.
     max_new_tokens : int
         Unless the dataset limits an answer itself.
     prompts : str
@@ -65,11 +65,11 @@ class DynamicLlava(BaseModel):
 
     def __init__(
         self,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
         max_new_tokens: int = MAX_NEW_TOKENS,
         prompts: str = "llava",
         record: RunRecord | None = None,
-        load: Callable[[ModelSettings, int], Engine] = Engine.load,
+        load: Callable[[ModelSettings, int | str], Engine] = Engine.load,
         **model_args: Any,
     ) -> None:
         super().__init__()
