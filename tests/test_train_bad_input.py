@@ -81,6 +81,8 @@ def command(data, tmp_path, *flags: str) -> list[str]:
         ("--skip_bad nan", "--skip_bad nan"),
         ("--loss_average mean", "--loss_average mean"),
         ("--train_projector true --lora_rank 4", "--train_projector"),
+        ("--train_projector true --train predictors", "--train_projector"),
+        ("--train projector", "--train projector"),
         ("--held_out 1 --lora_rank 4 --fsdp full_shard", "--held_out under FSDP"),
         ("--model_max_length 0", "--model_max_length"),
         ("--config nowhere.yaml", "nowhere.yaml"),

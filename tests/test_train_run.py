@@ -194,6 +194,39 @@ def test_the_projector_trains_at_the_rate_of_the_llm_where_asked(flags, tmp_path
     assert not [name for name in moved if "vision_tower" in name]
 
 
+@pytest.mark.parametrize("bf16", ["true", "false"])
+def test_predictors_alone_train_over_a_frozen_llm(flags, tmp_path, bf16):
+    recipe = ["--train", "predictors", "--bf16", bf16, "--global_batch_size", "8", "--max_steps", "4"]
+    recipe += [
+        "--predictor_learning_rate",
+        "1e-2",
+        "--warmup_steps",
+        "0",
+        "--activation_checkpointing",
+        "true",
+    ]
+    recipe += ["--save_strategy", "steps", "--save_steps", "4"]
+    out = tmp_path / "out"
+    assert main([*flags, *recipe, "--output_dir", str(out)]) == 0
+    dtype = torch.bfloat16 if bf16 == "true" else torch.float32
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(flags[1]), out))
+    moved = {name for name in before if not torch.equal(before[name].to(dtype), after[name])}
+    assert all(any(part in name for name in moved) for part in PREDICTORS)
+    assert not [name for name in moved if not any(part in name for part in PREDICTORS)]
+    rows = log(out)
+    assert "lr_llm" not in rows[0] and rows[0]["lr_predictor"] == 1e-2 and rows[0]["grad_norm"] > 0
+    # Frozen weights need no float32; what trains does, with its moments, and nothing else has any.
+    within = load_file(out / "checkpoint-4" / "model.safetensors")
+    for name, tensor in within.items():
+        assert tensor.dtype == (torch.float32 if any(part in name for part in PREDICTORS) else dtype), name
+    moments = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    trained = sum(
+        tensor.numel() for name, tensor in before.items() if any(part in name for part in PREDICTORS)
+    )
+    assert sum(state["exp_avg"].numel() for state in moments.values()) == trained
+    load_model(out, device="cpu")
+
+
 def gradients(flags, folder, monkeypatch, *more: str) -> tuple[dict[str, torch.Tensor], list]:
     """The gradients of a run's one step before the optimiser sees them, and its batches."""
     found, batches = {}, []

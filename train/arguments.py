@@ -135,8 +135,14 @@ class DataArguments:
 
 @dataclass
 class AdapterArguments:
-    """LoRA for the LLM, in a quantised LLM (QLoRA) where asked for; the predictors train in full either way."""
+    """What of the LLM trains: all, LoRA (in a quantised LLM: QLoRA) or nothing; the predictors train in full either way."""
 
+    train: str = field(
+        default="llm",
+        metadata={
+            "help": "'llm': the LLM and the predictors; 'predictors': those, and LoRA with --lora_rank."
+        },
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA's matrices; 0 trains the whole LLM."})
     lora_alpha: float | None = field(
         default=None, metadata={"help": "LoRA's scale is lora_alpha / lora_rank (default: twice the rank)."}
@@ -165,6 +171,13 @@ class AdapterArguments:
             raise UserError(f"--quantize {self.quantize}: must be none, 4bit or 8bit")
         if self.quantize != "none" and not self.lora_rank:
             raise UserError(f"--quantize {self.quantize}: quantised weights can't train; add --lora_rank")
+        if self.train not in ("llm", "predictors"):
+            raise UserError(f"--train {self.train}: must be llm or predictors")
+
+    @property
+    def frozen(self) -> bool:
+        """Return whether the LLM's own weights stay as they are."""
+        return bool(self.lora_rank) or self.train == "predictors"
 
 
 @dataclass

@@ -22,7 +22,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import check_folder
 from dynllava_plugin.model.checkpoints.loading import check_settings
 from train import checkpoints
-from train.adapters import add_adapter, bases
+from train.adapters import add_adapter, bases, trained_predictors
 from train.agreement import from_the_first, gather, together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
@@ -78,9 +78,9 @@ def train(
         args.eval_strategy = IntervalStrategy.STEPS
     if args.eval_strategy != "no" and not data_args.held_out:
         raise UserError(f"--eval_strategy {args.eval_strategy}: nothing to evaluate; add --held_out N")
-    if args.train_projector and adapter_args.lora_rank:
+    if args.train_projector and adapter_args.frozen:
         raise UserError(
-            "--train_projector: a run with --lora_rank saves adapter and predictors only; leave one out"
+            "--train_projector: a run with --lora_rank or --train predictors leaves it frozen; leave one out"
         )
     sharded = sharding(args)
     if data_args.held_out and adapter_args.lora_rank and sharded == FSDP:
@@ -212,16 +212,18 @@ def build_model(
     """The model with what is trained in it, its processor, and the dtype to save it in.
 
     Trained weights are float32, and autocast computes in bfloat16 under `--bf16`; DeepSpeed keeps its own float32
-    copy of bfloat16 weights, and the frozen LLM under an adapter needs no float32.
+    copy of bfloat16 weights, and a frozen LLM needs no float32.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    lean = args.deepspeed is not None or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+    deepspeed = args.deepspeed is not None or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+    lean = deepspeed or adapter_args.lora_rank
+    lean = lean or (adapter_args.frozen and sharding(args) != FSDP)  # which takes weights of one dtype
     set_seed(args.seed)  # fresh predictors
     with whole_weights():
         model, processor = load_model(
             model_args.model_name_or_path,
             device="cpu",
-            dtype=dtype if lean or adapter_args.lora_rank else torch.float32,
+            dtype=dtype if lean else torch.float32,
             **model_args.sparsity(),
         )
     for name, parameter in model.named_parameters():
@@ -231,7 +233,10 @@ def build_model(
             )
     make_savable(model)
     if not adapter_args.lora_rank:
-        freeze(model, args.train_projector)
+        freeze(model, args.train_projector, adapter_args.train == "llm")
+        if adapter_args.frozen and not deepspeed:
+            for name in trained_predictors(model):
+                getattr(model.model.language_model, name).float()
         return model, processor, dtype
     adapted = add_adapter(model, adapter_args, dtype)
     name = model_args.model_name_or_path

@@ -83,17 +83,10 @@ class DynamicLlavaTrainer(Trainer):
             predictors = [p for n, p in named if any(part in n for part in PREDICTORS)]
             llm = [p for n, p in named if not any(part in n for part in PREDICTORS)]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(
-                [
-                    {"params": llm, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay},
-                    {
-                        "params": predictors,
-                        "lr": self.args.predictor_learning_rate,
-                        "weight_decay": self.args.weight_decay,
-                    },
-                ],
-                **settings,
-            )
+            rates = [(llm, self.args.learning_rate), (predictors, self.args.predictor_learning_rate)]
+            decay = self.args.weight_decay
+            groups = [{"params": group, "lr": rate, "weight_decay": decay} for group, rate in rates if group]
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -197,7 +190,9 @@ class DynamicLlavaTrainer(Trainer):
             logs["tau"] = self.dynamic.gumbel_tau
             logs.pop("learning_rate", None)
             if self._rates:
-                logs["lr_llm"], logs["lr_predictor"] = self._rates
+                logs["lr_predictor"] = self._rates[-1]
+            if len(self._rates) > 1:
+                logs["lr_llm"] = self._rates[0]
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -289,13 +284,13 @@ def sparse_model(model: Any) -> SparseVLM:
     return next(part for part in model.modules() if isinstance(part, SparseVLM))
 
 
-def freeze(model: Any, train_projector: bool = False) -> None:
-    """Train the LLM and the predictors that are used, and the projector where asked; all else stays as it is.
+def freeze(model: Any, train_projector: bool = False, train_llm: bool = True) -> None:
+    """Train the predictors that are used, the LLM unless told otherwise, the projector where asked; all else stays as it is.
 
     DDP waits for every gradient, so that what is never used must not ask for one.
     """
-    unused = set(PREDICTORS) - set(trained_predictors(model))
+    used, unused = trained_predictors(model), set(PREDICTORS) - set(trained_predictors(model))
     for name, parameter in model.named_parameters():
-        wanted = name.startswith(TRAINED) or (train_projector and PROJECTOR.search(name) is not None)
-        trains = wanted and not any(part in name for part in unused)
-        parameter.requires_grad_(trains)
+        wanted = name.startswith(TRAINED) if train_llm else any(part in name for part in used)
+        wanted |= train_projector and PROJECTOR.search(name) is not None
+        parameter.requires_grad_(wanted and not any(part in name for part in unused))
