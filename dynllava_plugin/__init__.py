@@ -11,12 +11,14 @@ from dynllava_plugin.auto_classes import register_at_first_use
 
 if TYPE_CHECKING:
     from dynllava_plugin.model.checkpoints import load_model
+    from dynllava_plugin.model.conversation import Conversation
     from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
     from dynllava_plugin.sparsity.config import SparsityConfig
     from dynllava_plugin.visualize.explain import explain
 
 __version__ = "0.1.0"
 __all__ = [
+    "Conversation",
     "DynamicLlavaConfig",
     "DynamicLlavaForConditionalGeneration",
     "SparsityConfig",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Conversation": "model.conversation",
     "DynamicLlavaConfig": "model.families.llava",
     "DynamicLlavaForConditionalGeneration": "model.families.llava",
     "SparsityConfig": "sparsity.config",

@@ -167,6 +167,11 @@ def _rows_of_images(places: Sequence[int], lengths: Sequence[int]) -> list[int]:
             images = "no image (pixel_values)"
         raise UserError(
             f"input_ids: {sum(places)} image tokens for {images}; give as many <image> places as images"
+            + (
+                ""
+                if sum(places)
+                else "; a turn behind a cache brings its own images, not those of earlier turns"
+            )
         )
     rows, row, left = [], 0, list(places)
     for image, length in enumerate(lengths):

@@ -81,11 +81,16 @@ class TurnedPositions(SparseVLM):
             )  # type: ignore[misc]
         text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         ids, grid = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("image_grid_thw")
-        if grid is not None:
-            turned, _ = self.model.get_rope_index(  # type: ignore[operator]
-                ids, mm_token_type_ids=self._token_types(ids), image_grid_thw=grid,
-                attention_mask=model_kwargs.get("attention_mask"),
-            )  # fmt: skip
+        if grid is not None:  # of new images; cached columns are sliced away again
+            new = self.positions(
+                ids[:, cache.seen :],
+                model_kwargs.get("attention_mask"),
+                cache,
+                {"image_grid_thw": grid},
+                True,
+            )
+            assert new is not None
+            turned = torch.nn.functional.pad(new, (cache.seen, 0))
         else:
             turned = (text if cache.offset is None else text + cache.offset).expand(3, -1, -1)
         return torch.cat([text.expand(turned.shape[1:])[None], turned])
