@@ -65,6 +65,18 @@ CASES = [
     Case("vispruner,tokens=3", 3, ""),
     Case("fastv,tokens=12,k=1", 11, ""),
     Case("fastv+random_text,fastv.r=0.5,random_text.r=0.5", 8, ""),
+    Case("image,threshold=0.5", None, "image,threshold=0"),
+    Case("image_text,threshold=0.6,layer=1", None, ""),
+    Case("holov,n=7,crops=3", 7, "holov,n=16"),
+    Case("hiprune,n=9,alpha=0.8", 9, "hiprune,n=16"),
+    Case("v2drop,shares=0.7-0.4-0.1", 1, "v2drop,keep=1", gates=3),
+    Case("v2drop+text,ratio=0.8,layer=2", 8, "", gates=3),
+    Case("sparsevlm,at=1-3,ratio=0.6", 5, "sparsevlm,keep=1", gates=2),
+    Case("sparsevlm,keep=0.4,recycled=1", floor(0.4), "", gates=3),
+    Case("pyramidkv,r=0.5,window=4,beta=4", 16, "pyramidkv,r=1", cacheless=False),
+    Case("fastv+pyramidkv,k=2,fastv.r=0.5,pyramidkv.r=0.6", 8, "", cacheless=False),
+    Case("schedule,steps=2:fastv:0.5-4:random:0.3", floor(0.3), "schedule,2:fastv:1", gates=2),
+    Case("schedule+text,steps=0:divprune:0.5-2:fastv:0.3", floor(0.3), "", gates=2),
 ]
 IDS = [case.text for case in CASES]
 

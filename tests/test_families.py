@@ -62,6 +62,11 @@ SETTINGS = [
     "pyramiddrop,ratio=0.6",
     "dart,keep=0.4",
     "snapkv,r=0.5,window=6,kernel=3",
+    "sparsevlm,ratio=0.6",
+    "v2drop,ratio=0.6",
+    "pyramidkv,r=0.5,window=6,kernel=3",
+    "schedule,0:divprune:0.6,2:image:0.3",
+    "image,threshold=0.5",
 ]
 drawn_shapes = st.tuples(
     st.integers(0, 2**16),

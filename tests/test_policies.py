@@ -74,9 +74,16 @@ def test_kept_counts_order_and_shapes(case):
             assert int(out.image_keep[row].sum()) == kept
             place = is_image.nonzero()[:, 0]
             assert torch.equal(place[out.image_keep[row, : len(place)]], mine[is_image[mine]])
-        share = policy.cache_rule[1] if policy.cache_rule else 1
-        assert int(lengths[-1, row]) == max(1, int(share * len(mine) + 1e-6))
-        before = len(mine) if policy.at_input else len(sample.ids)
+        if policy.cache is None:
+            assert int(lengths[-1, row]) == len(mine)
+        else:  # in the mean over layers, each of which rounds down
+            held = lengths[policy.cache.start_layer :, row].float().mean()
+            assert policy.cache.r * len(mine) - 1 < float(held) <= max(1, policy.cache.r * len(mine) + 1e-4)
+        before = len(sample.ids)
+        if policy.at_input:
+            before = text + images * int(
+                policy.image.image_stages(TOKENS_PER_IMAGE, kept / max(images, 1), 5)[0][1]
+            )
         assert int(lengths[0, row]) == before
 
 
@@ -321,8 +328,8 @@ def test_settings_and_modes_name_policies():
     assert policy(mode="image").name == "random"
     assert policy(image_policy="learned").name == "image"
     assert policy(policy="learned").name == "image"
-    assert policy(mode="image_text", vision_keep_rate=0.3).keep == 0.3
-    assert policy(policy="random", vision_keep_rate=0.25).keep == 0.25
+    assert policy(mode="image_text", vision_keep_rate=0.3).image.keep == 0.3
+    assert policy(policy="random", vision_keep_rate=0.25).image.keep == 0.25
     for other in ({"mode": "image"}, {"image_policy": "random"}):
         with pytest.raises(UserError, match=f"{next(iter(other))}: policy=fastv says what is dropped"):
             policy(policy="fastv,k=1", **other)

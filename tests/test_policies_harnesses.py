@@ -82,7 +82,7 @@ def test_both_adapters_answer_alike(case: Case, lm: DynamicLlava, kit: KitModel,
         assert found["prediction"] == answers[index]
         counts = found["extra_records"]
         policy = kit.engine.model._llm.policy
-        if getattr(policy, "keep", None) is not None:
+        if policy.image and policy.image.fixed:
             assert counts["kept_image_tokens"] == policy.kept_tokens(counts["image_tokens"])
 
 

@@ -180,13 +180,10 @@ class PlainSnap:
         return torch.stack(outputs, 1)
 
 
-def plain_snapkv(sample, tokens, r, window, kernel, start_layer):
+def plain_snapkv(sample, tokens, shares, window, kernel):
     """[T + 1, V] logits behind the prompt and each of `tokens`, and how many each layer holds in the end."""
     llm = MODEL._llm
-    heads = [
-        [PlainSnap(r if index >= start_layer else None, window, kernel) for _ in range(2)]
-        for index in range(5)
-    ]
+    heads = [[PlainSnap(share, window, kernel) for _ in range(2)] for share in shares]
     position, logits = 0, []
     for ids in [sample.ids, *[[token] for token in tokens]]:
         ids = torch.tensor([ids])
@@ -226,7 +223,9 @@ def test_snapkv_cuts_the_prompt_as_the_plain_version_does(r, window, kernel):
     assert (full - logits).abs().max() > 1e-2, "letting go must matter here"
     for row, sample in enumerate(samples):
         with torch.no_grad():
-            expected, held = plain_snapkv(sample, answers[row, :-1].tolist(), r, window, kernel, 2)
+            expected, held = plain_snapkv(
+                sample, answers[row, :-1].tolist(), [None, None, r, r, r], window, kernel
+            )
         torch.testing.assert_close(logits[row], expected, **CLOSE)
         assert cache.kept_lengths()[:, row].tolist() == held
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.model.shared_prefill import LEAST_SAVED, share_prefill
-from dynllava_plugin.policies import POLICIES
+from dynllava_plugin.policies import POLICIES, policy_of
+from dynllava_plugin.policies.registry import policy_changes
+from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.policy_cases import cases
 from tests.property_tests import examples
 from tests.test_equivalence import CLOSE
@@ -26,7 +27,7 @@ scenes_strategy = st.lists(
 
 
 def reads_question(text):
-    return any(POLICIES[name].reads_question for name in re.split(r"\+(?=[^+])", text.split(",")[0]))
+    return policy_of(SparsityConfig().replace(**policy_changes({"policy": text}))).reads_question
 
 
 def questions(rng, scenes):

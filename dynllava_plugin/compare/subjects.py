@@ -11,7 +11,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy
-from dynllava_plugin.policies.base import OUTPUT
+from dynllava_plugin.policies.base import CACHE, OUTPUT
 from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_policy, describe, parse_policy
 from dynllava_plugin.sparsity.config import SparsityConfig
 
@@ -22,7 +22,7 @@ DEFAULT_POLICIES = (
     "fastv+h2o",
 )
 KEEP, TOKENS = "keep", "tokens"
-BUDGETS = (KEEP, "r", "n", "ratio", TOKENS)
+BUDGETS = (KEEP, "r", "n", "ratio", "shares", "steps", "threshold", TOKENS)
 
 
 @dataclass(frozen=True)
@@ -153,4 +153,4 @@ def _budget(name: str, arguments: dict[str, Any], kind: str) -> str | None:
         return None
     if kind in known:
         return kind
-    return "r" if kind == KEEP and name in ("h2o", "snapkv") else None
+    return "r" if kind == KEEP and name in POLICIES and POLICIES[name].decides == {CACHE} else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import SparseCall, additive, context_mask, use_sparse_attention
-from dynllava_plugin.model.attention_rows import WatchLastPromptToken
+from dynllava_plugin.model.attention_rows import WatchedRows
 from dynllava_plugin.model.call_settings import call_settings
 from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import Decision, by_sample, decide, decide_training
@@ -103,12 +103,15 @@ class SparseDecoder(nn.Module):
                 same, turned = turned is text, turned - cache.moved_up
                 text = turned if same else text - cache.moved_up
         tokens = Tokens(inputs_embeds, turned, text, valid, valid, layout.counts, None, layout, deepstack)
+        if policy.attention_layers and layout.image_lengths:
+            layout = replace(layout, watched=policy.image.watched(self._view(0, tokens, None)))  # type: ignore[union-attr]
+            tokens = replace(tokens, layout=layout)
         decisions: list[Decision] = []
         call = SparseCall(cache)
         rotary = None
         ends = _segment_ends(policy, len(self.layers))
         for index, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
-            watch = WatchLastPromptToken.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
+            watch = WatchedRows.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
             if start < end:
                 call.watch = watch
                 mask = self._mask(tokens, cache, start, seen, last_only)
@@ -262,9 +265,7 @@ class SparseDecoder(nn.Module):
         for start, end in zip((0, *ends[:-1]), ends, strict=True):
             length = tokens.hidden.shape[1]
             if start < end:
-                call.watch = WatchLastPromptToken.of(
-                    policy.attention_layers, start, end, tokens.valid, tokens.layout
-                )
+                call.watch = WatchedRows.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
                 track: Any = cache.layers[start].track
                 track.plan_whole(lengths, length)
                 mask = context_mask(self.config, tokens.valid, [length] * batch, tokens.hidden)
@@ -274,7 +275,7 @@ class SparseDecoder(nn.Module):
             if end not in policy.layers or not tokens.layout.image_lengths:
                 continue
             watch = call.watch
-            attention = watch.weights if isinstance(watch, WatchLastPromptToken) else None
+            attention = watch.weights if isinstance(watch, WatchedRows) else None
             decision = decide(policy, self._view(end, tokens, attention), tokens.valid, [length] * batch)
             assert decision.counts is not None
             lengths, rotary = decision.keep.sum(1), None
@@ -319,7 +320,7 @@ class SparseDecoder(nn.Module):
         positions = tokens.text_positions.expand(tokens.valid.shape)
         return Gate(
             tokens.hidden, tokens.valid, positions, tokens.layout, self.image_predictor, self.text_predictor,
-            attention, layer,
+            attention, layer, tokens.entered,
         )  # fmt: skip
 
     def _mask(
@@ -347,8 +348,9 @@ class SparseDecoder(nn.Module):
         call: SparseCall,
     ) -> Tokens:
         """Layers start..end - 1 over the present tokens."""
-        hidden, deepstack = tokens.hidden, tokens.deepstack
+        hidden, deepstack, entered = tokens.hidden, tokens.deepstack, tokens.entered
         for layer in self.layers[start:end]:
+            entered = hidden
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -359,7 +361,7 @@ class SparseDecoder(nn.Module):
             )
             if deepstack:
                 hidden, deepstack = hidden + deepstack[0], deepstack[1:]
-        return replace(tokens, hidden=hidden, deepstack=deepstack)
+        return replace(tokens, hidden=hidden, deepstack=deepstack, entered=entered)
 
     def _cache_for(self, cache: Any, use_cache: bool | None, policy: Policy) -> SparseContextCache | None:
         if cache is None:

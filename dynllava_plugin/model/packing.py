@@ -34,6 +34,8 @@ class Tokens:
         Of these tokens.
     deepstack : tuple of [B, L, d]
         What is still to be added behind the next layers.
+    entered : [B, L, d], optional
+        What entered the last layer that was run.
     """
 
     hidden: torch.Tensor
@@ -45,6 +47,7 @@ class Tokens:
     columns: torch.Tensor | None
     layout: TokenLayout
     deepstack: tuple[torch.Tensor, ...] = ()
+    entered: torch.Tensor | None = None
 
     @classmethod
     def of(cls, hidden: torch.Tensor, positions: torch.Tensor, layout: TokenLayout) -> Tokens:
@@ -145,6 +148,7 @@ def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor
     # Rows are packed to the right: an output token is no farther from their end than before.
     length = 0 if layout.output_mask is None else layout.output_mask.shape[1]
     start = max(0, layout.output_start - (length - order.shape[1]))
+    watched = None if layout.watched is None else gather_columns(layout.watched, order) & there
     if layout.image_mask is None:
         return TokenLayout(output_mask=output, output_start=start)
     image_mask = gather_columns(layout.image_mask, order) & there
@@ -163,6 +167,7 @@ def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor
         image_totals=layout.image_totals or layout.image_lengths,
         output_mask=output,
         output_start=start,
+        watched=watched,
     )
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy, count
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies.base import Choice, InputPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +28,6 @@ class CDPruner(InputPolicy):
 
     n: int | None = None
 
-    def named_tokens(self, total: int) -> int:
-        """n, but no more than there are."""
-        return num_kept_image_tokens(total, self.keep) if self.n is None else min(self.n, total)
-
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """A token's score is its relevance, in [0, 1]."""
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
@@ -43,12 +38,6 @@ class CDPruner(InputPolicy):
         kernel = relevance[:, :, None] * (unit @ unit.transpose(1, 2)) * relevance[:, None]
         size = self.kept_tokens(features.shape[1])
         return Choice(greedy_map(kernel, size), relevance, count=size)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `InputPolicy.check`, and n."""
-        super().check(num_layers, text_predictor)
-        if self.n is not None:
-            count(self.name, "n", self.n)
 
 
 def greedy_map(kernel: torch.Tensor, size: int) -> torch.Tensor:

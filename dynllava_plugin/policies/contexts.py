@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dynllava_plugin.flops import Context
-from dynllava_plugin.policies.base import CACHE, IMAGE, OUTPUT, Policy
+from dynllava_plugin.policies.base import IMAGE, OUTPUT
+from dynllava_plugin.policies.policy import Policy
 
 
 def context_of(
@@ -24,16 +25,14 @@ def context_of(
     measured time.
     """
     policy = policy.of_depth(layers)
-    share = policy.output_share
+    image, output, cache = policy.image, policy.output, policy.cache
+    share = output.output_share if output else 1.0
     text_keep = predicted_text_keep if share is None else share
-    stages = dict(policy.image_stages(images, kept, layers))
+    stages = dict(image.image_stages(images, kept, layers)) if image else {}
     present = stages.pop(0, images)  # what enters the LLM
     starts = set(stages)
-    if CACHE in policy.decides:
-        starts.add(policy.gate_layer)
-    output_gate = next((layer for layer in policy.layers if policy.asks_output(layer)), layers)
-    if OUTPUT in policy.decides:
-        starts.add(output_gate)
+    output_gate = output.layers[0] if output else layers
+    starts |= {part.layers[0] for part in (output, cache) if part}
     left, gates = present, []
     for layer in sorted(starts):
         left = stages.get(layer, left)
@@ -47,7 +46,7 @@ def context_of(
         text_keep=first_text,
         image_predictor=IMAGE in policy.predictors,
         text_predictor=OUTPUT in policy.predictors,
-        held_share=policy.cache_share,
-        held_output_share=policy.cache_output_share,
+        held_share=cache.r if cache else 1.0,
+        held_output_share=cache.output_share if cache else 1.0,
         later=tuple(gates[1:]),
     )

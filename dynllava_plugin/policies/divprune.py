@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy, share
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies.base import Choice, InputPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +23,6 @@ class DivPrune(InputPolicy):
     reads_question = False
 
     r: float | None = None
-
-    def named_tokens(self, total: int) -> int:
-        """floor(r * total), at least one."""
-        return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """On the projected tokens; a score is the distance at which a token was taken, 0 for the others."""
@@ -46,9 +41,3 @@ class DivPrune(InputPolicy):
             to_taken = distance[rows, taken]
             nearest = to_taken if step == 0 else torch.minimum(nearest, to_taken)
         return Choice(keep, score, count=self.kept_tokens(total))
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `InputPolicy.check`, and r."""
-        super().check(num_layers, text_predictor)
-        if self.r is not None:
-            share(self.name, "r", self.r)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, InputPolicy, share
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies.base import Choice, InputPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +25,6 @@ class Downsample(InputPolicy):
     reads_question = False
 
     r: float | None = None
-
-    def named_tokens(self, total: int) -> int:
-        """floor(r * total), at least one."""
-        return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
 
     def kept_tokens(self, total: int) -> int:
         """Rows times columns of the pooled grid."""
@@ -63,9 +58,3 @@ class Downsample(InputPolicy):
         tokens = features.clone()
         tokens[keep] = pooled.flatten(0, 1)
         return Choice(keep, tokens=tokens, count=rows * columns)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `InputPolicy.check`, and r."""
-        super().check(num_layers, text_predictor)
-        if self.r is not None:
-            share(self.name, "r", self.r)

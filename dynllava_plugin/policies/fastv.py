@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, share, top_tokens
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+import torch
+
+from dynllava_plugin.policies.base import Gate, ImagePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +24,17 @@ class FastV(ImagePolicy):
     static_prefill = True
     layer_argument = "k"
     follows = False
+    r_goes = True
 
     k: int = 3
     r: float | None = None
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The layer before."""
+        """Return the layer before the gate."""
         return (self.k - 1,)
 
-    def named_tokens(self, total: int) -> int:
-        """floor((1 - r) * total), at least one."""
-        return num_kept_image_tokens(total, self.keep if self.r is None else 1 - self.r)
-
-    def keep_image(self, gate: Gate) -> Choice:
-        """By `Gate.attention`."""
+    def score(self, gate: Gate) -> torch.Tensor:
+        """Return `Gate.attention`."""
         assert gate.attention is not None
-        score = gate.of_images(gate.attention)
-        return top_tokens(score, self.kept_tokens(score.shape[1]))
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `ImagePolicy.check`, and r."""
-        super().check(num_layers, text_predictor)
-        if self.r is not None:
-            share(self.name, "r", self.r, zero=True)
+        return gate.of_images(gate.attention)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynllava_plugin.policies.base import CACHE, Policy, share
+from dynllava_plugin.policies.base import CachePolicy
 from dynllava_plugin.policies.heavy_hitters import HeavyHitterCache
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(CachePolicy):
     """Layers from `start_layer` on hold at most the share `r` of the tokens seen so far.
 
     Each head of each layer keeps, in equal parts, the most recent tokens and, of the older ones, those that
@@ -26,33 +26,7 @@ class H2O(Policy):
     name = "h2o"
     rule = "heavy hitters and recent tokens stay in the cache"
     source = "arXiv 2306.14048"
-    decides = frozenset({CACHE})
-    sequential = True
-    layer_argument = "start_layer"
-
-    r: float = 0.5
-    start_layer: int = 2
-
-    @property
-    def splits(self) -> tuple[int, ...]:
-        """Where its cache begins to let tokens go."""
-        return (self.start_layer,)
-
-    @property
-    def cache_rule(self) -> tuple[str, float]:
-        """The cache's own."""
-        return ("h2o", self.r)
-
-    @property
-    def cache_share(self) -> float:
-        """`r`."""
-        return self.r
 
     def new_cache(self, num_layers: int) -> HeavyHitterCache:
-        """A cache that lets tokens go."""
+        """Return an empty cache that lets tokens go."""
         return HeavyHitterCache(num_layers, self.start_layer, self.r)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Policy.check`, and r."""
-        super().check(num_layers, text_predictor)
-        share(self.name, "r", self.r)

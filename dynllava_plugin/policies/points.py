@@ -39,6 +39,8 @@ class TokenLayout:
         One an image, for policies that use chance.
     image_marks : [T, 2], optional
         What the vision side decided of each image token: 1 where it stays, and its score.
+    watched : bool [B, L], optional
+        Tokens whose attention the policy looks at; None means the last prompt token's.
     """
 
     image_mask: torch.Tensor | None = None
@@ -52,6 +54,7 @@ class TokenLayout:
     image_seeds: tuple[int, ...] | None = None
     image_marks: torch.Tensor | None = None
     image_totals: tuple[int, ...] = ()
+    watched: torch.Tensor | None = None
 
     def before_output(self, columns: torch.Tensor) -> torch.Tensor:
         """bool [L] or [B, L]: which of the call's `columns` int64 [L] come before each sample's first output token."""
@@ -107,7 +110,10 @@ class Gate:
     image_predictor, text_predictor : modules
         The checkpoint's.
     attention : float32 [B, L], optional
-        The last prompt token's attention in a layer of `attention_layers` before this gate, mean over heads; None where no one asked.
+        The attention of the last prompt token, or of `TokenLayout.watched`, in a layer of `attention_layers` before this gate, mean
+        over heads and those tokens; None where no one asked.
+    entered : [B, L, d], optional
+        The states that entered the layer before this gate; None at layer 0.
     layer : int
         The layer whose input this is.
     group : list of int, optional
@@ -122,6 +128,7 @@ class Gate:
     text_predictor: Any = None
     attention: torch.Tensor | None = None
     layer: int = 0
+    entered: torch.Tensor | None = None
     group: list[int] | None = None
 
     def of_group(self, images: list[int]) -> Gate:
@@ -166,14 +173,18 @@ class Gate:
         """[B, L, ...] values -> [B, L - output_start, ...]: the columns that may hold output text."""
         return values[:, self.layout.output_start :]
 
-    def question(self) -> torch.Tensor:
-        """float32 [M, d]: for each image the mean state of its sample's prompt text behind the last image, else of all of it."""
+    def question_text(self) -> torch.Tensor:
+        """Return bool [B, L], each sample's prompt text behind its last image, else all of its prompt text."""
         assert self.layout.image_mask is not None
         text = ~self.layout.image_mask & self.valid
         columns = torch.arange(text.shape[1], device=text.device)
         text = text & self.layout.before_output(columns)
         behind = text & (columns > torch.where(self.layout.image_mask, columns, -1).amax(1, keepdim=True))
-        chosen = torch.where(behind.any(1, keepdim=True), behind, text)[..., None]
+        return torch.where(behind.any(1, keepdim=True), behind, text)
+
+    def question(self) -> torch.Tensor:
+        """Return float32 [M, d], for each image the mean state of its sample's `question_text`."""
+        chosen = self.question_text()[..., None]
         means = (self.hidden.float() * chosen).sum(1) / chosen.sum(1).clamp(min=1)  # [B, d]
         return means[[self.layout.image_rows[image] for image in self.images]]
 
@@ -191,6 +202,8 @@ class Patches:
     query, key : [M, 1 + N, c]
         Of the policy's `vision_layer`, before they are split into heads; the class token first.
     heads : int
+    earlier : ([M, 1 + N, c], [M, 1 + N, c]), optional
+        Queries and keys of the policy's `earlier_layer`.
     """
 
     hidden: torch.Tensor
@@ -198,6 +211,7 @@ class Patches:
     query: torch.Tensor
     key: torch.Tensor
     heads: int
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def cls_attention(self, heads: int | None = None) -> torch.Tensor:
         """float32 [M, N]: the class token's attention to the patches, mean over `heads` (default: the tower's)."""
@@ -207,3 +221,11 @@ class Patches:
         key = self.key.unflatten(-1, (heads, width)).float()
         weights = torch.einsum("mhc,mnhc->mhn", query, key).mul(width**-0.5).softmax(-1)
         return weights[..., 1:].mean(1)
+
+    def received(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Return float32 [M, N], the attention that each patch receives, mean over heads and over all rows."""
+        query, key = (
+            states.unflatten(-1, (self.heads, -1)).transpose(1, 2).float() for states in (query, key)
+        )
+        weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+        return weights.mean((1, 2))[:, 1:]

@@ -7,14 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count
+from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, count
 from dynllava_plugin.policies.visionzip import in_places
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruMergePlus(InputPolicy):
-    """How many tokens stay is the image's own affair, unless `keep` or `tokens` fixes it.
+class PruMergePlus(PatchPolicy):
+    """How many tokens stay is the image's own affair, unless `keep`, `n` or `tokens` fixes it.
 
     The class token's attention in the vision tower's last layer is taken over all channels at once. Outliers of it
     (above the third quartile by more than 1.5 interquartile ranges) stay, and so do patches spaced evenly at a third of
@@ -23,15 +22,13 @@ class PruMergePlus(InputPolicy):
 
     Notes
     -----
-    With `keep` or `tokens`, a quarter of the tokens are the most attended ones, the rest evenly spaced. An image without an outlier
-    keeps its most attended patch. In a batch every image has its own number (the published code takes the first's).
+    With `keep`, `n` or `tokens`, a quarter of the tokens are the most attended ones, the rest evenly spaced. An image without
+    an outlier keeps its most attended patch. In a batch every image has its own number (the published code takes the first's).
     """
 
     name = "prumerge+"
     rule = "outliers of CLS attention and evenly spaced tokens, merged, before the LLM"
     source = "arXiv 2403.15388"
-    reads_question = False
-    reduces_patches = True
     vision_layer = "last"
     own_budget: ClassVar[bool] = True
 
@@ -39,18 +36,18 @@ class PruMergePlus(InputPolicy):
     neighbours: int = 32
 
     def named_tokens(self, total: int) -> int:
-        """As many as there are at most, where the image decides."""
-        return total if self.keep is None else num_kept_image_tokens(total, self.keep)
+        """Return how many of `total` stay, or, where the image decides, as many as there may be."""
+        return super().named_tokens(total) if self.fixed else total
 
     @property
-    def _fixed(self) -> bool:
-        """Whether the user says how many stay."""
-        return self.keep is not None or self.tokens is not None
+    def fixed(self) -> bool:
+        """Return whether the user says how many stay."""
+        return not (self.keep is None and self.n is None and self.tokens is None)
 
     def chosen(self, attention: torch.Tensor) -> torch.Tensor:
         """float32 [N] -> int64 [n] places that stay, the most attended first, then the evenly spaced ones."""
         total = len(attention)
-        if not self._fixed:
+        if not self.fixed:
             low, high = torch.quantile(attention, torch.tensor([0.25, 0.75]).to(attention))
             outliers = max(1, int((attention > high + 1.5 * (high - low)).sum()))
             spacing = max(1, int(int(total / outliers) / 3))
@@ -86,7 +83,7 @@ class PruMergePlus(InputPolicy):
         """[N, c] patches -> the same with merged tokens in their places, and bool [N]."""
         total = len(hidden)
         keep = torch.zeros(total, dtype=torch.bool, device=hidden.device)
-        whole = self._fixed and self.kept_tokens(total) == total
+        whole = self.fixed and self.kept_tokens(total) == total
         if whole:
             return hidden, ~keep
         places = self.chosen(attention)
@@ -97,7 +94,7 @@ class PruMergePlus(InputPolicy):
         near = similarity.topk(min(self.neighbours, total - 1), dim=-1).indices
         weighted = hidden.float() * attention[:, None]
         tokens = [hidden[places].float() + weighted[near].sum(1)]
-        if not bool(keep.all()) and (not self._fixed or self.kept_tokens(total) > 1):
+        if not bool(keep.all()) and (not self.fixed or self.kept_tokens(total) > 1):
             tokens.append(weighted[~keep].sum(0, keepdim=True))
             first_free = (~keep).to(torch.uint8).argmax()[None]
             places = torch.cat([places, first_free])

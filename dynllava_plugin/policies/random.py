@@ -6,17 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import (
-    IMAGE,
-    OUTPUT,
-    Choice,
-    Gate,
-    ImagePolicy,
-    Policy,
-    share,
-    top_tokens,
-)
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens, random_image_scores
+from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, OutputPolicy, share
+from dynllava_plugin.sparsity.selection import random_image_scores
 
 _PAPER = "arXiv 2412.00876, baselines"
 
@@ -29,46 +20,31 @@ class RandomImage(ImagePolicy):
     rule = "image tokens by chance"
     source = _PAPER
     reads_question = False
-    decides = frozenset({IMAGE})
     uses_chance = True
 
     layer: int = 2
     r: float | None = None
     seed: int = 0
 
-    def named_tokens(self, total: int) -> int:
-        """floor(r * total), at least one."""
-        return num_kept_image_tokens(total, self.keep if self.r is None else self.r)
-
-    def keep_image(self, gate: Gate) -> Choice:
-        """An image is treated alike alone and in any batch."""
-        score = random_image_scores(gate.image_seeds, gate.tokens_per_image, gate.hidden.device)
-        return top_tokens(score, self.kept_tokens(score.shape[1]))
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `ImagePolicy.check`, and r."""
-        super().check(num_layers, text_predictor)
-        if self.r is not None:
-            share(self.name, "r", self.r)
+    def score(self, gate: Gate) -> torch.Tensor:
+        """Return what the image's seed draws: an image is treated alike alone and in any batch."""
+        return random_image_scores(gate.image_seeds, gate.tokens_per_image, gate.hidden.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomText(Policy):
+class RandomText(OutputPolicy):
     """The share `r` of output tokens, each by a fair draw from its position and `seed`."""
 
     name = "random_text"
     rule = "output tokens by chance"
     source = _PAPER
-    reads_question = False
-    decides = frozenset({OUTPUT})
 
-    layer: int = 2
     r: float = 0.5
     seed: int = 0
 
     @property
     def output_share(self) -> float:
-        """`r`."""
+        """Return `r`."""
         return self.r
 
     def keep_output(self, gate: Gate) -> Choice:
@@ -77,7 +53,7 @@ class RandomText(Policy):
         return Choice(score < self.r, self.r - score)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Policy.check`, and r."""
+        """As `Part.check`, and r."""
         super().check(num_layers, text_predictor)
         share(self.name, "r", self.r)
 

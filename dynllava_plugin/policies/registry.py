@@ -8,26 +8,31 @@ from functools import lru_cache
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Policy
+from dynllava_plugin.policies.base import ImagePolicy, Part
 from dynllava_plugin.policies.cdpruner import CDPruner
-from dynllava_plugin.policies.combined import Combined
 from dynllava_plugin.policies.dart import DART
 from dynllava_plugin.policies.divprune import DivPrune
 from dynllava_plugin.policies.downsample import Downsample
 from dynllava_plugin.policies.fastervlm import FasterVLM, VisPruner
 from dynllava_plugin.policies.fastv import FastV
-from dynllava_plugin.policies.full import Full
 from dynllava_plugin.policies.h2o import H2O
-from dynllava_plugin.policies.learned import LearnedImage, LearnedImageText, LearnedText
+from dynllava_plugin.policies.hiprune import HiPrune
+from dynllava_plugin.policies.holov import HoloV
+from dynllava_plugin.policies.learned import Full, LearnedImage, LearnedImageText, LearnedText
+from dynllava_plugin.policies.policy import Policy
 from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.pyramiddrop import PyramidDrop
+from dynllava_plugin.policies.pyramidkv import PyramidKV
 from dynllava_plugin.policies.random import RandomImage, RandomText
+from dynllava_plugin.policies.schedule import Schedule, schedule_of
 from dynllava_plugin.policies.snapkv import SnapKV
+from dynllava_plugin.policies.sparsevlm import SparseVLM
 from dynllava_plugin.policies.structure import Structure
+from dynllava_plugin.policies.v2drop import V2Drop
 from dynllava_plugin.policies.visionzip import VisionZip
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, type[Part]] = {
     policy.name: policy
     for policy in (
         Full,
@@ -36,9 +41,12 @@ POLICIES: dict[str, type[Policy]] = {
         LearnedText,
         FastV,
         PyramidDrop,
+        SparseVLM,
+        V2Drop,
         DART,
         H2O,
         SnapKV,
+        PyramidKV,
         RandomImage,
         RandomText,
         Structure,
@@ -46,12 +54,15 @@ POLICIES: dict[str, type[Policy]] = {
         VisionZip,
         FasterVLM,
         VisPruner,
+        HoloV,
+        HiPrune,
         DivPrune,
         CDPruner,
         PruMergePlus,
     )
 }
 LEARNED = "learned"
+SCHEDULE = Schedule.name  # beside `POLICIES`: its arguments are its steps
 # Arguments that default to the model's setting of another name.
 SHARED = {
     "keep": "vision_keep_rate",
@@ -59,7 +70,7 @@ SHARED = {
     "start_layer": "sparse_layer",
     "seed": "random_seed",
 }
-_EXCLUSIVE = ("keep", "r", "n", "ratio", "tokens")  # ways to give one budget
+_EXCLUSIVE = ("keep", "r", "n", "ratio", "shares", "tokens", "threshold")  # ways to give one budget
 
 
 def policy_of(sparsity: SparsityConfig) -> Policy:
@@ -92,36 +103,39 @@ def _policy(
     name = "+".join(_meant(part, learned_text) for part in _parts(name))
     parts = _parts(name)
     defaults = dict(zip(SHARED, settings, strict=True))
-    if len(parts) == 1:
-        return _one(name, dict(arguments), defaults)
-    given = _distribute(name, parts, dict(arguments))
-    made = [_one(part, given[part], defaults) for part in parts]
-    # A part with no layer of its own (chance, the cache) acts where the others do.
-    follower = {
-        part: policy.follows and policy.layer_argument not in given[part]
-        for part, policy in zip(parts, made, strict=True)
-    }
-    leaders = {
-        m.gate_layer
-        for part, m in zip(parts, made, strict=True)
-        if not (follower[part] or m.at_input or m.several_gates)
-    }
+    given = _distribute(name, parts, dict(arguments)) if len(parts) > 1 else {name: dict(arguments)}
+    made: list[Part] = []
+    followers: list[
+        int
+    ] = []  # parts with no layer of their own (chance, the cache): they act where the others do
+    for part in parts:
+        for method in _methods(part):
+            if method.layer_argument and method.follows and method.layer_argument not in given[part]:
+                followers.append(len(made))
+            made.append(_one(part, method, given[part], defaults))
+    leaders = {one.layers[0] for i, one in enumerate(made) if one.layer_argument and i not in followers}
     if len(leaders) == 1:
-        for index, part in enumerate(parts):
-            if follower[part] and not (made[index].at_input or made[index].several_gates):
-                made[index] = replace(made[index], **{made[index].layer_argument: min(leaders)})
-    return Combined(parts=tuple(made))
+        for i in followers:
+            made[i] = replace(made[i], **{str(made[i].layer_argument): min(leaders)})
+    return Policy.of(name, made)
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
-    """``"fastv,k=3,r=0.75"`` -> ("fastv", {"k": 3, "r": 0.75}), as policies are written on every command line."""
+    """``"fastv,k=3,r=0.75"`` -> ("fastv", {"k": 3, "r": 0.75}), as policies are written on every command line.
+
+    Steps of a schedule may stand without their argument's name: ``"schedule,2:fastv:0.5,6:random:0.3"`` is
+    ``"schedule,steps=2:fastv:0.5-6:random:0.3"``.
+    """
     name, *pairs = [part.strip() for part in text.split(",")]
     arguments: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or not key or not value:
+        if ":" in pair and not equals:
+            arguments["steps"] = "-".join([*filter(None, [arguments.get("steps")]), pair])
+        elif not equals or not key or not value:
             raise UserError(f"policy: {pair!r} in {text!r} is not argument=value")
-        arguments[key] = _number(value)
+        else:
+            arguments[key] = _number(value)
     return name, arguments
 
 
@@ -166,27 +180,38 @@ def describe(name: str, arguments: dict[str, Any]) -> str:
 
 def arguments_of(name: str) -> list[str]:
     """What a policy's arguments are called; of a combination, all of its parts'."""
-    found: list[str] = []
-    for part in _parts(name):
-        found += [field for field in _names(_class_of(_meant(part, True))) if field not in found]
-    return found
+    methods = [method for part in _parts(name) for method in _methods(_meant(part, True))]
+    return list(dict.fromkeys(argument for method in methods for argument in _names(method)))
 
 
-def _one(name: str, arguments: dict[str, Any], defaults: dict[str, Any]) -> Policy:
-    policy = _class_of(name)
-    known = _names(policy)
-    unknown = sorted(set(arguments) - set(known))
+def _one(name: str, method: type[Part], arguments: dict[str, Any], defaults: dict[str, Any]) -> Part:
+    """Return the method of the part `name` with those of the part's arguments that are its own."""
+    known, all_known = _names(method), arguments_of(name)
+    unknown = sorted(set(arguments) - set(all_known))
     if unknown:
-        raise UserError(f"{name}: no argument {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        raise UserError(f"{name}: no argument {unknown[0]!r}; it has {', '.join(all_known) or 'none'}")
     budgets = [argument for argument in _EXCLUSIVE if argument in arguments]
     if "keep" in known and len(budgets) > 1:
         raise UserError(f"{name}: {' and '.join(budgets)} say the same thing; give one")
     taken = {key: value for key, value in defaults.items() if key in known}
-    if policy.own_budget:
+    if method.own_budget:
         del taken["keep"]
-    made = policy(**{**taken, **arguments})
+    if method is Schedule:
+        return _schedule(arguments, defaults)
+    made = method(**{**taken, **{key: value for key, value in arguments.items() if key in known}})
     made.check()
     return made
+
+
+def _schedule(arguments: dict[str, Any], defaults: dict[str, Any]) -> Schedule:
+    def step(name: str, layer: int, keep: float) -> Part:
+        methods = _methods(name)
+        at = {argument: layer for argument in [methods[0].layer_argument] if argument and layer > 0}
+        if len(methods) > 1 or not issubclass(methods[0], ImagePolicy):
+            return Part()
+        return _one(name, methods[0], {"keep": keep, **at}, defaults)
+
+    return schedule_of(str(arguments.get("steps", "")), step)
 
 
 def _meant(name: str, learned_text: bool) -> str:
@@ -194,11 +219,14 @@ def _meant(name: str, learned_text: bool) -> str:
     return name if name != LEARNED else "image_text" if learned_text else "image"
 
 
-def _class_of(name: str) -> type[Policy]:
+def _methods(name: str) -> tuple[type[Part], ...]:
+    """What a name stands for: one method, or the two of `image_text`."""
+    if name == SCHEDULE:
+        return (Schedule,)
     if name not in POLICIES:
-        known = ", ".join([*POLICIES, LEARNED])
+        known = ", ".join([*POLICIES, LEARNED, SCHEDULE])
         raise UserError(f"policy: unknown value {name!r}; choose one of {known}, or several joined by +")
-    return POLICIES[name]
+    return POLICIES[name].parts or (POLICIES[name],)
 
 
 def _parts(name: str) -> list[str]:
@@ -206,8 +234,10 @@ def _parts(name: str) -> list[str]:
     return re.split(r"\+(?=[^+])", name)
 
 
-def _names(policy: type[Policy]) -> list[str]:
-    return [field.name for field in fields(policy) if field.metadata.get("argument", True)]
+def _names(method: type[Part]) -> list[str]:
+    if method is Schedule:
+        return ["steps"]
+    return [field.name for field in fields(method) if field.metadata.get("argument", True)]
 
 
 def _distribute(name: str, parts: list[str], arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:

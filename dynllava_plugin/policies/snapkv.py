@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import CACHE, Policy, count, share
+from dynllava_plugin.policies.base import CachePolicy, count
 from dynllava_plugin.policies.heavy_hitters import ObservedLayer
 from dynllava_plugin.sparsity.cache import SparseContextCache, gather_tokens
 from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(CachePolicy):
     """Layers from `start_layer` on hold the share `r` of the prompt, and every token behind it.
 
     The prompt's last `window` tokens stay. Of the others each head keeps those that these attend to most: attention summed
@@ -33,43 +35,27 @@ class SnapKV(Policy):
     name = "snapkv"
     rule = "what the prompt's end attends to stays in the cache of the prompt"
     source = "arXiv 2404.14469"
-    decides = frozenset({CACHE})
-    sequential = True
-    layer_argument = "start_layer"
 
-    r: float = 0.5
-    start_layer: int = 2
     window: int = 32
     kernel: int = 5
 
     @property
-    def splits(self) -> tuple[int, ...]:
-        """Where its cache begins to let tokens go."""
-        return (self.start_layer,)
+    def cache_rule(self) -> tuple[Any, ...]:
+        """Return name, r, window and kernel."""
+        return (self.name, self.r, self.window, self.kernel)
 
     @property
-    def cache_rule(self) -> tuple[str, float, int, int]:
-        """The cache's own."""
-        return ("snapkv", self.r, self.window, self.kernel)
-
-    @property
-    def cache_share(self) -> float:
-        """`r` of the prompt."""
-        return self.r
-
-    @property
-    def cache_output_share(self) -> float:
-        """All of the output."""
+    def output_share(self) -> float:
+        """Return 1: all of the output stays."""
         return 1.0
 
     def new_cache(self, num_layers: int) -> SnapCache:
-        """A cache that cuts the prompt."""
-        return SnapCache(num_layers, self)
+        """Return an empty cache that cuts the prompt."""
+        return SnapCache(num_layers, self, [self.r])
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Policy.check`, r, window and kernel."""
+        """As `CachePolicy.check`, window and kernel."""
         super().check(num_layers, text_predictor)
-        share(self.name, "r", self.r)
         count(self.name, "window", self.window)
         count(self.name, "kernel", self.kernel)
         if self.kernel % 2 == 0:
@@ -77,10 +63,10 @@ class SnapKV(Policy):
 
 
 class SnapTrack(ContextTrack):
-    """A track that holds max(1, floor(r * n)) of a prompt's n tokens."""
+    """A track that holds max(1, floor(share * n)) of a prompt's n tokens."""
 
-    def __init__(self, policy: SnapKV) -> None:
-        self.policy = policy
+    def __init__(self, policy: SnapKV, share: float) -> None:
+        self.policy, self.share = policy, share
         super().__init__()
 
     def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
@@ -90,7 +76,7 @@ class SnapTrack(ContextTrack):
         if first:
             assert self._pending is not None
             self.arriving, self.full = keep, self._pending
-            self._pending = (self.full * self.policy.r + 1e-6).floor().long().clamp(min=1)
+            self._pending = (self.full * self.share + 1e-6).floor().long().clamp(min=1)
             self._pending = torch.minimum(self.full, self._pending)
             self._pending_bound = int(self._pending.max())
             self.capacity = self._pending_bound + self.growth_step
@@ -153,16 +139,16 @@ class SnapLayer(ObservedLayer):
 
 
 class SnapCache(SparseContextCache):
-    """Layers before the policy's `start_layer` hold every token, the others a part of the prompt."""
+    """Layers before the policy's `start_layer` hold every token; the track of each of its `splits` a share of the prompt."""
 
     observes = True
 
-    def __init__(self, num_layers: int, policy: SnapKV) -> None:
+    def __init__(self, num_layers: int, policy: SnapKV, shares: Sequence[float]) -> None:
         super().__init__(num_layers, policy.splits)
         self.rule = policy.cache_rule
-        self.tracks[-1] = SnapTrack(policy)
+        self.tracks[1:] = [SnapTrack(policy, share) for share in shares]
         for index in range(policy.start_layer, num_layers):
-            self.layers[index] = SnapLayer(self.tracks[-1])
+            self.layers[index] = SnapLayer(self.tracks[bisect_right(self.splits, index)])
 
     def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Cut what a layer holds of the prompt."""

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynllava_plugin.policies.base import OUTPUT, Choice, Gate, Policy, count
+from dynllava_plugin.policies.base import Choice, Gate, OutputPolicy, count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure(Policy):
+class Structure(OutputPolicy):
     """Output tokens whose position is a multiple of `period` stay; image tokens all stay."""
 
     name = "structure"
     rule = "every other output token"
     source = "arXiv 2412.00876, baselines"
-    reads_question = False
-    decides = frozenset({OUTPUT})
 
-    layer: int = 2
     period: int = 2
 
     @property
     def output_share(self) -> float:
-        """Of a long answer."""
+        """Return the share of a long answer."""
         return 1 / self.period
 
     def keep_output(self, gate: Gate) -> Choice:
@@ -30,6 +27,6 @@ class Structure(Policy):
         return Choice(gate.of_output(gate.position_ids.expand_as(gate.valid)) % self.period == 0)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Policy.check`, and the period."""
+        """As `Part.check`, and the period."""
         super().check(num_layers, text_predictor)
         count(self.name, "period", self.period)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, InputPolicy, Patches, count
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, count
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(InputPolicy):
+class VisionZip(PatchPolicy):
     """`n` tokens of an image: `contextual` merged ones, and as dominant ones the class token and the most attended patches.
 
     Attention and keys are those of the layer whose output the projector reads. Of the patches that are not dominant
@@ -24,15 +23,8 @@ class VisionZip(InputPolicy):
     name = "visionzip"
     rule = "dominant tokens by CLS attention and merged context tokens, before the LLM"
     source = "arXiv 2412.04467"
-    reads_question = False
-    reduces_patches = True
 
-    n: int | None = None
     contextual: int | None = None
-
-    def named_tokens(self, total: int) -> int:
-        """n, but no more than there are."""
-        return num_kept_image_tokens(total, self.keep) if self.n is None else min(self.n, total)
 
     def merged_tokens(self, kept: int) -> int:
         """How many of the `kept` tokens are contextual."""
@@ -76,10 +68,8 @@ class VisionZip(InputPolicy):
         return Choice(keep, attention, placed)
 
     def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `InputPolicy.check`, n and contextual."""
+        """As `PatchPolicy.check`, and contextual."""
         super().check(num_layers, text_predictor)
-        if self.n is not None:
-            count(self.name, "n", self.n)
         if self.contextual is not None:
             count(self.name, "contextual", self.contextual)
             if self.n is not None:

@@ -17,7 +17,8 @@ from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.token_layout import MARKS
-from dynllava_plugin.policies.base import Patches, Policy
+from dynllava_plugin.policies import Policy
+from dynllava_plugin.policies.base import Patches
 
 
 class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
@@ -95,22 +96,23 @@ class DynamicLlavaModel(LlavaModel):
             )
         kwargs.pop("return_dict", None)
         encoder_layers = _encoder_layers(self.vision_tower, policy)
-        watched = len(encoder_layers) - 1
-        if policy.vision_layer == "selected":
-            watched = (
-                layer - 1 if layer >= 0 else len(encoder_layers) + layer
-            )  # hidden_states[i] leaves layer i - 1
-        with _queries_and_keys(encoder_layers[watched].self_attn, policy) as seen:
+        depth, chooser = len(encoder_layers), policy.image.first
+        watched = depth - 1
+        if chooser.vision_layer == "selected":
+            watched = layer - 1 if layer >= 0 else depth + layer  # hidden_states[i] leaves layer i - 1
+        earlier = chooser.earlier_layer(depth)
+        with _queries_and_keys(encoder_layers, {watched, watched if earlier is None else earlier}) as seen:
             outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         hidden = outputs.hidden_states[layer]
         patches = Patches(
             hidden[:, 1:],
             hidden[:, 0],
-            seen["query"],
-            seen["key"],
+            seen[watched, "q_proj"],
+            seen[watched, "k_proj"],
             heads=self.config.vision_config.num_attention_heads,
+            earlier=None if earlier is None else (seen[earlier, "q_proj"], seen[earlier, "k_proj"]),
         )
-        reduced = policy.reduce_patches(patches)
+        reduced = chooser.reduce_patches(patches)
         features = self.multi_modal_projector(reduced.tokens[reduced.keep])  # only what stays
         rows = features.new_zeros(*reduced.keep.shape, features.shape[-1] + MARKS)
         rows[..., :-MARKS][reduced.keep] = features
@@ -141,19 +143,22 @@ def _encoder_layers(tower: Any, policy: Policy) -> Any:
 
 
 @contextmanager
-def _queries_and_keys(attention: Any, policy: Policy) -> Iterator[dict[str, torch.Tensor]]:
-    """The layer's projected queries and keys [M, 1 + N, c] of the calls made inside."""
-    seen: dict[str, torch.Tensor] = {}
+def _queries_and_keys(
+    encoder_layers: Any, watched: set[int]
+) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """Yield the watched layers' projected queries and keys [M, 1 + N, c] of the calls made inside."""
+    seen: dict[tuple[int, str], torch.Tensor] = {}
 
-    def keep_as(name: str) -> Any:
+    def keep_as(key: tuple[int, str]) -> Any:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            seen[name] = output
+            seen[key] = output
 
         return hook
 
     handles = [
-        attention.q_proj.register_forward_hook(keep_as("query")),
-        attention.k_proj.register_forward_hook(keep_as("key")),
+        getattr(encoder_layers[layer].self_attn, name).register_forward_hook(keep_as((layer, name)))
+        for layer in watched
+        for name in ("q_proj", "k_proj")
     ]
     try:
         yield seen
