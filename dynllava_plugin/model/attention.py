@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.attention_rows import WatchLastPromptToken
 from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, masked_softmax_attention
@@ -25,35 +26,16 @@ from dynllava_plugin.sparsity.masked_softmax import TrainingContext, masked_soft
 PREFIX = "sparse_"
 
 
-class Watch(Protocol):
-    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended."""
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float,
-    ) -> None: ...
-
-
 @dataclass
 class SparseCall:
     """What the attention of a call's layers has to know beside queries, keys and a mask.
 
-    Parameters
-    ----------
-    cache : SparseContextCache, optional
-    context : TrainingContext, optional
-        Selects the masked softmax (Eq. 7), which needs no mask.
-    watch : callable, optional
-        For policies that rank tokens by attention.
+    A `context` selects the masked softmax (Eq. 7), which needs no mask; `watch` is for policies that rank tokens by attention.
     """
 
     cache: SparseContextCache | None = None
     context: TrainingContext | None = None
-    watch: Watch | None = None
+    watch: WatchLastPromptToken | None = None
 
 
 def sparse_attention(
@@ -78,7 +60,11 @@ def sparse_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = None if sparse is None else sparse.cache
     if sparse is not None and sparse.context is not None:
-        return masked_softmax_forward(query, key, value, sparse.context, scaling, dropout), None
+        if dropout:
+            raise UserError(
+                f"attention_dropout: {dropout} is not supported by the masked softmax; set it to 0 in the model's config"
+            )
+        return masked_softmax_attention(query, key, value, sparse.context, scaling).transpose(1, 2), None
     if cache is not None and "flash" in name and sparse.watch is None and not cache.observes:  # type: ignore[union-attr]
         mixed = flash_step(query, key, value, cache.step_slots(module.layer_idx), scaling)
         if mixed is not None:
@@ -96,28 +82,6 @@ def sparse_attention(
     if cache is not None and cache.observes:
         cache.observe(module.layer_idx, query, key, scaling)
     return mixed, weights
-
-
-def masked_softmax_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    context: TrainingContext,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Return Eq. 7 of query [B, H, L, D] and key, value [B, H_kv, L, D] as [B, L, H, D].
-
-    Raises
-    ------
-    UserError
-        Dropout, which Eq. 7 has none of.
-    """
-    if dropout:
-        raise UserError(
-            f"attention_dropout: {dropout} is not supported by the masked softmax; set it to 0 in the model's config"
-        )
-    return masked_softmax_attention(query, key, value, context, scaling).transpose(1, 2)
 
 
 def implementation_of(config: Any) -> str:
@@ -150,15 +114,9 @@ def use_sparse_attention(config: Any) -> None:
 def context_mask(
     config: Any, keep: torch.Tensor, counts: Sequence[int] | None, hidden: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return the mask of a call without a context before it: causal, over the columns that `keep`, the diagonal free.
+    """Return the mask of a call without a context before it: causal, the diagonal free, over the columns `keep` bool [B, L].
 
-    Parameters
-    ----------
-    keep : bool [B, L]
-        Columns that later ones may see.
-    counts : sequence of int, optional
-        How many of each sample, where the host knows.
-    hidden : [B, L, d]
+    `counts` are how many of each sample, where the host knows; `hidden` is [B, L, d].
     """
     counts = keep.sum(1).tolist() if counts is None else counts
     length = hidden.shape[1]

@@ -11,16 +11,9 @@ from dynllava_plugin.sparsity.tracks import packing_order
 
 
 class WatchedRows:
-    """Computes the attention of a few tokens in one layer: the last prompt token's, or of those a policy names.
+    """Computes one layer's attention of a few tokens: each sample's last prompt token, or those a policy names.
 
-    Parameters
-    ----------
-    layer : int
-    valid : bool [B, L]
-    rows : int64 [B, R]
-        Their columns.
-    real : bool [B, R]
-        Which of them count.
+    They stand at columns `rows` int64 [B, R], of which those that are `real` bool [B, R] count.
     """
 
     def __init__(self, layer: int, valid: torch.Tensor, rows: torch.Tensor, real: torch.Tensor) -> None:
@@ -56,7 +49,7 @@ class WatchedRows:
         attention_mask: torch.Tensor | None,
         scaling: float,
     ) -> None:
-        """Take note where it is the layer."""
+        """See a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D]; take note where it is the layer."""
         if layer != self.layer:
             return
         batch, heads, _, width = query.shape

@@ -64,21 +64,13 @@ class SparseDecoder(nn.Module):
         deepstack: tuple[torch.Tensor, ...] = (),
         **kwargs: Any,
     ) -> SparseDecoderOutput:
-        """Inference: run a segment, ask its gate, pack what goes on, until the layers are through.
+        """Run a segment, ask its gate, pack what goes on, until the layers are through; return what is left at inference.
 
-        Parameters
-        ----------
-        inputs_embeds : [B, L, d]
-            Or `input_ids` int64 [B, L].
-        attention_mask : int or bool [B, seen + L], optional
-            0 on padding, at either end; covers the cached columns too.
-        position_ids : int64 [B or 1, L]; [3, B, L] on three axes; [4, B, L] with places in the text first; optional
-        layout : TokenLayout, optional
-            Where images and output text are; without it everything is prompt text.
-        last_only : bool
-            Only the last token's hidden state is wanted, so that dropped output tokens need not be computed at all.
-        deepstack : tuple of [B, L, d]
-            What is added to the hidden states behind layers 0, 1, ...
+        The tokens are `inputs_embeds` [B, L, d] or `input_ids` int64 [B, L]; `attention_mask` [B, seen + L] is 0 on padding, at either
+        end, and covers the cached columns too; `position_ids` int64 are [B or 1, L], [3, B, L] on three axes, or [4, B, L] with places
+        in the text first. `layout` says where images and output text are: without it everything is prompt text. With
+        `last_only` the last token's hidden state alone is wanted, so that dropped output tokens need not be computed at all.
+        `deepstack`, [B, L, d] each, is added to the hidden states behind layers 0, 1, ...
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -90,10 +82,7 @@ class SparseDecoder(nn.Module):
         valid = valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
         step = seen > 0 and length == 1
         if layout is None:
-            layout = TokenLayout()
-        if layout.counts is None and not step:
-            facts = read_layout(valid, None, None, (None, 0), policy, False)
-            layout = replace(layout, counts=facts.counts, ends_real=facts.ends_real)
+            layout = TokenLayout() if step else read_layout(valid, None, None, (None, 0), policy, False)
         text, turned = token_positions(attention_mask, position_ids, valid, cache)
         if cache is not None:
             cache.start()
@@ -207,19 +196,9 @@ class SparseDecoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
 
-        Parameters
-        ----------
-        inputs_embeds : [B, 1, d]
-        valid : bool [B, 1]
-            False on padding.
-        position_ids : int64 [B, 1] or [3, B, 1]
-        text_positions : int64 [B, 1]
-        policy : Policy
-            `self.policy`, looked up outside what is compiled.
-
-        Returns
-        -------
-        [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
+        It takes `inputs_embeds` [B, 1, d], `valid` bool [B, 1] (False on padding), `position_ids` int64 [B, 1] or [3, B, 1],
+        `text_positions` int64 [B, 1] and `self.policy`, which is looked up outside what is compiled; it returns hidden states [B, 1,
+        d] and bool [B, 1], which tokens stay as context.
         """
         use_sparse_attention(self.config)
         layout, call = TokenLayout(output_mask=valid), SparseCall(cache)
@@ -352,13 +331,9 @@ class SparseDecoder(nn.Module):
         for layer in self.layers[start:end]:
             entered = hidden
             hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=None,
-                position_embeddings=rotary,
-                past_key_values=call.cache,
-                sparse=call,
-            )
+                hidden, attention_mask=mask, position_ids=None, position_embeddings=rotary,
+                past_key_values=call.cache, sparse=call,
+            )  # fmt: skip
             if deepstack:
                 hidden, deepstack = hidden + deepstack[0], deepstack[1:]
         return replace(tokens, hidden=hidden, deepstack=deepstack, entered=entered)

@@ -50,14 +50,9 @@ def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
 
 
 def decide(policy: Policy, gate: Gate, keep: torch.Tensor, counts: Sequence[int] | None) -> Decision:
-    """Return what `policy` keeps of the tokens at the gate.
+    """Return what `policy` keeps of the tokens at the gate, of which `keep` bool [B, L], without padding, stayed so far.
 
-    Parameters
-    ----------
-    keep : bool [B, L]
-        What stayed so far; padding isn't in it.
-    counts : sequence of int, optional
-        How many of each sample, where the host knows.
+    `counts` are how many of each sample, where the host knows.
     """
     layout = gate.layout
     decision = Decision(keep=keep, counts=counts)
@@ -141,7 +136,8 @@ def decide_training(
         masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
         flat = _gumbel(text_predictor(hidden[layout.output_mask]), layout.output_mask, text_noise, tau)
         # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
-        flat = torch.where(spread_over_tokens(layout.output_mask, masks.text_counted), flat, flat * 0 + 1)
+        counted = masks.text_counted[:, None].expand_as(layout.output_mask)[layout.output_mask]
+        flat = torch.where(counted, flat, flat * 0 + 1)
         masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
         masks.text = right_padded(flat, layout.output_mask)
     return masks
@@ -165,11 +161,6 @@ def _in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tens
     for images, of_group in zip(groups, values, strict=True):
         parts.update(zip(images, of_group, strict=True))
     return torch.cat([parts[image] for image in range(len(parts))])
-
-
-def spread_over_tokens(mask: torch.Tensor, per_sample: torch.Tensor) -> torch.Tensor:
-    """[B] values repeated for each True of `mask` [B, L], flattened: [T]."""
-    return per_sample[:, None].expand_as(mask)[mask]
 
 
 def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None, tau: float) -> torch.Tensor:

@@ -14,40 +14,19 @@ from dynllava_plugin.sparsity.tracks import packing_order
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is present in a segment.
+    """What is present in a segment."""
 
-    Parameters
-    ----------
-    hidden : [B, L, d]
-    position_ids : int64 [B or 1, L], or [3, B, L] where images turn on three axes
-    text_positions : int64 [B or 1, L]
-        Places in the text: `position_ids` where those are the same.
-    valid : bool [B, L]
-        False on padding.
-    keep : bool [B, L]
-        Tokens that later ones may see.
-    counts : tuple of int, optional
-        Real tokens of each sample, where the host knows.
-    columns : int64 [B, L], optional
-        The input column of each token, -1 on padding; None while the tokens are as given.
-    layout : TokenLayout
-        Of these tokens.
-    deepstack : tuple of [B, L, d]
-        What is still to be added behind the next layers.
-    entered : [B, L, d], optional
-        What entered the last layer that was run.
-    """
-
-    hidden: torch.Tensor
-    position_ids: torch.Tensor
+    hidden: torch.Tensor  # [B, L, d]
+    position_ids: torch.Tensor  # int64 [B or 1, L], or [3, B, L] where images turn on three axes
+    # int64 [B or 1, L], places in the text: `position_ids` where those are the same
     text_positions: torch.Tensor
-    valid: torch.Tensor
-    keep: torch.Tensor
-    counts: Sequence[int] | None
-    columns: torch.Tensor | None
-    layout: TokenLayout
-    deepstack: tuple[torch.Tensor, ...] = ()
-    entered: torch.Tensor | None = None
+    valid: torch.Tensor  # bool [B, L], False on padding
+    keep: torch.Tensor  # bool [B, L], tokens that later ones may see
+    counts: Sequence[int] | None  # real tokens of each sample, where the host knows
+    columns: torch.Tensor | None  # int64 [B, L], input columns, -1 on padding; None while they are as given
+    layout: TokenLayout  # of these tokens
+    deepstack: tuple[torch.Tensor, ...] = ()  # [B, L, d] each, still to be added behind the next layers
+    entered: torch.Tensor | None = None  # [B, L, d], what entered the last layer that was run
 
     @classmethod
     def of(cls, hidden: torch.Tensor, positions: torch.Tensor, layout: TokenLayout) -> Tokens:
@@ -116,9 +95,8 @@ def packed_columns(present: torch.Tensor, counts: Sequence[int]) -> tuple[torch.
     order = packing_order(present, width)
     if min(counts) == width:
         return order, torch.ones_like(order, dtype=torch.bool)
-    slot = torch.arange(width, device=present.device) - (
-        width - present.sum(1, keepdim=True)
-    )  # < 0 on padding
+    padding = width - present.sum(1, keepdim=True)
+    slot = torch.arange(width, device=present.device) - padding  # < 0 on padding
     return order.gather(1, slot.clamp(min=0)), slot >= 0
 
 

@@ -104,24 +104,12 @@ def read_layout(
     training: bool,
     marks: torch.Tensor | None = None,
 ) -> TokenLayout:
-    """Return the layout of a call's tokens; the host reads its counts here, once.
+    """Return the layout of a call's tokens, False in `valid` bool [B, L] on padding; the host reads its counts here, once.
 
-    Parameters
-    ----------
-    valid : bool [B, L]
-    image_mask : bool [B, L], optional
-        Places of image tokens.
-    features : sequence of M tensors [N_i, d], optional
-        The call's images, in the order of their places.
-    output : (bool [B, L] or None, int)
-        Output text and its first column, as `output_columns` gives them.
-    policy : Policy
-        In force; one that uses chance gets a seed an image.
-    training : bool
-        One image without a place may stand in for none: every process of a sharded run has to go through the same
-        modules, whatever its samples.
-    marks : [T, n], optional
-        What `split_features` found behind the features.
+    `image_mask` bool [B, L] are the places of image tokens, `features` M tensors [N_i, d] the call's images in the order of their
+    places and `marks` [T, n] what `split_features` found behind them, of which a policy that uses chance gets a seed an image;
+    `output` is output text and its first column, as from `output_columns`. In training one image without a place may stand in
+    for none: every process of a sharded run has to go through the same modules, whatever its samples.
 
     Raises
     ------

@@ -27,6 +27,7 @@ from dynllava_plugin.sparsity.tracks import (
     Prefill,
     StaticTrack,
     Step,
+    chosen,
 )
 
 
@@ -64,17 +65,15 @@ class RaggedLayer(CacheLayerMixin):
                 buffer[:, :, : packed.shape[2]] = packed
             return key_states, value_states
         self.grow()
-        if isinstance(plan, Step):
-            self.keys[plan.rows, :, plan.slots] = key_states[:, :, 0]
-            self.values[plan.rows, :, plan.slots] = value_states[:, :, 0]
-            return self.keys[:, :, : plan.bound], self.values[:, :, : plan.bound]
-        attended = (
-            torch.cat([self.keys[:, :, : plan.bound], key_states], dim=2),
-            torch.cat([self.values[:, :, : plan.bound], value_states], dim=2),
-        )
-        self.keys[plan.rows, :, plan.slots] = key_states[plan.rows, :, plan.columns]
-        self.values[plan.rows, :, plan.slots] = value_states[plan.rows, :, plan.columns]
-        return attended
+        attended = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(plan, Step):
+                buffer[plan.rows, :, plan.slots] = states[:, :, 0]
+                attended.append(buffer[:, :, : plan.bound])
+            else:
+                attended.append(torch.cat([buffer[:, :, : plan.bound], states], dim=2))
+                buffer[plan.rows, :, plan.slots] = states[plan.rows, :, plan.columns]
+        return attended[0], attended[1]
 
     def grow(self) -> None:
         """Make the buffers as large as the track's capacity where they are smaller."""
@@ -86,25 +85,18 @@ class RaggedLayer(CacheLayerMixin):
         """Copies what is held, not the address space behind it."""
         memo[id(self)] = new = copy.copy(self)
         for name, value in vars(self).items():
-            # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
-            held = (
-                value.clone(memory_format=torch.contiguous_format)
-                if isinstance(value, torch.Tensor)
-                else copy.deepcopy(value, memo)
-            )
-            setattr(new, name, held)
+            if isinstance(value, torch.Tensor):
+                # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
+                setattr(new, name, value.clone(memory_format=torch.contiguous_format))
+            else:
+                setattr(new, name, copy.deepcopy(value, memo))
         return new
 
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.is_initialized:
-            keys = self.keys.index_select(0, rows.to(self.keys.device))
-            values = self.values.index_select(0, rows.to(self.values.device))
-            if isinstance(self.track, StaticTrack) and keys.shape == self.keys.shape:
-                self.keys.copy_(keys)
-                self.values.copy_(values)
-            else:
-                self.keys, self.values = keys, values
+            in_place = self.track.in_place
+            self.keys, self.values = chosen(self.keys, rows, in_place), chosen(self.values, rows, in_place)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -126,19 +118,15 @@ class RaggedLayer(CacheLayerMixin):
 class SparseContextCache(Cache):
     """KV cache of a Dynamic-LLaVA model; `generate()` makes one by itself.
 
-    Parameters
-    ----------
-    num_layers : int
-        L, decoder layers.
-    splits : sequence of int
-        Layers from which on other tokens are held than before, in order: the gates inside the model. Each begins a track.
-    growth_step : int
-        Slots by which the buffers grow.
-    static : bool
-        Steps of one shape that never wait for the device, see the module's text.
+    `splits` are the layers, of `num_layers`, from which on other tokens are held than before, in order: the gates inside the model.
+    Each begins a track. Buffers grow by `growth_step` slots. `static`: see the module's text.
     """
 
     observes = False  # whether it ranks what it holds by attention, and so has to see queries and keys
+    fed: torch.Tensor | None
+    offset: torch.Tensor | None
+    moved_up: torch.Tensor | None
+    images_kept: torch.Tensor | None
 
     def __init__(
         self, num_layers: int, splits: Sequence[int], growth_step: int | None = None, static: bool = False
@@ -155,15 +143,11 @@ class SparseContextCache(Cache):
         )
 
     def _forget(self) -> None:
-        self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
-        self.fed: torch.Tensor | None = None  # int64 [B, 1] real tokens processed, dropped ones included
-        self.offset: torch.Tensor | None = (
-            None  # int64 [B, 1]: next position id less `fed`, where images count otherwise
-        )
-        self.moved_up: torch.Tensor | None = (
-            None  # by how much it is less for image tokens that never entered the LLM
-        )
-        self.images_kept: torch.Tensor | None = None  # int64 [B] image tokens behind the policy's decision
+        # Columns processed, padding included: what generate() slices its inputs by. Of them, int64 [B, 1], the real tokens.
+        self.seen, self.fed = 0, None
+        # int64 [B, 1]: the next position id less `fed` where images count otherwise; by how much it is less for image tokens that
+        # never entered the LLM; [B] image tokens behind the policy's decision.
+        self.offset, self.moved_up, self.images_kept = None, None, None
         self._output_keep: list[torch.Tensor] = []
 
     def start(self) -> None:
@@ -184,10 +168,7 @@ class SparseContextCache(Cache):
         output_keep: torch.Tensor | None,
         image_keep: torch.Tensor | None = None,
     ) -> None:
-        """End a forward call over the columns of `valid` bool [B, L], False on padding.
-
-        `output_keep` bool [B, q] and `image_keep` bool [B, N_img] are its decisions.
-        """
+        """End a forward call over the columns of `valid` bool [B, L], False on padding; its decisions are as in `note`."""
         for track in self.tracks:
             track.commit()
         count = valid.sum(1, keepdim=True)
@@ -262,12 +243,10 @@ class SparseContextCache(Cache):
         """Beam search: sample b continues from sample `beam_idx[b]`."""
         for part in (*self.tracks, *self.layers):
             part.index(beam_idx)
-        self._output_keep = [keep.index_select(0, beam_idx.to(keep.device)) for keep in self._output_keep]
+        self._output_keep = [chosen(keep, beam_idx) for keep in self._output_keep]
         for name in ("fed", "offset", "moved_up", "images_kept"):
             if (value := getattr(self, name)) is not None:
-                chosen = value.index_select(0, beam_idx.to(value.device))
-                in_place = self.static and name == "fed" and chosen.shape == value.shape
-                setattr(self, name, value.copy_(chosen) if in_place else chosen)
+                setattr(self, name, chosen(value, beam_idx, self.static and name == "fed"))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples `indices` (int64) only."""
