@@ -191,7 +191,7 @@ def test_labels_that_leave_image_or_padding_tokens_in_are_refused():
 @torch.no_grad()
 def test_placeholders_are_masked_by_their_ids_after_the_vocabulary_grew():
     model = random_model(mode="full")
-    model.config.placeholder_tokens = 2
+    model.config.placeholder_tokens, model.placeholders = 2, slice(94, 96)
     batch = batch_of([random_sample(random.Random(0), 1, 3)])
     before = model(**batch).logits
     model.resize_token_embeddings(model.config.text_config.vocab_size + 3)

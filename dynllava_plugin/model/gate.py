@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynllava_plugin.model.packing import Tokens, at_columns, last_column
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
@@ -47,6 +48,11 @@ def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     rows = values.new_zeros(*valid.shape, *values.shape[1:])
     rows[valid] = values
     return rows, valid
+
+
+def segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:
+    """Return where segments of a model's `layers` end: at each gate, where a cache's track begins, and behind the last layer."""
+    return (*sorted({*policy.layers, *policy.splits}), layers)
 
 
 def decide(policy: Policy, gate: Gate, keep: torch.Tensor, counts: Sequence[int] | None) -> Decision:
@@ -113,6 +119,50 @@ def by_sample(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     there = torch.arange(width) < torch.tensor(counts)[:, None]
     rows = values.new_zeros(there.shape)
     return rows.masked_scatter(there.to(values.device), values)
+
+
+def present_tokens(
+    decision: Decision, tokens: Tokens, last_only: bool
+) -> tuple[torch.Tensor, Sequence[int] | None]:
+    """Return bool [B, L], the tokens that layers behind a gate compute, and their counts where the host knows.
+
+    A dropped output token still predicts its successor; with `last_only` no one asks for it, save the last. A dropped image
+    token predicts nothing: what follows a prompt that ends in one is predicted from the last token that stays.
+    """
+    if tokens.layout.output_mask is None:
+        return decision.keep, decision.counts
+    predicts = tokens.layout.output_mask & (last_column(tokens.valid) if last_only else tokens.valid)
+    return decision.keep | predicts, None
+
+
+def by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, length: int) -> Decision:
+    """A later gate's decision as one on the call's own columns."""
+    if tokens.columns is None:
+        return decision
+    for name in ("text_keep", "text_score"):
+        if (value := getattr(decision, name)) is not None:
+            spread = at_columns(value, tokens.columns, length)
+            setattr(decision, name, spread[:, layout.output_start :])
+    if decision.image_keep is not None:
+        stays = at_columns(decision.keep, tokens.columns, length)
+        decision.image_keep = by_sample(stays.flatten()[layout.image_index], layout)
+        decision.image_score = None  # on the scale of this gate's own survivors
+    return decision
+
+
+def whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:
+    """One call's decisions over all gates: what the last gate that decided on a kind of token left."""
+    found = Decision(keep=valid)
+    for decision in decisions:
+        found.keep = decision.keep
+        for name in ("image_keep", "image_score", "text_keep", "text_score"):
+            value = getattr(decision, name)
+            if value is not None:
+                setattr(found, name, value)
+    if found.text_keep is None and layout.output_mask is not None:
+        output = layout.output_mask[:, layout.output_start :]
+        found.text_keep = output & valid[:, layout.output_start :]
+    return found
 
 
 def decide_training(

@@ -61,6 +61,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         self.post_init()  # type: ignore[operator]
         self.gumbel_tau = 1.0
         self.static_prefill = StaticPrefill()
+        self.placeholders: slice = config.placeholders
 
     def forward(
         self,
@@ -250,9 +251,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._project(hidden)
-        placeholders = self.config.placeholders
-        if placeholders.start < placeholders.stop:
-            logits[..., placeholders] = torch.finfo(logits.dtype).min
+        if self.placeholders.start < self.placeholders.stop:
+            logits[..., self.placeholders] = torch.finfo(logits.dtype).min
         return logits
 
     def refuse_not_finite(self, values: torch.Tensor) -> None:
@@ -276,7 +276,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _refuse_labels_of_no_text(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Raise `UserError` for labels that are image tokens, placeholders or padding: their loss would be without bound."""
-        masked = self.config.placeholders
+        masked = self.placeholders
         wrong = labels == self.config.image_token_id
         wrong |= (labels >= masked.start) & (labels < masked.stop)
         if attention_mask is not None:

@@ -1,4 +1,4 @@
-"""The tokens of a call on their way through the segments: batches whose samples lose different numbers, packed to the right."""
+"""The tokens of a call on their way through the segments: who is present, packed to the right, and where each stands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dynllava_plugin.model.gate import Decision
 from dynllava_plugin.policies import TokenLayout
+from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.tracks import packing_order
 
 
@@ -100,20 +100,6 @@ def packed_columns(present: torch.Tensor, counts: Sequence[int]) -> tuple[torch.
     return order.gather(1, slot.clamp(min=0)), slot >= 0
 
 
-def present_tokens(
-    decision: Decision, tokens: Tokens, last_only: bool
-) -> tuple[torch.Tensor, Sequence[int] | None]:
-    """Return bool [B, L], the tokens that layers behind a gate compute, and their counts where the host knows.
-
-    A dropped output token still predicts its successor; with `last_only` no one asks for it, save the last. A dropped image
-    token predicts nothing: what follows a prompt that ends in one is predicted from the last token that stays.
-    """
-    if tokens.layout.output_mask is None:
-        return decision.keep, decision.counts
-    predicts = tokens.layout.output_mask & (last_column(tokens.valid) if last_only else tokens.valid)
-    return decision.keep | predicts, None
-
-
 def last_column(valid: torch.Tensor) -> torch.Tensor:
     """Return bool [B, L], True at each sample's last real token."""
     columns = torch.arange(valid.shape[1], device=valid.device)
@@ -169,3 +155,48 @@ def at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torc
     columns = columns[:, columns.shape[1] - values.shape[1] :]
     spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
     return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
+
+
+def token_positions(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor,
+    cache: SparseContextCache | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's place in its text, int64 [B or 1, L], and its position ids, [3, B, L] where they differ."""
+    if position_ids is not None and position_ids.dim() == 2:
+        return position_ids, position_ids
+    if position_ids is not None and position_ids.shape[0] == 4:
+        return position_ids[0], position_ids[1:]
+    if attention_mask is not None:
+        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
+    else:
+        text = torch.arange(valid.shape[1], device=valid.device)[None]
+        if cache is not None and cache.fed is not None:
+            text = text + cache.fed
+    if position_ids is not None:
+        return text, position_ids
+    if cache is not None and cache.offset is not None:
+        return text, (text + cache.offset)[None].expand(3, -1, -1)
+    return text, text
+
+
+def position_offset(
+    positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache | None
+) -> torch.Tensor:
+    """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
+    last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
+    fed = valid.sum(1, keepdim=True)
+    return last + 1 - (fed if cache is None or cache.fed is None else cache.fed + fed)
+
+
+def moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
+    """The tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
+    if cache is not None:
+        cache.move_up(gone.sum(1, keepdim=True))
+    less = gone.cumsum(1)
+    same = tokens.text_positions is tokens.position_ids
+    positions = tokens.position_ids - less
+    return replace(
+        tokens, position_ids=positions, text_positions=positions if same else tokens.text_positions - less
+    )

@@ -104,7 +104,11 @@ class DynamicLlavaModel(LlavaModel):
         with _queries_and_keys(encoder_layers, {watched, watched if earlier is None else earlier}) as seen:
             outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         hidden = outputs.hidden_states[layer]
-        projected = [(seen[index, "q_proj"], seen[index, "k_proj"]) for index in (watched, earlier) if index is not None]
+        projected = [
+            (seen[index, "q_proj"], seen[index, "k_proj"])
+            for index in (watched, earlier)
+            if index is not None
+        ]
         heads = self.config.vision_config.num_attention_heads
         reduced = chooser.reduce_patches(
             Patches(hidden[:, 1:], hidden[:, 0], *projected[0], heads, *projected[1:])
