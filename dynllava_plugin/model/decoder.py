@@ -44,7 +44,7 @@ from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import training_context
-from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
+from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor
 
 # What a caller asked for in this thread (or task), by the decoder's identity: a call may run another model inside.
 _OF_CALL: ContextVar[dict[int, SparsityConfig] | None] = ContextVar("sparsity_of_this_call", default=None)

@@ -10,8 +10,7 @@ import torch
 from dynllava_plugin.model.packing import Tokens, at_columns, last_column
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.config import SparsityConfig
-from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
-from dynllava_plugin.sparsity.selection import gumbel_keep_mask, gumbel_noise
+from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor, gumbel_keep_mask, gumbel_noise
 
 
 @dataclass
