@@ -22,24 +22,19 @@ from dynllava_plugin.model.attention import (
 )
 from dynllava_plugin.model.configuration import check_layers
 from dynllava_plugin.model.gate import (
-    Decision,
+    Tokens,
     by_input_columns,
     decide,
-    decide_training,
+    last_column,
+    moved_up,
     present_tokens,
     segment_ends,
     whole,
 )
-from dynllava_plugin.model.outputs import SparseDecoderOutput
-from dynllava_plugin.model.packing import (
-    Tokens,
-    last_column,
-    moved_up,
-    position_offset,
-    token_positions,
-)
+from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_calls import StaticCalls
-from dynllava_plugin.model.token_layout import read_layout, valid_columns
+from dynllava_plugin.model.token_layout import position_offset, read_layout, token_positions, valid_columns
+from dynllava_plugin.model.training import decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig

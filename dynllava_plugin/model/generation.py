@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput
-from dynllava_plugin.model.packing import Tokens, position_offset, token_positions
 from dynllava_plugin.model.static_decoding import StaticCache, captures
 from dynllava_plugin.model.static_prefill import StaticPrefill
-from dynllava_plugin.model.token_layout import valid_columns
+from dynllava_plugin.model.token_layout import position_offset, token_positions, valid_columns
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 

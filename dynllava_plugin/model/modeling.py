@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
-from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
@@ -26,6 +25,7 @@ from dynllava_plugin.model.token_layout import (
     valid_columns,
     with_checksum,
 )
+from dynllava_plugin.model.training import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.policies.base import IMAGE
 from dynllava_plugin.policies.registry import check_policy, policy_changes

@@ -1,14 +1,40 @@
-"""What the decoder, the model and scoring return."""
+"""What gates, the decoder and the model return."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from dynllava_plugin.model.gate import Decision, TrainingMasks
+
+@dataclass
+class Decision:
+    """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False.
+
+    Scores are the policy's own, on any scale; None where it has none. `counts` are `keep`'s, where the host knows;
+    `image_states` [T, d] are the image tokens' states where the policy merges some.
+    """
+
+    keep: torch.Tensor
+    counts: Sequence[int] | None = None
+    image_keep: torch.Tensor | None = None  # [B, N_img]
+    text_keep: torch.Tensor | None = None  # [B, L - output_start]
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
+    image_states: torch.Tensor | None = None
+
+
+@dataclass
+class TrainingMasks:
+    """Straight-through masks: `keep` float [B, L] for Eq. 7, and by kind for the keep losses (Eq. 10)."""
+
+    keep: torch.Tensor
+    image: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, N_img], valid
+    text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
+    text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at
-from dynllava_plugin.model.packing import packed_columns
+from dynllava_plugin.model.gate import packed_columns
+from dynllava_plugin.model.training import IGNORE_INDEX, labels_at
 from dynllava_plugin.sparsity.objective import label_log_probs
 from dynllava_plugin.sparsity.selection import last_answer
 

@@ -15,8 +15,7 @@ from dynllava_plugin.model.attention import (
     context_mask,
     use_sparse_attention,
 )
-from dynllava_plugin.model.gate import decide, segment_ends
-from dynllava_plugin.model.packing import Tokens, gather_columns
+from dynllava_plugin.model.gate import Tokens, decide, gather_columns, segment_ends
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.tracks import packing_order
