@@ -14,10 +14,12 @@ from dynllava_plugin.model import attention
 from dynllava_plugin.sparsity.masked_softmax import (
     PADDING,
     TrainingContext,
-    context_matrix,
     masked_softmax_attention,
-    plain_masked_softmax,
     training_context,
+)
+from dynllava_plugin.sparsity.masked_softmax_plain import (
+    context_matrix,
+    plain_masked_softmax,
     visible_matrix,
 )
 

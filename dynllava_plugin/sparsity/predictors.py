@@ -1,0 +1,101 @@
+"""The two predictors (Figure 5 and appendix A.4.1): hidden states in, keep/drop logits out.
+
+Logit 0 means KEEP and logit 1 means DROP, the convention of the published weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+KEEP = 0
+
+
+class PredictorBlock(nn.Module):
+    """Pre-norm ViT block, bidirectional over one image's tokens: [M, N, c] -> [M, N, c]."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        images, tokens, dim = x.shape
+        qkv = self.qkv_proj(self.attention_norm(x)).view(images, tokens, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [M, H, N, c/H]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.out_proj(mixed.transpose(1, 2).reshape(images, tokens, dim))
+        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+
+
+def _score_head(dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+    )
+
+
+class ImagePredictor(nn.Module):
+    """Which tokens of an image stay: [M, N, d] hidden states of M images -> [M, N, 2] logits.
+
+    A later gate's looks at the tokens that earlier gates left: `present` bool [M, N], None where all are there. One that is
+    trained for many budgets is told the share of the whole image that is to stay, `rate` float [M]; others don't ask.
+    """
+
+    def __init__(self, hidden_size: int, sparsity: SparsityConfig) -> None:
+        super().__init__()
+        dim = sparsity.predictor_dim
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.in_proj = nn.Linear(hidden_size, dim)
+        self.blocks = nn.ModuleList(
+            PredictorBlock(dim, sparsity.predictor_heads, sparsity.predictor_ffn_dim)
+            for _ in range(sparsity.predictor_layers)
+        )
+        self.head = _score_head(dim)
+        self.rate_proj = nn.Linear(1, dim) if sparsity.vision_keep_range else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rate: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = F.gelu(self.in_proj(self.norm(hidden_states)))
+        if self.rate_proj is not None:
+            assert rate is not None
+            x = x + self.rate_proj(rate.log().to(x)[:, None, None])
+        mask = None
+        if present is not None:  # an absent token sees itself: one row of a softmax can't be empty
+            own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            mask = (present[:, None, :] | own)[:, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        local, shared = x.chunk(2, dim=-1)
+        if present is None:
+            mean = shared.mean(dim=1, keepdim=True)
+        else:
+            weights = present.to(x)[..., None]
+            mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+        # Half of the channels tell every token about the whole image.
+        x = torch.cat([local, mean.expand_as(shared)], dim=-1)
+        return self.head(x)
+
+
+class TextPredictor(nn.Module):
+    """Whether an output token stays as context: [..., d] -> [..., 2] logits, each token on its own."""
+
+    def __init__(self, hidden_size: int, sparsity: SparsityConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.in_proj = nn.Linear(hidden_size, sparsity.predictor_dim)
+        self.head = _score_head(sparsity.predictor_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.in_proj(self.norm(hidden_states))))
