@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.bench.resident import resident_bytes
-from dynllava_plugin.sparsity import buffers
-from dynllava_plugin.sparsity.buffers import RESERVE, grown, zeros
-from dynllava_plugin.sparsity.cache import RaggedLayer
+from dynllava_plugin.sparsity import cache as cache_module
+from dynllava_plugin.sparsity.cache import RESERVE, RaggedLayer, grown, zeros
 from dynllava_plugin.sparsity.tracks import ContextTrack
 from tests.tiny_random import batch_of, random_model, random_sample
 
@@ -44,7 +43,7 @@ def test_growing_on_the_cpu_moves_nothing_until_the_reservation_ends():
 
 
 def test_without_reservations_it_grows_by_copying(monkeypatch):
-    monkeypatch.setattr(buffers, "_reserved", lambda like, shape: None)
+    monkeypatch.setattr(cache_module, "_reserved", lambda like, shape: None)
     buffer = zeros(torch.zeros(2, 4, 1, 8), 10)
     buffer.copy_(torch.randn_like(buffer))
     larger = grown(buffer, 20)

@@ -342,8 +342,10 @@ def test_sizes_that_are_missing_or_of_other_pictures_are_one_line(family):
 
 def test_print_tells_the_policy():
     model = model_of("qwen2_5_vl")
-    model.set_sparsity(policy="fastv,k=2")
-    assert "policy=fastv, gates at layers: 2, vision_keep_rate=" in repr(model)
+    model.set_sparsity(policy="fastv,k=2,keep=0.25")
+    assert "policy=fastv, gates at layers: 2, keep rate of image tokens: 0.25" in repr(model)
+    model.set_sparsity(mode="full")
+    assert "policy=full, gates at layers: none, keep rate of image tokens: 1" in repr(model)
 
 
 def test_an_attention_implementation_without_column_masks_is_refused():

@@ -17,13 +17,11 @@ from dynllava_plugin.model.attention import SparseCall, use_sparse_attention
 from dynllava_plugin.sparsity import masked_softmax_blocks as blocks
 from dynllava_plugin.sparsity.masked_softmax import (
     MAX_EXPONENT,
+    context_matrix,
     implementation,
     masked_softmax_attention,
-    training_context,
-)
-from dynllava_plugin.sparsity.masked_softmax_plain import (
-    context_matrix,
     plain_masked_softmax,
+    training_context,
     visible_matrix,
 )
 from tests.property_tests import examples

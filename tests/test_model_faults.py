@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -71,22 +72,19 @@ def test_a_prompt_that_ends_in_an_image_goes_on_from_the_last_token_that_stays(p
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_chance_treats_an_image_alike_in_any_batch_and_dtype(family, dtype):
-    model = model_of(family).to(dtype)
-    try:
-        model.set_sparsity(policy="random,keep=0.5")
-        batch, alone, _ = batch_for(family, [[(56, 84)], [(28, 28), (84, 42)], [(42, 42)], [(56, 84)]])
-        together = model(**batch, logits_to_keep=1).image_keep
-        for row, sample in enumerate(alone):
-            own = model(**sample, logits_to_keep=1).image_keep[0]
-            assert torch.equal(together[row, : len(own)], own) and not together[row, len(own) :].any()
-        # Not the same places of every image.
-        width = min(int(row.sum()) for row in (batch["input_ids"] == model.config.image_token_id))
-        assert not torch.equal(together[0, :width], together[1, :width])
-        options = dict(do_sample=False, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
-        held = model.generate(**batch, **options, num_beams=2).past_key_values.kept_lengths()
-        assert held.shape[1] == 8
-    finally:
-        model.float()
+    model = copy.deepcopy(model_of(family)).to(dtype)
+    model.set_sparsity(policy="random,keep=0.5")
+    batch, alone, _ = batch_for(family, [[(56, 84)], [(28, 28), (84, 42)], [(42, 42)], [(56, 84)]])
+    together = model(**batch, logits_to_keep=1).image_keep
+    for row, sample in enumerate(alone):
+        own = model(**sample, logits_to_keep=1).image_keep[0]
+        assert torch.equal(together[row, : len(own)], own) and not together[row, len(own) :].any()
+    # Not the same places of every image.
+    width = min(int(row.sum()) for row in (batch["input_ids"] == model.config.image_token_id))
+    assert not torch.equal(together[0, :width], together[1, :width])
+    options = dict(do_sample=False, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
+    held = model.generate(**batch, **options, num_beams=2).past_key_values.kept_lengths()
+    assert held.shape[1] == 8
 
 
 @torch.no_grad()
@@ -193,7 +191,7 @@ def test_labels_that_leave_image_or_padding_tokens_in_are_refused():
 @torch.no_grad()
 def test_placeholders_are_masked_by_their_ids_after_the_vocabulary_grew():
     model = random_model(mode="full")
-    model.config.placeholder_tokens = 2
+    model.config.placeholder_tokens, model.placeholders = 2, slice(94, 96)
     batch = batch_of([random_sample(random.Random(0), 1, 3)])
     before = model(**batch).logits
     model.resize_token_embeddings(model.config.text_config.vocab_size + 3)

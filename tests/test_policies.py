@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.packing import Tokens
+from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from tests.policy_cases import CASES, cases

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
-from dynllava_plugin.sparsity.masked_softmax import masked_softmax_attention, training_context
-from dynllava_plugin.sparsity.masked_softmax_plain import (
+from dynllava_plugin.sparsity.masked_softmax import (
     context_matrix,
+    masked_softmax_attention,
     plain_masked_softmax,
+    training_context,
     visible_matrix,
 )
 from dynllava_plugin.sparsity.objective import keep_loss, lm_loss

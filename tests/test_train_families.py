@@ -25,8 +25,8 @@ import train.finetune
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
+from dynllava_plugin.sparsity.masked_softmax import context_matrix, plain_masked_softmax, visible_matrix
 from dynllava_plugin.sparsity.masked_softmax_blocks import PADDING
-from dynllava_plugin.sparsity.masked_softmax_plain import context_matrix, plain_masked_softmax, visible_matrix
 from tests.families.checkpoints import (
     FAMILIES,
     picture,

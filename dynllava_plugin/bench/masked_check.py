@@ -17,10 +17,11 @@ import torch
 
 from dynllava_plugin.bench.masked_cases import AttentionInputs, AttentionShape, attention_inputs
 from dynllava_plugin.sparsity import masked_softmax
-from dynllava_plugin.sparsity.masked_softmax import masked_softmax_attention, training_context
-from dynllava_plugin.sparsity.masked_softmax_plain import (
+from dynllava_plugin.sparsity.masked_softmax import (
     context_matrix,
+    masked_softmax_attention,
     plain_masked_softmax,
+    training_context,
     visible_matrix,
 )
 

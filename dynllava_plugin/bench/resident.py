@@ -1,6 +1,6 @@
 """How much memory the system has really given to a cache on the CPU.
 
-A CPU cache lies in reserved address space: a page is given when its first slot is written (see `sparsity/buffers.py`), so that a
+A CPU cache lies in reserved address space: a page is given when its first slot is written (see `sparsity/cache.py`), so that a
 short sample beside a long one takes what it holds, not what the rectangle around both would.
 """
 

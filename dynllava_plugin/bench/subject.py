@@ -15,7 +15,7 @@ from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlav
 from dynllava_plugin.model.token_layout import with_checksum
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
-from dynllava_plugin.sparsity.predictors import KEEP
+from dynllava_plugin.sparsity.selection import KEEP
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 
 PREDICTOR_HEAD = 64  # width of the image predictor's heads at any width of its own: the paper's, 512 / 8

@@ -14,12 +14,10 @@ from dynllava_plugin.model import attention
 from dynllava_plugin.sparsity.masked_softmax import (
     PADDING,
     TrainingContext,
-    masked_softmax_attention,
-    training_context,
-)
-from dynllava_plugin.sparsity.masked_softmax_plain import (
     context_matrix,
+    masked_softmax_attention,
     plain_masked_softmax,
+    training_context,
     visible_matrix,
 )
 

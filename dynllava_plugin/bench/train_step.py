@@ -11,7 +11,7 @@ import torch
 from dynllava_plugin.bench.train_attention import model_attention
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-from dynllava_plugin.sparsity.predictors import KEEP
+from dynllava_plugin.sparsity.selection import KEEP
 
 IMAGE_TOKENS = 576
 SYSTEM_TOKENS = 35

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,14 +19,44 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.flash_decoding import flash_step
+from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, masked_softmax_attention
+from dynllava_plugin.sparsity.tracks import packing_order
 
 PREFIX = "sparse_"
 
 
-class Watch(Protocol):
-    """Sees a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended."""
+class WatchedRows:
+    """Computes one layer's attention of a few tokens: each sample's last prompt token, or those a policy names.
+
+    They stand at columns `rows` int64 [B, R], of which those that are `real` bool [B, R] count.
+    """
+
+    def __init__(self, layer: int, valid: torch.Tensor, rows: torch.Tensor, real: torch.Tensor) -> None:
+        self.layer, self.valid, self.rows, self.real = layer, valid, rows, real
+        self.weights: torch.Tensor | None = None  # float32 [B, L], mean over heads and rows
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[int], start: int, end: int, valid: torch.Tensor, layout: TokenLayout
+    ) -> WatchedRows | None:
+        """Return one for a segment of layers start..end - 1 with images, whose policy asks for a layer of it; else None."""
+        asked = [layer for layer in layers if start <= layer < end]
+        if not asked or not layout.image_lengths:
+            return None
+        layer = asked[-1]
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(valid & layout.before_output(columns), columns, 0).amax(1, keepdim=True)
+        watched = layout.watched
+        if watched is None:
+            return cls(layer, valid, last, torch.ones_like(last, dtype=torch.bool))
+        rows = packing_order(watched, max(1, int(watched.sum(1).max())))
+        real = watched.gather(1, rows)
+        none = ~real.any(
+            1, keepdim=True
+        )  # no image in the sample: what is looked at there is asked by no one
+        return cls(layer, valid, torch.where(none, last, rows), real | none)
 
     def __call__(
         self,
@@ -35,25 +65,37 @@ class Watch(Protocol):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float,
-    ) -> None: ...
+    ) -> None:
+        """See a layer's rotated queries [B, H, q, D] and keys [B, H_kv, K, D]; take note where it is the layer."""
+        if layer != self.layer:
+            return
+        batch, heads, _, width = query.shape
+        samples = torch.arange(batch, device=query.device)[:, None]
+        rows = query.transpose(1, 2)[samples, self.rows]  # [B, R, H, D]
+        rows = rows.view(batch, rows.shape[1], key.shape[1], heads // key.shape[1], width)
+        scores = torch.einsum("brhgd,bhkd->brhgk", rows, key).float() * scaling
+        columns = torch.arange(self.valid.shape[1], device=query.device)
+        visible = self.valid[:, None] & (columns <= self.rows[..., None])  # [B, R, L]
+        past = key.shape[2] - visible.shape[2]
+        if past:  # an image behind a context: only the 4-dimensional mask knows what that holds
+            assert attention_mask is not None and attention_mask.dim() == 4
+            seen = attention_mask[samples, 0, self.rows]
+            visible = seen if seen.dtype == torch.bool else seen == 0
+        weights = scores.masked_fill(~visible[:, :, None, None], float("-inf")).softmax(-1).mean((2, 3))
+        weights = weights.masked_fill(~self.real[..., None], 0).sum(1) / self.real.sum(1, keepdim=True)
+        self.weights = weights[:, past:]
 
 
 @dataclass
 class SparseCall:
     """What the attention of a call's layers has to know beside queries, keys and a mask.
 
-    Parameters
-    ----------
-    cache : SparseContextCache, optional
-    context : TrainingContext, optional
-        Selects the masked softmax (Eq. 7), which needs no mask.
-    watch : callable, optional
-        For policies that rank tokens by attention.
+    A `context` selects the masked softmax (Eq. 7), which needs no mask; `watch` is for policies that rank tokens by attention.
     """
 
     cache: SparseContextCache | None = None
     context: TrainingContext | None = None
-    watch: Watch | None = None
+    watch: WatchedRows | None = None
 
 
 def sparse_attention(
@@ -78,7 +120,11 @@ def sparse_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = None if sparse is None else sparse.cache
     if sparse is not None and sparse.context is not None:
-        return masked_softmax_forward(query, key, value, sparse.context, scaling, dropout), None
+        if dropout:
+            raise UserError(
+                f"attention_dropout: {dropout} is not supported by the masked softmax; set it to 0 in the model's config"
+            )
+        return masked_softmax_attention(query, key, value, sparse.context, scaling).transpose(1, 2), None
     if cache is not None and "flash" in name and sparse.watch is None and not cache.observes:  # type: ignore[union-attr]
         mixed = flash_step(query, key, value, cache.step_slots(module.layer_idx), scaling)
         if mixed is not None:
@@ -96,28 +142,6 @@ def sparse_attention(
     if cache is not None and cache.observes:
         cache.observe(module.layer_idx, query, key, scaling)
     return mixed, weights
-
-
-def masked_softmax_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    context: TrainingContext,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Return Eq. 7 of query [B, H, L, D] and key, value [B, H_kv, L, D] as [B, L, H, D].
-
-    Raises
-    ------
-    UserError
-        Dropout, which Eq. 7 has none of.
-    """
-    if dropout:
-        raise UserError(
-            f"attention_dropout: {dropout} is not supported by the masked softmax; set it to 0 in the model's config"
-        )
-    return masked_softmax_attention(query, key, value, context, scaling).transpose(1, 2)
 
 
 def implementation_of(config: Any) -> str:
@@ -150,15 +174,9 @@ def use_sparse_attention(config: Any) -> None:
 def context_mask(
     config: Any, keep: torch.Tensor, counts: Sequence[int] | None, hidden: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return the mask of a call without a context before it: causal, over the columns that `keep`, the diagonal free.
+    """Return the mask of a call without a context before it: causal, the diagonal free, over the columns `keep` bool [B, L].
 
-    Parameters
-    ----------
-    keep : bool [B, L]
-        Columns that later ones may see.
-    counts : sequence of int, optional
-        How many of each sample, where the host knows.
-    hidden : [B, L, d]
+    `counts` are how many of each sample, where the host knows; `hidden` is [B, L, d].
     """
     counts = keep.sum(1).tolist() if counts is None else counts
     length = hidden.shape[1]

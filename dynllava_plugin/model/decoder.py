@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -10,25 +13,39 @@ import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.attention import SparseCall, additive, context_mask, use_sparse_attention
-from dynllava_plugin.model.attention_rows import WatchedRows
-from dynllava_plugin.model.call_settings import call_settings
+from dynllava_plugin.model.attention import (
+    SparseCall,
+    WatchedRows,
+    additive,
+    context_mask,
+    use_sparse_attention,
+)
 from dynllava_plugin.model.configuration import check_layers
-from dynllava_plugin.model.gate import Decision, TrainingMasks, by_sample, decide, mask_images, mask_output
-from dynllava_plugin.model.outputs import SparseDecoderOutput
-from dynllava_plugin.model.packing import Tokens, at_columns, gather_columns, last_column, present_tokens
-from dynllava_plugin.model.positions import moved_up, position_offset, token_positions
-from dynllava_plugin.model.static_decoding import StaticCache
-from dynllava_plugin.model.token_layout import read_layout, valid_columns
+from dynllava_plugin.model.gate import (
+    Tokens,
+    by_input_columns,
+    decide,
+    last_column,
+    moved_up,
+    present_tokens,
+    segment_ends,
+    whole,
+)
+from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
+from dynllava_plugin.model.static_calls import StaticCalls
+from dynllava_plugin.model.token_layout import position_offset, read_layout, token_positions, valid_columns
+from dynllava_plugin.model.training import decide_training
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import training_context
-from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
-from dynllava_plugin.sparsity.tracks import packing_order
+from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor
+
+# What a caller asked for in this thread (or task), by the decoder's identity: a call may run another model inside.
+_OF_CALL: ContextVar[dict[int, SparsityConfig] | None] = ContextVar("sparsity_of_this_call", default=None)
 
 
-class SparseDecoder(nn.Module):
+class SparseDecoder(StaticCalls):
     """To stand before a stock text model in a class's bases: its layers, unchanged, over fewer and fewer tokens.
 
     What a subclass needs is the stock class and a config with `sparsity`. Image and text predictor are added to its modules.
@@ -48,8 +65,6 @@ class SparseDecoder(nn.Module):
         self.text_predictor = (
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
         )
-        for layer, _ in config.sparsity.later_gates:
-            setattr(self, f"image_predictor_{layer}", ImagePredictor(config.hidden_size, config.sparsity))
         self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
         self.post_init()  # type: ignore[operator]
 
@@ -66,21 +81,13 @@ class SparseDecoder(nn.Module):
         deepstack: tuple[torch.Tensor, ...] = (),
         **kwargs: Any,
     ) -> SparseDecoderOutput:
-        """Inference: run a segment, ask its gate, pack what goes on, until the layers are through.
+        """Run a segment, ask its gate, pack what goes on, until the layers are through; return what is left at inference.
 
-        Parameters
-        ----------
-        inputs_embeds : [B, L, d]
-            Or `input_ids` int64 [B, L].
-        attention_mask : int or bool [B, seen + L], optional
-            0 on padding, at either end; covers the cached columns too.
-        position_ids : int64 [B or 1, L]; [3, B, L] on three axes; [4, B, L] with places in the text first; optional
-        layout : TokenLayout, optional
-            Where images and output text are; without it everything is prompt text.
-        last_only : bool
-            Only the last token's hidden state is wanted, so that dropped output tokens need not be computed at all.
-        deepstack : tuple of [B, L, d]
-            What is added to the hidden states behind layers 0, 1, ...
+        The tokens are `inputs_embeds` [B, L, d] or `input_ids` int64 [B, L]; `attention_mask` [B, seen + L] is 0 on padding, at either
+        end, and covers the cached columns too; `position_ids` int64 are [B or 1, L], [3, B, L] on three axes, or [4, B, L] with places
+        in the text first. `layout` says where images and output text are: without it everything is prompt text. With
+        `last_only` the last token's hidden state alone is wanted, so that dropped output tokens need not be computed at all.
+        `deepstack`, [B, L, d] each, is added to the hidden states behind layers 0, 1, ...
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -92,10 +99,7 @@ class SparseDecoder(nn.Module):
         valid = valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
         step = seen > 0 and length == 1
         if layout is None:
-            layout = TokenLayout()
-        if layout.counts is None and not step:
-            facts = read_layout(valid, None, None, (None, 0), policy, False)
-            layout = replace(layout, counts=facts.counts, ends_real=facts.ends_real)
+            layout = TokenLayout() if step else read_layout(valid, None, None, (None, 0), policy, False)
         text, turned = token_positions(attention_mask, position_ids, valid, cache)
         if cache is not None:
             cache.start()
@@ -111,7 +115,7 @@ class SparseDecoder(nn.Module):
         decisions: list[Decision] = []
         call = SparseCall(cache)
         rotary = None
-        ends = _segment_ends(policy, len(self.layers))
+        ends = segment_ends(policy, len(self.layers))
         for index, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
             watch = WatchedRows.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
             if start < end:
@@ -130,10 +134,10 @@ class SparseDecoder(nn.Module):
                 policy, end, tokens, attention, cache, last_only, step, index + 2 < len(ends)
             )
             rotary = rotary if tokens.position_ids is before.position_ids else None
-            decisions.append(_by_input_columns(decision, before, layout, length))
+            decisions.append(by_input_columns(decision, before, layout, length))
         if last_only and not step and not tokens.layout.ends_real:
             tokens = tokens.packed(last_column(tokens.valid), [1] * batch, False)
-        decision = _whole(decisions, valid, layout)
+        decision = whole(decisions, valid, layout)
         if cache is not None:
             cache.commit(valid, decision.text_keep, decision.image_keep)
         return SparseDecoderOutput(
@@ -151,10 +155,9 @@ class SparseDecoder(nn.Module):
         layout: TokenLayout,
         tau: float,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None],
-        keep_rates: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
     ) -> SparseDecoderOutput:
-        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
+        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3)."""
         use_sparse_attention(self.config)
         batch, length, _ = inputs_embeds.shape
         valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
@@ -172,25 +175,14 @@ class SparseDecoder(nn.Module):
         if settings.mode == "full":
             tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
             return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
-        masks = TrainingMasks(torch.ones(batch, length, dtype=torch.float32, device=inputs_embeds.device))
-        image_noise, text_noise = gumbel_noise
-        share: float | torch.Tensor = 1.0
-        start, call = 0, SparseCall()
-        for index, (layer, rate) in enumerate(settings.image_gates):
-            tokens = self._run(start, layer, tokens, causal if not start else None, rotary, call)
-            share = share * (rate if index or keep_rates is None else keep_rates)
-            noise = None if image_noise is None else image_noise[..., 2 * index : 2 * index + 2]
-            mask_images(masks, tokens.hidden, layout, self._image_predictor(layer), share, tau, noise)
-            if not index:
-                mask_output(masks, tokens.hidden, layout, settings, self.text_predictor, tau, text_noise)
-            start, call = layer, SparseCall(context=training_context(masks.keep, valid))
+        start = self.sparse_layer
+        tokens = self._run(0, start, tokens, causal, rotary, SparseCall())
+        masks = decide_training(
+            tokens.hidden, layout, settings, self.image_predictor, self.text_predictor, tau, gumbel_noise
+        )
+        call = SparseCall(context=training_context(masks.keep, valid))
         tokens = self._run(start, layers, tokens, None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
-
-    def _image_predictor(self, layer: int) -> ImagePredictor:
-        """Return the one of the gate at `layer`: a later gate's own, else the first's."""
-        own: Any = getattr(self, f"image_predictor_{layer}", None)
-        return self.image_predictor if own is None else own
 
     @property
     def sparse_layer(self) -> int:
@@ -199,104 +191,25 @@ class SparseDecoder(nn.Module):
 
     @property
     def policy(self) -> Policy:
-        """Who decides what stays: by the settings of this call (`policy_in_force`), else the model's."""
-        settings = call_settings(self) or self.config.sparsity
+        """Who decides what stays: by the settings of this call (`settings_of_call`), else the model's."""
+        settings = (_OF_CALL.get() or {}).get(id(self)) or self.config.sparsity
         held = self._policy
         if held is None or held[0] != settings:
             held = self._policy = copy.deepcopy(settings), policy_of(settings).of_depth(len(self.layers))
         return held[1]
 
+    @contextmanager
+    def settings_of_call(self, settings: SparsityConfig) -> Iterator[None]:
+        """Run under `settings` in this thread (or task) until the block ends, whatever other threads set meanwhile."""
+        token = _OF_CALL.set({**(_OF_CALL.get() or {}), id(self): settings})
+        try:
+            yield
+        finally:
+            _OF_CALL.reset(token)
+
     def new_cache(self) -> SparseContextCache:
         """Return an empty KV cache for this model."""
         return self.policy.new_cache(self.config.num_hidden_layers)
-
-    def static_step(
-        self,
-        inputs_embeds: torch.Tensor,
-        valid: torch.Tensor,
-        position_ids: torch.Tensor,
-        text_positions: torch.Tensor,
-        cache: SparseContextCache,
-        policy: Policy,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
-
-        Parameters
-        ----------
-        inputs_embeds : [B, 1, d]
-        valid : bool [B, 1]
-            False on padding.
-        position_ids : int64 [B, 1] or [3, B, 1]
-        text_positions : int64 [B, 1]
-        policy : Policy
-            `self.policy`, looked up outside what is compiled.
-
-        Returns
-        -------
-        [B, 1, d] hidden states; bool [B, 1] of the tokens that stay as context.
-        """
-        use_sparse_attention(self.config)
-        layout, call = TokenLayout(output_mask=valid), SparseCall(cache)
-        tokens = Tokens(inputs_embeds, position_ids, text_positions, valid, valid, None, None, layout)
-        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        ends, stays = _segment_ends(policy, len(self.layers)), valid
-        for start, end in zip((0, *ends[:-1]), ends, strict=True):
-            if start < end:
-                track: Any = cache.layers[start].track
-                mask = additive(track.begin_static(tokens.keep), tokens.hidden)
-                tokens = self._run(start, end, tokens, mask, rotary, call)
-            if policy.asks_output(end):
-                decision = decide(policy, self._view(end, tokens, None), tokens.keep, None)
-                tokens, stays = replace(tokens, keep=decision.keep), decision.keep
-        for track in cache.static_tracks():
-            track.commit_static()
-        cache.fed.add_(valid)  # type: ignore[union-attr]
-        return self.norm(tokens.hidden), stays
-
-    def static_prefill(
-        self, tokens: Tokens, lengths: torch.Tensor, cache: StaticCache, policy: Policy
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`forward` for whole prompts into an empty static cache, in tensor operations of fixed shape alone.
-
-        Padding stands behind each prompt: the causal order hides it, so that no layer needs a mask.
-
-        Parameters
-        ----------
-        tokens : Tokens
-            [B, L] with as many images of one size in each prompt, and no output text.
-        lengths : int64 [B]
-            Real tokens of each.
-        policy : Policy
-            One that allows `static_prefill`.
-
-        Returns
-        -------
-        [B, 1, d] the last real token's hidden states; bool [B, N_img] image tokens that stay, and their scores, or None.
-        """
-        use_sparse_attention(self.config)
-        call, decision, ends = SparseCall(cache), None, _segment_ends(policy, len(self.layers))
-        batch, rotary = len(lengths), None
-        for start, end in zip((0, *ends[:-1]), ends, strict=True):
-            length = tokens.hidden.shape[1]
-            if start < end:
-                call.watch = WatchedRows.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
-                track: Any = cache.layers[start].track
-                track.plan_whole(lengths, length)
-                mask = context_mask(self.config, tokens.valid, [length] * batch, tokens.hidden)
-                rotary = rotary or self.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
-                tokens = self._run(start, end, tokens, mask, rotary, call)
-                track.commit()
-            if end not in policy.layers or not tokens.layout.image_lengths:
-                continue
-            watch = call.watch
-            attention = watch.weights if isinstance(watch, WatchedRows) else None
-            decision = decide(policy, self._view(end, tokens, attention), tokens.valid, [length] * batch)
-            assert decision.counts is not None
-            lengths, rotary = decision.keep.sum(1), None
-            tokens = tokens.first(packing_order(decision.keep, max(decision.counts)), lengths)
-        last = gather_columns(tokens.hidden, lengths[:, None] - 1)
-        found = (None, None) if decision is None else (decision.image_keep, decision.image_score)
-        return self.norm(last), *found
 
     def _gate(
         self,
@@ -333,7 +246,7 @@ class SparseDecoder(nn.Module):
     def _view(self, layer: int, tokens: Tokens, attention: torch.Tensor | None) -> Gate:
         positions = tokens.text_positions.expand(tokens.valid.shape)
         return Gate(
-            tokens.hidden, tokens.valid, positions, tokens.layout, self._image_predictor(layer), self.text_predictor,
+            tokens.hidden, tokens.valid, positions, tokens.layout, self.image_predictor, self.text_predictor,
             attention, layer, tokens.entered,
         )  # fmt: skip
 
@@ -366,13 +279,9 @@ class SparseDecoder(nn.Module):
         for layer in self.layers[start:end]:
             entered = hidden
             hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=None,
-                position_embeddings=rotary,
-                past_key_values=call.cache,
-                sparse=call,
-            )
+                hidden, attention_mask=mask, position_ids=None, position_embeddings=rotary,
+                past_key_values=call.cache, sparse=call,
+            )  # fmt: skip
             if deepstack:
                 hidden, deepstack = hidden + deepstack[0], deepstack[1:]
         return replace(tokens, hidden=hidden, deepstack=deepstack, entered=entered)
@@ -400,38 +309,3 @@ class SparseDecoder(nn.Module):
                 f"past_key_values: made for another policy than {policy.name} (its context changes at {made}, "
                 f"{policy.name}'s at {gates}); start a new one"
             )
-
-
-def _segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:
-    """Where a segment of layers ends: at each gate, where a cache's track begins, and behind the last layer."""
-    return (*sorted({*policy.layers, *policy.splits}), layers)
-
-
-def _by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, length: int) -> Decision:
-    """A later gate's decision as one on the call's own columns."""
-    if tokens.columns is None:
-        return decision
-    for name in ("text_keep", "text_score"):
-        if (value := getattr(decision, name)) is not None:
-            spread = at_columns(value, tokens.columns, length)
-            setattr(decision, name, spread[:, layout.output_start :])
-    if decision.image_keep is not None:
-        stays = at_columns(decision.keep, tokens.columns, length)
-        decision.image_keep = by_sample(stays.flatten()[layout.image_index], layout)
-        decision.image_score = None  # on the scale of this gate's own survivors
-    return decision
-
-
-def _whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:
-    """One call's decisions over all gates: what the last gate that decided on a kind of token left."""
-    whole = Decision(keep=valid)
-    for decision in decisions:
-        whole.keep = decision.keep
-        for name in ("image_keep", "image_score", "text_keep", "text_score"):
-            value = getattr(decision, name)
-            if value is not None:
-                setattr(whole, name, value)
-    if whole.text_keep is None and layout.output_mask is not None:
-        output = layout.output_mask[:, layout.output_start :]
-        whole.text_keep = output & valid[:, layout.output_start :]
-    return whole

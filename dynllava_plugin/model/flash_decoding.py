@@ -29,20 +29,10 @@ def flash_step(
     slots: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor | None:
-    """Attention of one token a sample to the slots up to its own.
+    """Return the attention [B, 1, H, D] of one token a sample to the slots up to its own.
 
-    Parameters
-    ----------
-    query : [B, H, 1, D]
-    keys, values : [B, H_kv, K, D]
-        A layer's buffers, the new token's own included.
-    slots : int64 [B], optional
-        The slot of the new token; None where the call is no single-token step.
-    scaling : float
-
-    Returns
-    -------
-    [B, 1, H, D], or None where the kernel isn't there or takes no such tensors.
+    `query` is [B, H, 1, D]; `keys` and `values` [B, H_kv, K, D] are a layer's buffers, the new token's own included; `slots` int64 [B]
+    is where that lies. None where the kernel isn't there or takes no such tensors, or the call is no single-token step.
     """
     kernel = _kernel() if slots is not None and query.dtype in (torch.float16, torch.bfloat16) else None
     if kernel is None or query.shape[2] != 1:

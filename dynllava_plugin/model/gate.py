@@ -1,64 +1,184 @@
-"""What a gate decides, in inference by asking the policy and, for the learned one, in training."""
+"""Gates: asking the policy what stays, and packing the tokens of a ragged batch that go on to the next segment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
+from dynllava_plugin.model.outputs import Decision
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
-from dynllava_plugin.sparsity.config import SparsityConfig
-from dynllava_plugin.sparsity.predictors import ImagePredictor, TextPredictor
-from dynllava_plugin.sparsity.selection import gumbel_keep_mask, gumbel_noise
+from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.tracks import packing_order
 
 
-@dataclass
-class Decision:
-    """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False.
+@dataclass(frozen=True)
+class Tokens:
+    """What is present in a segment."""
 
-    Scores are the policy's own, on any scale; None where it has none. `counts` are `keep`'s, where the host knows;
-    `image_states` [T, d] are the image tokens' states where the policy merges some.
-    """
+    hidden: torch.Tensor  # [B, L, d]
+    position_ids: torch.Tensor  # int64 [B or 1, L], or [3, B, L] where images turn on three axes
+    # int64 [B or 1, L], places in the text: `position_ids` where those are the same
+    text_positions: torch.Tensor
+    valid: torch.Tensor  # bool [B, L], False on padding
+    keep: torch.Tensor  # bool [B, L], tokens that later ones may see
+    counts: Sequence[int] | None  # real tokens of each sample, where the host knows
+    columns: torch.Tensor | None  # int64 [B, L], input columns, -1 on padding; None while they are as given
+    layout: TokenLayout  # of these tokens
+    deepstack: tuple[torch.Tensor, ...] = ()  # [B, L, d] each, still to be added behind the next layers
+    entered: torch.Tensor | None = None  # [B, L, d], what entered the last layer that was run
 
-    keep: torch.Tensor
-    counts: Sequence[int] | None = None
-    image_keep: torch.Tensor | None = None  # [B, N_img]
-    text_keep: torch.Tensor | None = None  # [B, L - output_start]
-    image_score: torch.Tensor | None = None
-    text_score: torch.Tensor | None = None
-    image_states: torch.Tensor | None = None
+    @classmethod
+    def of(cls, hidden: torch.Tensor, positions: torch.Tensor, layout: TokenLayout) -> Tokens:
+        """Return unpadded tokens [B, L, d] with positions int64 [1, L] as they enter a decoder."""
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return cls(hidden, positions, positions, valid, valid, layout.counts, None, layout)
+
+    @property
+    def keep_counts(self) -> Sequence[int] | None:
+        """`keep`'s counts, where the host knows."""
+        return self.counts if self.keep is self.valid else None
+
+    @property
+    def token_index(self) -> torch.Tensor:
+        """int64 [B, L]: the input column of each token, -1 on padding."""
+        if self.columns is not None:
+            return self.columns
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return torch.where(self.valid, columns, -1)
+
+    def first(self, order: torch.Tensor, lengths: torch.Tensor) -> Tokens:
+        """Return the tokens at `order` int64 [B, n], of which the first `lengths` int64 [B] are real; without a layout."""
+        there = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
+        positions = gather_positions(self.position_ids, order)
+        same = self.text_positions is self.position_ids
+        text = positions if same else gather_positions(self.text_positions, order)
+        levels = tuple(gather_columns(level, order) for level in self.deepstack)
+        return Tokens(
+            gather_columns(self.hidden, order),
+            positions,
+            text,
+            there,
+            there,
+            None,
+            None,
+            TokenLayout(),
+            levels,
+        )
+
+    def packed(self, present: torch.Tensor, counts: Sequence[int], layout_too: bool) -> Tokens:
+        """Return the tokens that are `present` bool [B, L], `counts` of each sample, packed to the right.
+
+        `layout_too` says whether a later gate will ask where images and output text are.
+        """
+        order, there = packed_columns(present, counts)
+        columns = order if self.columns is None else gather_columns(self.columns, order)
+        layout = shorter_layout(self.layout, order, there) if layout_too else TokenLayout()
+        positions = gather_positions(self.position_ids, order)
+        same = self.text_positions is self.position_ids
+        return Tokens(
+            hidden=gather_columns(self.hidden, order),
+            position_ids=positions,
+            text_positions=positions if same else gather_positions(self.text_positions, order),
+            valid=there,
+            keep=there if self.keep is self.valid else gather_columns(self.keep, order) & there,
+            counts=counts,
+            columns=torch.where(there, columns, -1),
+            layout=replace(layout, counts=tuple(counts)),
+            deepstack=tuple(gather_columns(level, order) for level in self.deepstack),
+        )
 
 
-@dataclass
-class TrainingMasks:
-    """Straight-through masks: `keep` float [B, L] for Eq. 7, and by kind for the keep losses (Eq. 10)."""
+def packed_columns(present: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [B, n] columns of the present tokens packed to the right (anything before), and bool [B, n] which are."""
+    width = max(counts)
+    order = packing_order(present, width)
+    if min(counts) == width:
+        return order, torch.ones_like(order, dtype=torch.bool)
+    padding = width - present.sum(1, keepdim=True)
+    slot = torch.arange(width, device=present.device) - padding  # < 0 on padding
+    return order.gather(1, slot.clamp(min=0)), slot >= 0
 
-    keep: torch.Tensor
-    # Behind each gate: masks [B, N_img], valid, and the share of the image that is to stay, of all samples or [B].
-    images: list[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] = field(default_factory=list)
-    text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
-    text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
+
+def last_column(valid: torch.Tensor) -> torch.Tensor:
+    """Return bool [B, L], True at each sample's last real token."""
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    return columns == torch.where(valid, columns, -1).amax(1, keepdim=True)
 
 
-def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, ...] values of the T True places of `mask` [B, L] -> ([B, n, ...] right padded with 0, valid bool [B, n])."""
-    counts = mask.sum(1)
-    valid = torch.arange(int(counts.max()), device=mask.device) < counts[:, None]
-    rows = values.new_zeros(*valid.shape, *values.shape[1:])
-    rows[valid] = values
-    return rows, valid
+def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor) -> TokenLayout:
+    """Return the layout of the tokens at `order` int64 [B, n], of which those that are `there` bool [B, n] are real."""
+    output = None if layout.output_mask is None else gather_columns(layout.output_mask, order) & there
+    # Rows are packed to the right: an output token is no farther from their end than before.
+    length = 0 if layout.output_mask is None else layout.output_mask.shape[1]
+    start = max(0, layout.output_start - (length - order.shape[1]))
+    watched = None if layout.watched is None else gather_columns(layout.watched, order) & there
+    if layout.image_mask is None:
+        return TokenLayout(output_mask=output, output_start=start)
+    image_mask = gather_columns(layout.image_mask, order) & there
+    numbers = torch.full(layout.image_mask.shape, -1, device=order.device)
+    of_image = torch.arange(len(layout.image_lengths), device=order.device)
+    lengths = torch.tensor(layout.image_lengths, device=order.device)
+    numbers.view(-1)[layout.image_index] = of_image.repeat_interleave(lengths)
+    left = torch.where(image_mask, gather_columns(numbers, order), len(lengths))
+    held = torch.bincount(left.flatten(), minlength=len(lengths) + 1)[: len(lengths)].tolist()
+    return TokenLayout(
+        image_mask=image_mask,
+        image_lengths=tuple(held),
+        image_rows=layout.image_rows,
+        image_index=image_mask.flatten().nonzero()[:, 0],
+        image_seeds=layout.image_seeds,
+        image_totals=layout.image_totals or layout.image_lengths,
+        output_mask=output,
+        output_start=start,
+        watched=watched,
+    )
+
+
+def gather_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return [B, L', ...] of `values` [B or 1, L, ...] at `columns` int64 [B, L'] (-1 gives column 0)."""
+    index = columns.clamp(min=0)
+    values = values.expand(len(index), *values.shape[1:])
+    return values.gather(
+        1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+    )
+
+
+def gather_positions(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return [..., B, L'] of `values` [..., B or 1, L] at `columns` int64 [B, L']."""
+    values = values.expand(*values.shape[:-2], len(columns), values.shape[-1])
+    return values.gather(-1, columns.expand(*values.shape[:-2], *columns.shape))
+
+
+def at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """Return [B, length] with the last n `values` [B, n] in their `columns` int64 [B, L'] (-1 is none), 0 elsewhere."""
+    columns = columns[:, columns.shape[1] - values.shape[1] :]
+    spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
+    return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
+
+
+def moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
+    """The tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
+    if cache is not None:
+        cache.move_up(gone.sum(1, keepdim=True))
+    less = gone.cumsum(1)
+    same = tokens.text_positions is tokens.position_ids
+    positions = tokens.position_ids - less
+    return replace(
+        tokens, position_ids=positions, text_positions=positions if same else tokens.text_positions - less
+    )
+
+
+def segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:
+    """Return where segments of a model's `layers` end: at each gate, where a cache's track begins, and behind the last layer."""
+    return (*sorted({*policy.layers, *policy.splits}), layers)
 
 
 def decide(policy: Policy, gate: Gate, keep: torch.Tensor, counts: Sequence[int] | None) -> Decision:
-    """Return what `policy` keeps of the tokens at the gate.
+    """Return what `policy` keeps of the tokens at the gate, of which `keep` bool [B, L], without padding, stayed so far.
 
-    Parameters
-    ----------
-    keep : bool [B, L]
-        What stayed so far; padding isn't in it.
-    counts : sequence of int, optional
-        How many of each sample, where the host knows.
+    `counts` are how many of each sample, where the host knows.
     """
     layout = gate.layout
     decision = Decision(keep=keep, counts=counts)
@@ -87,7 +207,7 @@ def _decide_images(policy: Policy, gate: Gate, decision: Decision) -> None:
     known = [choice for choice in choices if choice is not None]
 
     def of_all(values: list[torch.Tensor]) -> torch.Tensor:
-        return _in_order([images for _, images in groups], values)
+        return in_order([images for _, images in groups], values)
 
     selected = of_all([choice.keep for choice in known])
     decision.image_keep = by_sample(selected, layout)
@@ -121,73 +241,51 @@ def by_sample(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     return rows.masked_scatter(there.to(values.device), values)
 
 
-def mask_images(
-    masks: TrainingMasks,
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    predictor: ImagePredictor,
-    share: float | torch.Tensor,
-    tau: float,
-    noise: torch.Tensor | None,
-) -> None:
-    """Add a gate's Gumbel masks of the image tokens, for the hidden states [B, L, d] that reach it.
+def present_tokens(
+    decision: Decision, tokens: Tokens, last_only: bool
+) -> tuple[torch.Tensor, Sequence[int] | None]:
+    """Return bool [B, L], the tokens that layers behind a gate compute, and their counts where the host knows.
 
-    `share` of the whole image is to stay, of all samples or float [B]; `noise` is [B, N_img, 2], drawn where None.
+    A dropped output token still predicts its successor; with `last_only` no one asks for it, save the last. A dropped image
+    token predicts nothing: what follows a prompt that ends in one is predicted from the last token that stays.
     """
-    if layout.image_mask is None:
-        return
-    earlier = masks.keep.flatten()[layout.image_index] if masks.images else None
-    logits = _image_logits(hidden, layout, predictor, share, earlier)
-    flat = _gumbel(logits, layout.image_mask, noise, tau)
-    flat = flat if earlier is None else flat * earlier
-    masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
-    masks.images.append((*right_padded(flat, layout.image_mask), share))
+    if tokens.layout.output_mask is None:
+        return decision.keep, decision.counts
+    predicts = tokens.layout.output_mask & (last_column(tokens.valid) if last_only else tokens.valid)
+    return decision.keep | predicts, None
 
 
-def mask_output(
-    masks: TrainingMasks,
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    sparsity: SparsityConfig,
-    predictor: TextPredictor | None,
-    tau: float,
-    noise: torch.Tensor | None,
-) -> None:
-    """Add the Gumbel masks of the output text; `noise` is [B, longest answer, 2], drawn where None."""
-    if layout.output_mask is None or sparsity.mode != "image_text" or predictor is None:
-        return
-    lengths = layout.output_mask.sum(1)
-    masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
-    flat = _gumbel(predictor(hidden[layout.output_mask]), layout.output_mask, noise, tau)
-    # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
-    flat = torch.where(spread_over_tokens(layout.output_mask, masks.text_counted), flat, flat * 0 + 1)
-    masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
-    masks.text = right_padded(flat, layout.output_mask)
+def by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, length: int) -> Decision:
+    """A later gate's decision as one on the call's own columns."""
+    if tokens.columns is None:
+        return decision
+    for name in ("text_keep", "text_score"):
+        if (value := getattr(decision, name)) is not None:
+            spread = at_columns(value, tokens.columns, length)
+            setattr(decision, name, spread[:, layout.output_start :])
+    if decision.image_keep is not None:
+        stays = at_columns(decision.keep, tokens.columns, length)
+        decision.image_keep = by_sample(stays.flatten()[layout.image_index], layout)
+        decision.image_score = None  # on the scale of this gate's own survivors
+    return decision
 
 
-def _image_logits(
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    predictor: ImagePredictor,
-    share: float | torch.Tensor,
-    keep: torch.Tensor | None,
-) -> torch.Tensor:
-    """[T, 2] logits of the call's image tokens, of which `keep` [T] are left (None: all); each image is seen alone."""
-    gate = Gate(hidden, hidden, hidden, layout)
-    tokens = hidden.flatten(0, 1)[layout.image_index]
-    shares = torch.as_tensor(share, dtype=torch.float32, device=hidden.device).expand(len(hidden))
-    if not layout.image_lengths:  # a stand-in image: through the predictor, to no place
-        return predictor(tokens[:, None], shares[:0]).flatten(0, 1)
-    groups, found = [images for _, images in layout.image_groups()], []
-    for images in groups:
-        of_group = gate.of_group(images)
-        present = None if keep is None else of_group.in_question(keep.detach() > 0.5)
-        rates = shares[[layout.image_rows[image] for image in images]]
-        found.append(predictor(of_group.in_question(tokens), rates, present))
-    return _in_order(groups, found)
+def whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:
+    """One call's decisions over all gates: what the last gate that decided on a kind of token left."""
+    found = Decision(keep=valid)
+    for decision in decisions:
+        found.keep = decision.keep
+        for name in ("image_keep", "image_score", "text_keep", "text_score"):
+            value = getattr(decision, name)
+            if value is not None:
+                setattr(found, name, value)
+    if found.text_keep is None and layout.output_mask is not None:
+        output = layout.output_mask[:, layout.output_start :]
+        found.text_keep = output & valid[:, layout.output_start :]
+    return found
 
 
-def _in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tensor:
+def in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tensor:
     """Values [M, N, ...] of each group's images -> [T, ...] in the order of places."""
     if len(groups) == 1:
         return values[0].flatten(0, 1)
@@ -195,17 +293,3 @@ def _in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tens
     for images, of_group in zip(groups, values, strict=True):
         parts.update(zip(images, of_group, strict=True))
     return torch.cat([parts[image] for image in range(len(parts))])
-
-
-def spread_over_tokens(mask: torch.Tensor, per_sample: torch.Tensor) -> torch.Tensor:
-    """[B] values repeated for each True of `mask` [B, L], flattened: [T]."""
-    return per_sample[:, None].expand_as(mask)[mask]
-
-
-def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None, tau: float) -> torch.Tensor:
-    if noise is None:
-        drawn = gumbel_noise(logits.shape, logits.device)
-    else:
-        counts = mask.sum(1)
-        drawn = noise[torch.arange(noise.shape[1], device=noise.device) < counts[:, None]]
-    return gumbel_keep_mask(logits, drawn, tau)

@@ -11,13 +11,11 @@ import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.call_settings import settings_of_call
+from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput
-from dynllava_plugin.model.packing import Tokens
-from dynllava_plugin.model.positions import position_offset, token_positions
 from dynllava_plugin.model.static_decoding import StaticCache, captures
 from dynllava_plugin.model.static_prefill import StaticPrefill
-from dynllava_plugin.model.token_layout import valid_columns
+from dynllava_plugin.model.token_layout import position_offset, token_positions, valid_columns
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
@@ -76,7 +74,7 @@ class SparseGeneration(nn.Module):
         settings = self.model.language_model.config.sparsity
         if policy is not None:
             settings = self.checked(settings, {"policy": policy})
-        return settings_of_call(self.model.language_model, copy.deepcopy(settings))
+        return self.model.language_model.settings_of_call(copy.deepcopy(settings))
 
     def _generate(self, inputs: torch.Tensor | None, **kwargs: Any) -> Any:
         prompt = next(

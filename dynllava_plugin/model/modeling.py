@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
-from dynllava_plugin.model.losses import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
 from dynllava_plugin.model.static_decoding import StaticCache
@@ -26,20 +25,18 @@ from dynllava_plugin.model.token_layout import (
     valid_columns,
     with_checksum,
 )
+from dynllava_plugin.model.training import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.policies.base import IMAGE
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import lm_loss
-from dynllava_plugin.sparsity.selection import keep_rates_at, last_answer
+from dynllava_plugin.sparsity.selection import last_answer
 
 FEW_TOKENS = 64
 # Settings that the loaded weights fix.
-FIXED = (
-    *("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor"),
-    *("later_gates", "vision_keep_range"),
-)
+FIXED = ("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor")
 
 
 class SparseVLM(SparseGeneration, SparseScoring):
@@ -50,12 +47,9 @@ class SparseVLM(SparseGeneration, SparseScoring):
     """
 
     model_class: ClassVar[Any]  # the family's model around vision tower, projector and LLM
-    image_inputs: ClassVar[tuple[str, ...]] = (
-        "pixel_values",
-    )  # what `get_image_features` takes of forward's arguments
-    image_needs: ClassVar[tuple[str, ...]] = (
-        "pixel_values",
-    )  # and can't do without; what says how large images are comes second
+    # What `get_image_features` takes of forward's arguments, and can't do without; what says how large images are comes second.
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_needs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
@@ -67,6 +61,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         self.post_init()  # type: ignore[operator]
         self.gumbel_tau = 1.0
         self.static_prefill = StaticPrefill()
+        self.placeholders: slice = config.placeholders
 
     def forward(
         self,
@@ -81,7 +76,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
-        keep_rates: torch.Tensor | None = None,
         prompt_length: int | None = None,
         output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -94,42 +88,28 @@ class SparseVLM(SparseGeneration, SparseScoring):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One call: training in `train()` mode, prefill or decoding in `eval()` mode.
+        """Return one call's logits, losses and decisions: training in `train()` mode, prefill or decoding in `eval()` mode.
 
-        Parameters
-        ----------
-        input_ids : int64 [B, L]
-            Each image is `config.image_token_id`, repeated once per image token.
-        attention_mask : int [B, L], or [B, cached + L] behind a cache
-            0 on padding, at either end.
-        pixel_values, image_sizes, image_grid_thw, batch_num_images
-            The batch's images in the order of their places, as the family's processor gives them. In training a batch
-            without images may come with one that no place refers to: it changes nothing, and gives every parameter a
-            gradient (of 0).
-        labels : int64 [B, L]
-            -100 is ignored. The last answer (the last run of labels) is the output text; its tokens may be dropped.
-        mm_encoder_outputs : dict
-            ``{"image": ...}`` with what `get_image_features` returned, instead of pixels.
-        gumbel_noise : (image [B, N_img, 2], text [B, longest answer, 2]), right padded
-            Training noise; drawn where None. Of several gates, the image's is [B, N_img, 2 * gates].
-        keep_rates : float [B], optional
-            Training: each sample's share of image tokens that is to stay behind the first gate; where None it is drawn from
-            `vision_keep_range`, or `vision_keep_rate` without one.
-        prompt_length : int
-            Columns from here on are output text; set by `generate`. A single token behind a cache is output text anyway.
-        output_mask : bool [B, prompt]
-            Inference: tokens of the prompt that are output text as well, the earlier answers of a conversation; what the
-            text predictor drops of them is no context for later rounds. With labels, in place of their last run.
-        num_items_in_batch : int
-            Labels of the whole accumulated batch, the divisor of lm_loss.
-        mm_token_type_ids
-            Not read: image tokens are known by their id.
+        In `input_ids` int64 [B, L] each image is `config.image_token_id`, repeated once per image token; `attention_mask` int
+        [B, L], or [B, cached + L] behind a cache, is 0 on padding, at either end. `pixel_values`, `image_sizes`, `image_grid_thw` and
+        `batch_num_images` are the batch's images in the order of their places, as the family's processor gives them, or
+        `mm_encoder_outputs` ``{"image": ...}`` is what `get_image_features` returned. In training a batch without images may come
+        with one that no place refers to: it changes nothing, and gives every parameter a gradient (of 0). Image tokens are
+        known by their id, not by `mm_token_type_ids`.
+
+        `labels` int64 [B, L] are ignored where they are -100. The last answer (the last run of labels) is the output text, whose
+        tokens may be dropped; so is what stands from column `prompt_length` on, which `generate` sets, what is True in
+        `output_mask` bool [B, prompt] (at inference: earlier answers of a conversation, no context for later rounds where
+        they are dropped; in place of the labels' last run), and a single token behind a cache.
+
+        `gumbel_noise` is training noise of images [B, N_img, 2] and text [B, longest answer, 2], right padded, drawn where None;
+        `num_items_in_batch` the divisor of lm_loss, the labels of the whole accumulated batch.
 
         Raises
         ------
         UserError
             Image places and images that don't match; a cache of another kind; an attention mask of another length; a
-            video; hidden states or attentions asked for.
+            video; hidden states or attentions asked for; labels on image tokens or padding.
         """
         _refuse(kwargs)
         images = {
@@ -160,18 +140,9 @@ class SparseVLM(SparseGeneration, SparseScoring):
         if self.training:
             if labels is not None:
                 self._refuse_labels_of_no_text(labels, attention_mask)
-            if keep_rates is None and self.config.sparsity.vision_keep_range is not None:
-                uniform = torch.rand(len(embeds), device=embeds.device)
-                keep_rates = keep_rates_at(uniform, *self.config.sparsity.vision_keep_range)
+            noise = gumbel_noise or (None, None)
             outputs = llm.forward_training(
-                embeds,
-                attention_mask,
-                position_ids,
-                layout,
-                self.gumbel_tau,
-                gumbel_noise or (None, None),
-                keep_rates,
-                added,
+                embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise, added
             )
             logits = self._logits(outputs.last_hidden_state)
             result = training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
@@ -184,41 +155,26 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 embeds, attention_mask, position_ids, layout, added, cache, policy
             )
         outputs = captured or llm(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=use_cache,
-            layout=layout,
-            last_only=only_last,
-            deepstack=added,
-        )
-        hidden, decision = outputs.last_hidden_state, outputs.decision
-        assert hidden is not None and decision is not None
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=use_cache, layout=layout, last_only=only_last, deepstack=added,
+        )  # fmt: skip
+        hidden, decided = outputs.last_hidden_state, outputs.decision
+        assert hidden is not None and decided is not None
         if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep and labels is None:
             hidden = hidden[:, -logits_to_keep:]
         logits = self._logits(hidden)
-        if prompt_length is not None and (
-            cache is None or embeds.shape[1] > 1
-        ):  # a prompt that `generate` begins with
+        if prompt_length is not None and layout.counts is not None:  # a prompt that `generate` begins with
             self.refuse_not_finite(logits)
         loss = None
         if labels is not None:
             loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
         result = DynamicLlavaOutput(
-            loss=loss,
-            lm_loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            image_hidden_states=features,
-            token_index=outputs.token_index,
-            image_keep=decision.image_keep,
-            text_keep=decision.text_keep,
-            image_score=decision.image_score,
-            text_score=decision.text_score,
-        )
+            loss=loss, lm_loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+            image_hidden_states=features, token_index=outputs.token_index, image_keep=decided.image_keep,
+            text_keep=decided.text_keep, image_score=decided.image_score, text_score=decided.text_score,
+        )  # fmt: skip
         return result if return_dict is not False else result.to_tuple()
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
@@ -279,10 +235,15 @@ class SparseVLM(SparseGeneration, SparseScoring):
         return ()
 
     def extra_repr(self) -> str:
-        """Return the policy in force, for `print(model)`."""
-        policy, settings = self._llm.policy, self.config.sparsity
+        """Return the policy in force, the layers of its gates and its keep rate, for `print(model)`."""
+        policy = self._llm.policy
         gates = ", ".join(map(str, policy.layers)) or "none"
-        return f"policy={policy.name}, gates at layers: {gates}, vision_keep_rate={settings.vision_keep_rate}"
+        total = self.config.image_seq_length if self.has_class_token else 576
+        try:
+            kept = f"{policy.kept_tokens(total) / total:.3g}"
+        except UserError:  # a number of tokens that not every image has
+            kept = "by the image"
+        return f"policy={policy.name}, gates at layers: {gates}, keep rate of image tokens: {kept}"
 
     @property
     def _llm(self) -> SparseDecoder:
@@ -290,9 +251,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._project(hidden)
-        placeholders = self.config.placeholders
-        if placeholders.start < placeholders.stop:
-            logits[..., placeholders] = torch.finfo(logits.dtype).min
+        if self.placeholders.start < self.placeholders.stop:
+            logits[..., self.placeholders] = torch.finfo(logits.dtype).min
         return logits
 
     def refuse_not_finite(self, values: torch.Tensor) -> None:
@@ -316,7 +276,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _refuse_labels_of_no_text(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Raise `UserError` for labels that are image tokens, placeholders or padding: their loss would be without bound."""
-        masked = self.config.placeholders
+        masked = self.placeholders
         wrong = labels == self.config.image_token_id
         wrong |= (labels >= masked.start) & (labels < masked.stop)
         if attention_mask is not None:

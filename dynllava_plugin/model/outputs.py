@@ -1,14 +1,40 @@
-"""What the decoder, the model and scoring return."""
+"""What gates, the decoder and the model return."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from dynllava_plugin.model.gate import Decision, TrainingMasks
+
+@dataclass
+class Decision:
+    """What stays: `keep` bool [B, L] over the call's tokens, and the same by kind, right padded with False.
+
+    Scores are the policy's own, on any scale; None where it has none. `counts` are `keep`'s, where the host knows;
+    `image_states` [T, d] are the image tokens' states where the policy merges some.
+    """
+
+    keep: torch.Tensor
+    counts: Sequence[int] | None = None
+    image_keep: torch.Tensor | None = None  # [B, N_img]
+    text_keep: torch.Tensor | None = None  # [B, L - output_start]
+    image_score: torch.Tensor | None = None
+    text_score: torch.Tensor | None = None
+    image_states: torch.Tensor | None = None
+
+
+@dataclass
+class TrainingMasks:
+    """Straight-through masks: `keep` float [B, L] for Eq. 7, and by kind for the keep losses (Eq. 10)."""
+
+    keep: torch.Tensor
+    image: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, N_img], valid
+    text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
+    text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
 
 
 @dataclass
@@ -28,23 +54,13 @@ class SparseDecoderOutput(BaseModelOutputWithPast):
 class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     """Logits, losses and decisions of one call.
 
-    Parameters
-    ----------
-    loss : scalar
-        lm_loss + lambda * (image_keep_loss + text_keep_loss) in training; lm_loss in evaluation.
-    lm_loss, image_keep_loss, text_keep_loss : scalar
-        Keep losses without lambda, in training only.
-    logits : [B, L', V]
-        L' = L in training; at inference without the dropped image tokens, packed to the right.
-    token_index : int64 [B, L']
-        The input column of each hidden state, -1 on padding; `logits` are those of its last columns where `logits_to_keep`
-        asked for few. None in training.
-    image_keep : bool [B, N_img]
-        Image tokens that stay, right padded over samples; None without images or in mode "full".
-    text_keep : bool [B, T]
-        Output tokens that stay as context; at inference T counts from the first output column of the batch.
-    image_score, text_score : float [B, N_img], [B, T]
-        At inference how much each token spoke for staying, on the policy's own scale; None where it has none.
+    `loss` is lm_loss + lambda * (image_keep_loss + text_keep_loss) in training, where alone the keep losses (without lambda) are
+    set; lm_loss else. `logits` [B, L', V] have L' = L in training; at inference they are without the dropped image tokens,
+    packed to the right, and `token_index` int64 [B, L'] is the input column of each, -1 on padding (of the last columns only where
+    `logits_to_keep` asked for few). `image_keep` bool [B, N_img] tells the image tokens that stay, right padded over samples,
+    None without images or in mode "full"; `text_keep` bool [B, T] the output tokens that stay as context, at inference from the
+    first output column of the batch on. `image_score` and `text_score`, of the same shapes, are at inference how much each
+    token spoke for staying, on the policy's own scale; None where it has none.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -55,25 +71,3 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     text_keep: torch.Tensor | None = None
     image_score: torch.Tensor | None = None
     text_score: torch.Tensor | None = None
-
-
-@dataclass
-class ScoreDetails:
-    """Scores of given text, each field over the input's columns.
-
-    Parameters
-    ----------
-    log_probs : float32 [B, L]
-        Of each label; 0 where the label is -100.
-    greedy : bool [B, L]
-        Where the label is the most probable token.
-    image_keep : bool [B, N_img]
-        Image tokens that stay, right padded; None without images or in mode "full".
-    text_keep : bool [B, L]
-        Output tokens that stay as context.
-    """
-
-    log_probs: torch.Tensor
-    greedy: torch.Tensor
-    image_keep: torch.Tensor | None
-    text_keep: torch.Tensor

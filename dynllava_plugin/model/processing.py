@@ -25,23 +25,12 @@ MARKED = re.compile(f"{MARK}.*?\U000f0001")
 class DynamicLlavaProcessor(LlavaProcessor):
     """`LlavaProcessor` with the original LLaVA-1.5's image padding and token ids, padding on the left.
 
-    Parameters
-    ----------
-    image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-    num_additional_image_tokens
-        As in `transformers.LlavaProcessor`; the chat template defaults to ``vicuna_v1``.
-    image_aspect_ratio : "pad" | "square"
-        "pad" extends an image to a square with the mean colour first (LLaVA-1.5); "square" does as
-        `image_processor` says.
-    spacing : "tokenizer" | "image" | "special"
-        Where text starts with a "▁" piece. "image": at the start and after every image, because the original
-        code tokenizes the text between images on its own; "special": after every other special token as well,
-        the rule of its tokenizers that say "legacy"; "tokenizer": whatever the tokenizer does by itself
-        (transformers 5's Llama tokenizer: at the very start only, unless the text starts with a space).
-
-    Notes
-    -----
-    Resizing is PIL's, so that pixels do not depend on the image backend which transformers chose.
+    `image_aspect_ratio` "pad" extends an image to a square with the mean colour first (LLaVA-1.5), "square" does as `image_processor`
+    says. `spacing` tells where text starts with a "▁" piece: by "image" at the start and after every image, because the original
+    code tokenizes the text between images on its own; by "special" after every other special token as well, the rule of its
+    tokenizers that say "legacy"; by "tokenizer" as the tokenizer does by itself (transformers 5's Llama tokenizer: at the very
+    start only, unless the text starts with a space). The other arguments are `LlavaProcessor`'s; the chat template defaults to
+    ``vicuna_v1``. Resizing is PIL's, so that pixels do not depend on the image backend which transformers chose.
     """
 
     def __init__(
@@ -64,34 +53,18 @@ class DynamicLlavaProcessor(LlavaProcessor):
         self.image_aspect_ratio = image_aspect_ratio
         self.spacing = spacing
         super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template or CHAT_TEMPLATE,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
+            image_processor, tokenizer, patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy, chat_template=chat_template or CHAT_TEMPLATE,
+            image_token=image_token, num_additional_image_tokens=num_additional_image_tokens, **kwargs,
+        )  # fmt: skip
         tokenizer.padding_side = "left"
 
     def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Tensors for the model.
+        """Return what the model takes of prompts `text`, with one ``<image>`` marker per image, and `images` in that order.
 
-        Parameters
-        ----------
-        images : image, list of images, or list of one such list per sample
-            PIL images, paths, URLs or [H, W, 3] / [3, H, W] arrays; in the order of their markers in `text`.
-        text : str or list of str
-            Prompts with one ``<image>`` marker per image.
-        **kwargs
-            As in `LlavaProcessor`, e.g. ``padding=True, return_tensors="pt"``.
-
-        Returns
-        -------
-        BatchFeature
-            ``input_ids`` and ``attention_mask`` [B, L], int64, a marker repeated once per image token;
-            ``pixel_values`` [number of images, 3, H, W], float32, in the order of the markers.
+        An image is PIL's, a path, a URL or an [H, W, 3] or [3, H, W] array; `images` may also be a list of one list per sample.
+        Other arguments are `LlavaProcessor`'s, e.g. ``padding=True, return_tensors="pt"``. ``input_ids`` and ``attention_mask`` are
+        int64 [B, L], a marker repeated once per image token; ``pixel_values`` float32 [number of images, 3, H, W].
 
         Raises
         ------
@@ -220,12 +193,9 @@ def check_markers(samples: Sequence[str], groups: Sequence[Sequence[Any]], marke
 
 def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[list[Any]]:
     """One list of images per sample; a flat list is dealt out by the samples' markers, in order."""
-    if images is None:
-        flat: list[Any] = []
-    elif isinstance(images, (list, tuple)):
-        flat = list(images)
-    else:
-        flat = [images]
+    flat: list[Any] = (
+        list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    )
     if samples is None:
         return [flat]
     if flat and all(isinstance(group, (list, tuple)) for group in flat):
@@ -258,12 +228,11 @@ def _rgb(image: Any, name: str) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return _eight_bits(image).convert("RGB")
-        remote = isinstance(image, str) and image.startswith(("http://", "https://", "data:"))
-        if isinstance(image, (str, PathLike)) and not remote:
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            return _eight_bits(fetched(image)).convert("RGB")
+        if isinstance(image, (str, PathLike)):
             with Image.open(image) as opened:
                 return _eight_bits(opened).convert("RGB")
-        if remote:
-            return _eight_bits(fetched(str(image))).convert("RGB")
         array = np.asarray(image)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

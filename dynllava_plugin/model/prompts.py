@@ -12,18 +12,9 @@ QUESTION_END, ANSWER_END = " ", "</s>"
 
 
 def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
-    """A conversation as LLaVA-1.5's ``vicuna_v1`` prompt.
+    """Return (question, answer) turns as LLaVA-1.5 does: ``SYSTEM USER: question ASSISTANT: answer</s>USER: question ASSISTANT:``.
 
-    Parameters
-    ----------
-    turns : sequence of (question, answer)
-        Questions carry their own ``<image>`` markers (LLaVA puts ``"<image>\\n"`` before the first question;
-        see :func:`with_images`). The last answer may be ``None``: the prompt then ends with ``"ASSISTANT:"``.
-
-    Returns
-    -------
-    str
-        ``SYSTEM USER: question ASSISTANT: answer</s>USER: question ASSISTANT:``
+    Questions carry their own ``<image>`` markers (see `with_images`). The last answer may be None, as in this example.
 
     Raises
     ------

@@ -18,9 +18,8 @@ import torch
 from torch.nn.functional import pad
 
 from dynllava_plugin.environment import free_bytes
-from dynllava_plugin.model.gate import Decision
-from dynllava_plugin.model.outputs import SparseDecoderOutput
-from dynllava_plugin.model.packing import Tokens, gather_columns, gather_positions, last_column
+from dynllava_plugin.model.gate import Tokens, gather_columns, gather_positions, last_column
+from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.tracks import packing_order

@@ -10,6 +10,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy, TokenLayout
+from dynllava_plugin.sparsity.cache import SparseContextCache
 
 # `generate` encodes images before the first forward call and repeats the result for each beam, and evaluation keeps it. So what
 # is known of an image's pixels travels in channels behind its features: what the vision tower decided of each token (1 where it
@@ -104,24 +105,12 @@ def read_layout(
     training: bool,
     marks: torch.Tensor | None = None,
 ) -> TokenLayout:
-    """Return the layout of a call's tokens; the host reads its counts here, once.
+    """Return the layout of a call's tokens, False in `valid` bool [B, L] on padding; the host reads its counts here, once.
 
-    Parameters
-    ----------
-    valid : bool [B, L]
-    image_mask : bool [B, L], optional
-        Places of image tokens.
-    features : sequence of M tensors [N_i, d], optional
-        The call's images, in the order of their places.
-    output : (bool [B, L] or None, int)
-        Output text and its first column, as `output_columns` gives them.
-    policy : Policy
-        In force; one that uses chance gets a seed an image.
-    training : bool
-        One image without a place may stand in for none: every process of a sharded run has to go through the same
-        modules, whatever its samples.
-    marks : [T, n], optional
-        What `split_features` found behind the features.
+    `image_mask` bool [B, L] are the places of image tokens, `features` M tensors [N_i, d] the call's images in the order of their
+    places and `marks` [T, n] what `split_features` found behind them, of which a policy that uses chance gets a seed an image;
+    `output` is output text and its first column, as from `output_columns`. In training one image without a place may stand in
+    for none: every process of a sharded run has to go through the same modules, whatever its samples.
 
     Raises
     ------
@@ -195,3 +184,36 @@ def place_images(embeds: torch.Tensor, features: Sequence[torch.Tensor], layout:
     embeds = embeds.clone()
     embeds.view(-1, embeds.shape[-1])[layout.image_index] = flat  # on a CPU much faster than masked_scatter
     return embeds
+
+
+def token_positions(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    valid: torch.Tensor,
+    cache: SparseContextCache | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's place in its text, int64 [B or 1, L], and its position ids, [3, B, L] where they differ."""
+    if position_ids is not None and position_ids.dim() == 2:
+        return position_ids, position_ids
+    if position_ids is not None and position_ids.shape[0] == 4:
+        return position_ids[0], position_ids[1:]
+    if attention_mask is not None:
+        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -valid.shape[1] :]
+    else:
+        text = torch.arange(valid.shape[1], device=valid.device)[None]
+        if cache is not None and cache.fed is not None:
+            text = text + cache.fed
+    if position_ids is not None:
+        return text, position_ids
+    if cache is not None and cache.offset is not None:
+        return text, (text + cache.offset)[None].expand(3, -1, -1)
+    return text, text
+
+
+def position_offset(
+    positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache | None
+) -> torch.Tensor:
+    """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
+    last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
+    fed = valid.sum(1, keepdim=True)
+    return last + 1 - (fed if cache is None or cache.fed is None else cache.fed + fed)

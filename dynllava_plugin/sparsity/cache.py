@@ -7,11 +7,15 @@ advances; a skipped token is overwritten by the next one. No step loops over sam
 
 A static cache keeps its tensors where they are and lets a step attend a whole buffer behind a mask, so that a step has one shape
 and never waits for the device: what CUDA graphs and `torch.compile` need. It grows between steps, in larger steps.
+
+On the CPU a buffer [B, H, slots, D] lies in reserved address space: the system gives memory page by page as slots are written, so
+that growing copies nothing until the reservation is used up. On other devices growing makes a larger buffer and copies.
 """
 
 from __future__ import annotations
 
 import copy
+import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +23,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynllava_plugin.sparsity.buffers import grown, zeros
 from dynllava_plugin.sparsity.tracks import (
     GROWTH_STEP,
     STATIC_GROWTH_STEP,
@@ -27,7 +30,10 @@ from dynllava_plugin.sparsity.tracks import (
     Prefill,
     StaticTrack,
     Step,
+    chosen,
 )
+
+RESERVE = 4096  # slots beyond those asked for
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -64,17 +70,15 @@ class RaggedLayer(CacheLayerMixin):
                 buffer[:, :, : packed.shape[2]] = packed
             return key_states, value_states
         self.grow()
-        if isinstance(plan, Step):
-            self.keys[plan.rows, :, plan.slots] = key_states[:, :, 0]
-            self.values[plan.rows, :, plan.slots] = value_states[:, :, 0]
-            return self.keys[:, :, : plan.bound], self.values[:, :, : plan.bound]
-        attended = (
-            torch.cat([self.keys[:, :, : plan.bound], key_states], dim=2),
-            torch.cat([self.values[:, :, : plan.bound], value_states], dim=2),
-        )
-        self.keys[plan.rows, :, plan.slots] = key_states[plan.rows, :, plan.columns]
-        self.values[plan.rows, :, plan.slots] = value_states[plan.rows, :, plan.columns]
-        return attended
+        attended = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(plan, Step):
+                buffer[plan.rows, :, plan.slots] = states[:, :, 0]
+                attended.append(buffer[:, :, : plan.bound])
+            else:
+                attended.append(torch.cat([buffer[:, :, : plan.bound], states], dim=2))
+                buffer[plan.rows, :, plan.slots] = states[plan.rows, :, plan.columns]
+        return attended[0], attended[1]
 
     def grow(self) -> None:
         """Make the buffers as large as the track's capacity where they are smaller."""
@@ -86,25 +90,18 @@ class RaggedLayer(CacheLayerMixin):
         """Copies what is held, not the address space behind it."""
         memo[id(self)] = new = copy.copy(self)
         for name, value in vars(self).items():
-            # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
-            held = (
-                value.clone(memory_format=torch.contiguous_format)
-                if isinstance(value, torch.Tensor)
-                else copy.deepcopy(value, memo)
-            )
-            setattr(new, name, held)
+            if isinstance(value, torch.Tensor):
+                # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
+                setattr(new, name, value.clone(memory_format=torch.contiguous_format))
+            else:
+                setattr(new, name, copy.deepcopy(value, memo))
         return new
 
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.is_initialized:
-            keys = self.keys.index_select(0, rows.to(self.keys.device))
-            values = self.values.index_select(0, rows.to(self.values.device))
-            if isinstance(self.track, StaticTrack) and keys.shape == self.keys.shape:
-                self.keys.copy_(keys)
-                self.values.copy_(values)
-            else:
-                self.keys, self.values = keys, values
+            in_place = self.track.in_place
+            self.keys, self.values = chosen(self.keys, rows, in_place), chosen(self.values, rows, in_place)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -126,19 +123,15 @@ class RaggedLayer(CacheLayerMixin):
 class SparseContextCache(Cache):
     """KV cache of a Dynamic-LLaVA model; `generate()` makes one by itself.
 
-    Parameters
-    ----------
-    num_layers : int
-        L, decoder layers.
-    splits : sequence of int
-        Layers from which on other tokens are held than before, in order: the gates inside the model. Each begins a track.
-    growth_step : int
-        Slots by which the buffers grow.
-    static : bool
-        Steps of one shape that never wait for the device, see the module's text.
+    `splits` are the layers, of `num_layers`, from which on other tokens are held than before, in order: the gates inside the model.
+    Each begins a track. Buffers grow by `growth_step` slots. `static`: see the module's text.
     """
 
     observes = False  # whether it ranks what it holds by attention, and so has to see queries and keys
+    fed: torch.Tensor | None
+    offset: torch.Tensor | None
+    moved_up: torch.Tensor | None
+    images_kept: torch.Tensor | None
 
     def __init__(
         self, num_layers: int, splits: Sequence[int], growth_step: int | None = None, static: bool = False
@@ -155,15 +148,11 @@ class SparseContextCache(Cache):
         )
 
     def _forget(self) -> None:
-        self.seen = 0  # columns processed, padding included: what generate() slices its inputs by
-        self.fed: torch.Tensor | None = None  # int64 [B, 1] real tokens processed, dropped ones included
-        self.offset: torch.Tensor | None = (
-            None  # int64 [B, 1]: next position id less `fed`, where images count otherwise
-        )
-        self.moved_up: torch.Tensor | None = (
-            None  # by how much it is less for image tokens that never entered the LLM
-        )
-        self.images_kept: torch.Tensor | None = None  # int64 [B] image tokens behind the policy's decision
+        # Columns processed, padding included: what generate() slices its inputs by. Of them, int64 [B, 1], the real tokens.
+        self.seen, self.fed = 0, None
+        # int64 [B, 1]: the next position id less `fed` where images count otherwise; by how much it is less for image tokens that
+        # never entered the LLM; [B] image tokens behind the policy's decision.
+        self.offset, self.moved_up, self.images_kept = None, None, None
         self._output_keep: list[torch.Tensor] = []
 
     def start(self) -> None:
@@ -184,10 +173,7 @@ class SparseContextCache(Cache):
         output_keep: torch.Tensor | None,
         image_keep: torch.Tensor | None = None,
     ) -> None:
-        """End a forward call over the columns of `valid` bool [B, L], False on padding.
-
-        `output_keep` bool [B, q] and `image_keep` bool [B, N_img] are its decisions.
-        """
+        """End a forward call over the columns of `valid` bool [B, L], False on padding; its decisions are as in `note`."""
         for track in self.tracks:
             track.commit()
         count = valid.sum(1, keepdim=True)
@@ -262,12 +248,10 @@ class SparseContextCache(Cache):
         """Beam search: sample b continues from sample `beam_idx[b]`."""
         for part in (*self.tracks, *self.layers):
             part.index(beam_idx)
-        self._output_keep = [keep.index_select(0, beam_idx.to(keep.device)) for keep in self._output_keep]
+        self._output_keep = [chosen(keep, beam_idx) for keep in self._output_keep]
         for name in ("fed", "offset", "moved_up", "images_kept"):
             if (value := getattr(self, name)) is not None:
-                chosen = value.index_select(0, beam_idx.to(value.device))
-                in_place = self.static and name == "fed" and chosen.shape == value.shape
-                setattr(self, name, value.copy_(chosen) if in_place else chosen)
+                setattr(self, name, chosen(value, beam_idx, self.static and name == "fed"))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples `indices` (int64) only."""
@@ -298,3 +282,39 @@ def gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """[B, H, L, D] states -> [B, H, n, D] at the columns `order` [B, n]."""
     index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
+
+
+def zeros(like: torch.Tensor, slots: int) -> torch.Tensor:
+    """A zero buffer [B, H, slots, D] with the batch, heads, width, dtype and device of `like` [B, H, any, D]."""
+    batch, heads, _, width = like.shape
+    reserved = _reserved(like, (batch, heads, slots + RESERVE, width)) if like.device.type == "cpu" else None
+    # Zeros, because an unused slot's weight of 0 times a stray NaN would still be NaN.
+    return like.new_zeros(batch, heads, slots, width) if reserved is None else reserved[:, :, :slots]
+
+
+def grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
+    """`buffer` made by `zeros` or contiguous, with `slots` slots: the same memory where there is room behind each row."""
+    batch, heads, held, width = buffer.shape
+    if slots <= buffer.stride(1) // width:
+        return buffer.as_strided((batch, heads, slots, width), buffer.stride())
+    larger = zeros(buffer, slots)
+    larger[:, :, :held] = buffer
+    return larger
+
+
+def _reserved(like: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor | None:
+    """Zeros in address space of their own; None where the system gives none."""
+    size = torch.Size(shape).numel()
+    if not hasattr(mmap, "MAP_ANONYMOUS") or not size:
+        return None
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        space = mmap.mmap(-1, size * like.element_size(), flags=flags)
+    except (OSError, ValueError):
+        return None
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        try:
+            space.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would be given whole for its first slot
+        except OSError:
+            pass
+    return torch.frombuffer(space, dtype=like.dtype).view(shape)

@@ -1,4 +1,7 @@
-"""Training attention: softmax under learned 0/1 masks with an exact straight-through gradient (Eq. 7), in O(L) memory."""
+"""Training attention: softmax under learned 0/1 masks with an exact straight-through gradient (Eq. 7).
+
+First as it stands in the paper, with the whole matrix in memory: what the rest is checked and timed against. Then in O(L) memory.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,55 @@ from dynllava_plugin.sparsity.masked_softmax_blocks import DROPPED, KEPT, PADDIN
 MAX_EXPONENT = 8.0
 
 
+def context_matrix(keep: torch.Tensor) -> torch.Tensor:
+    """G of Eq. 7: [B, L] keep masks -> [B, 1, L, L], G[i, j] = keep[j] and G[i, i] = 1 (a token always sees itself)."""
+    length = keep.shape[1]
+    diagonal = torch.eye(length, dtype=torch.bool, device=keep.device)
+    return torch.where(diagonal, torch.ones_like(keep)[:, None, :], keep[:, None, :])[:, None]
+
+
+def visible_matrix(valid: torch.Tensor) -> torch.Tensor:
+    """Causal order and padding: `valid` bool [B, L] -> bool [B, 1, L, L]."""
+    length = valid.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
+
+
+def plain_masked_softmax(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    max_exponent: float = 8.0,
+) -> torch.Tensor:
+    """Return out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij, its gradients left to autograd: O(L^2) memory.
+
+    `context` and `visible` are `context_matrix` and `visible_matrix`; the rest is as in `masked_softmax_attention`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    kept = visible & (context.detach() > 0)
+    # The maximum over kept tokens only: with all of them far below a dropped one the sum must not vanish.
+    top = scores.detach().masked_fill(~kept, float("-inf")).amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    # masked_fill before exp: a hidden score must not overflow and turn 0 * inf into NaN in the gradient.
+    exponent = (scores - top).masked_fill(~visible, float("-inf")).clamp(max=max_exponent)
+    weights = exponent.exp() * context
+    total = weights.sum(-1, keepdim=True)
+    # A row with no kept token: dividing by infinity gives it zeros, and no gradient.
+    probabilities = weights / total.masked_fill(total == 0, float("inf"))
+    return probabilities.to(value.dtype) @ value
+
+
 class TrainingContext(NamedTuple):
     """Which tokens are context, the same in every layer from l on.
 
-    keep : float [B, L]
-        Exactly 0 or 1; carries the straight-through gradient to the predictors.
-    packing : int32 [B, 3, L]
-        Of each sample: its columns in the order kept, dropped, padding; how many of the columns 0..i are kept; and the kind of each
-        column (`KEPT`, `DROPPED`, `PADDING`).
+    `keep` float [B, L] is exactly 0 or 1 and carries the straight-through gradient to the predictors. `packing` int32 [B, 3, L] has of
+    each sample its columns in the order kept, dropped, padding; how many of the columns 0..i are kept; and the kind of each
+    column (`KEPT`, `DROPPED`, `PADDING`).
     """
 
     keep: torch.Tensor
@@ -51,24 +95,14 @@ def masked_softmax_attention(
     Runs Triton kernels on a CUDA device, strips of rows elsewhere; neither makes an [L, L] tensor. One operator to
     `torch.compile`; under autocast it takes its inputs in autocast's dtype. Differentiable once.
 
-    Parameters
-    ----------
-    query : [B, H, L, D]; key, value : [B, H_kv, L, D]
-        H is a multiple of H_kv (grouped-query attention).
-    context : TrainingContext
-        From `training_context`.
-    scaling : float
-        Factor of the scores, positive, usually D ** -0.5.
-
-    Returns
-    -------
-    [B, H, L, D] in the dtype of `value`; sums in float32, or float64 where the inputs are.
+    `query` is [B, H, L, D], `key` and `value` [B, H_kv, L, D] with H a multiple of H_kv (grouped-query attention); `context` is from
+    `training_context`, `scaling` the factor of the scores, positive, usually D ** -0.5. The result is [B, H, L, D] in the dtype of
+    `value`; sums are in float32, or float64 where the inputs are.
     """
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    return _forward(
-        query.to(dtype), key.to(dtype), value.to(dtype), context.keep, context.packing, float(scaling)
-    )[0]
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return _forward(query, key, value, context.keep, context.packing, float(scaling))[0]
 
 
 @torch.library.custom_op("dynllava::masked_softmax", mutates_args=())

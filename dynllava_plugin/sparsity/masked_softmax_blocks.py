@@ -81,21 +81,11 @@ def forward(
     scaling: float,
     max_exponent: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eq. 7, and what the backward pass needs of it.
+    """Return Eq. 7 of query [B, H, L, D] and key, value [B, H_kv, L, D], and what the backward pass needs of it.
 
-    Parameters
-    ----------
-    query : [B, H, L, D]; key, value : [B, H_kv, L, D]
-    packing : int32 [B, 3, L]
-        `TrainingContext.packing`.
-    max_exponent : float
-        Most that a dropped token's score may exceed the row's best kept one in the backward pass.
-
-    Returns
-    -------
-    out : [B, H, L, D] in the inputs' dtype
-    lse, cap : [B, H, L], float32 or float64
-        log sum_j e^{x_ij} G_ij, +inf where a row sees nothing; and the bound of x_ij - lse of a dropped token j.
+    `packing` is `TrainingContext.packing`; by `max_exponent` a dropped token's score may exceed the row's best kept one in the
+    backward pass. The results are `out` [B, H, L, D] in the inputs' dtype and, [B, H, L] in float32 or float64, `lse` =
+    log sum_j e^{x_ij} G_ij, +inf where a row sees nothing, and `cap`, the bound of x_ij - lse of a dropped token j.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = empty_output(query)
@@ -118,14 +108,11 @@ def forward(
                 nothing = total == 0
                 total.masked_fill_(nothing, 1.0)
                 mixed = (weights @ values.enter(strip)).div_(total)
-                out[sample, heads, rows] = mixed.view(-1, strip.stop - strip.start, out.shape[-1]).to(
-                    out.dtype
-                )
-                log_total = total.log_()
-                lse[sample, heads, rows] = (
-                    (top + log_total).masked_fill_(nothing, float("inf")).view(-1, strip.stop - strip.start)
-                )
-                cap[sample, heads, rows] = (max_exponent - log_total).view(-1, strip.stop - strip.start)
+                count, log_total = strip.stop - strip.start, total.log_()
+                out[sample, heads, rows] = mixed.view(-1, count, out.shape[-1]).to(out.dtype)
+                row_lse = (top + log_total).masked_fill_(nothing, float("inf"))
+                lse[sample, heads, rows] = row_lse.view(-1, count)
+                cap[sample, heads, rows] = (max_exponent - log_total).view(-1, count)
                 keys.leave(strip)
                 values.leave(strip)
     return out, lse, cap

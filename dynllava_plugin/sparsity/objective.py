@@ -7,20 +7,12 @@ import torch.nn.functional as F
 
 
 def keep_loss(
-    masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float | torch.Tensor
+    masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float
 ) -> torch.Tensor:
-    """Mean over samples of (r - mean of the sample's mask)^2, one term of Eq. 10.
+    """Return the mean over samples of (r - mean of the sample's mask)^2, one term of Eq. 10 for the target `keep_rate` r.
 
-    Parameters
-    ----------
-    masks : float [B, N]
-        Straight-through keep masks.
-    valid : bool [B, N]
-        Where `masks` holds a token (right padding is False).
-    counted : bool [B]
-        Samples that pull on the rate; the others contribute 0 and still count in the mean.
-    keep_rate : float, or float [B]
-        Target rate r, of all samples or of each.
+    `masks` float [B, N] are straight-through keep masks, `valid` bool [B, N] is False on right padding; the samples that are not
+    `counted` bool [B] contribute 0 and still count in the mean.
     """
     rate = (masks * valid).sum(1) / valid.sum(1).clamp(min=1)
     return ((keep_rate - rate).square() * counted).mean()
@@ -29,15 +21,10 @@ def keep_loss(
 def lm_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Next-token cross entropy in float32.
+    """Return the next-token cross entropy in float32 of logits [B, L, V] and labels int64 [B, L], -100 where they are ignored.
 
-    Parameters
-    ----------
-    logits : [B, L, V]
-    labels : int64 [B, L]
-        -100 is ignored; `labels[:, t]` is predicted by `logits[:, t - 1]`.
-    num_items : int or tensor, optional
-        Divide the sum by this many labels (of a whole accumulated batch) instead of this batch's own count.
+    `labels[:, t]` is predicted by `logits[:, t - 1]`. The sum is divided by `num_items`, the labels of a whole accumulated batch, or
+    else by this batch's own count.
     """
     target = labels[:, 1:]
     wanted = target != -100
@@ -46,5 +33,5 @@ def lm_loss(
 
 
 def label_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[n, V] logits, [n] labels -> [n] float32 log-probabilities."""
+    """Return float32 [n], the log-probabilities of labels [n] under logits [n, V]."""
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None])[:, 0]

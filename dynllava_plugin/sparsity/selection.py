@@ -1,12 +1,85 @@
-"""Decisions from logits: top-k image tokens (Eq. 5), argmax text tokens (Eq. 6), Gumbel masks in training (Eq. 11)."""
+"""Who stays: the two predictors, and decisions from what they say.
+
+The predictors are Figure 5's (appendix A.4.1), hidden states in, logits out: logit 0 means KEEP and logit 1 DROP, the convention of
+the published weights. Top-k image tokens are Eq. 5, argmax text tokens Eq. 6, Gumbel masks in training Eq. 11.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from dynllava_plugin.sparsity.predictors import KEEP
+from dynllava_plugin.sparsity.config import SparsityConfig
+
+KEEP = 0
+
+
+class PredictorBlock(nn.Module):
+    """Pre-norm ViT block, bidirectional over one image's tokens: [M, N, c] -> [M, N, c]."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images, tokens, dim = x.shape
+        qkv = self.qkv_proj(self.attention_norm(x)).view(images, tokens, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [M, H, N, c/H]
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out_proj(mixed.transpose(1, 2).reshape(images, tokens, dim))
+        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+
+
+def _score_head(dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+    )
+
+
+class ImagePredictor(nn.Module):
+    """Which tokens of an image stay: [M, N, d] hidden states of M images -> [M, N, 2] logits."""
+
+    def __init__(self, hidden_size: int, sparsity: SparsityConfig) -> None:
+        super().__init__()
+        dim = sparsity.predictor_dim
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.in_proj = nn.Linear(hidden_size, dim)
+        self.blocks = nn.ModuleList(
+            PredictorBlock(dim, sparsity.predictor_heads, sparsity.predictor_ffn_dim)
+            for _ in range(sparsity.predictor_layers)
+        )
+        self.head = _score_head(dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.in_proj(self.norm(hidden_states)))
+        for block in self.blocks:
+            x = block(x)
+        local, shared = x.chunk(2, dim=-1)
+        # Half of the channels tell every token about the whole image.
+        x = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
+        return self.head(x)
+
+
+class TextPredictor(nn.Module):
+    """Whether an output token stays as context: [..., d] -> [..., 2] logits, each token on its own."""
+
+    def __init__(self, hidden_size: int, sparsity: SparsityConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.in_proj = nn.Linear(hidden_size, sparsity.predictor_dim)
+        self.head = _score_head(sparsity.predictor_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.in_proj(self.norm(hidden_states))))
 
 
 def num_kept_image_tokens(num_tokens: int, keep_rate: float) -> int:
@@ -51,11 +124,6 @@ def gumbel_keep_mask(logits: torch.Tensor, noise: torch.Tensor, tau: float) -> t
 def tau_at(step: int, max_steps: int, start: float = 1.0, end: float = 0.1) -> float:
     """Temperature after `step` of `max_steps` optimiser steps: exponential from `start` to `end` (appendix A.4.2)."""
     return start * (end / start) ** (min(step, max_steps) / max(max_steps, 1))
-
-
-def keep_rates_at(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """[B] numbers in [0, 1) -> [B] float32 keep rates from `low` to `high`, uniform in their logarithm."""
-    return (low * (high / low) ** uniform).float()
 
 
 def last_answer(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

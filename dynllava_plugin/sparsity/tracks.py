@@ -26,6 +26,12 @@ def packing_order(keep: torch.Tensor, width: int | None = None) -> torch.Tensor:
     return keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
 
 
+def chosen(values: torch.Tensor, rows: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """Return the samples `rows` int64 [B'] of values [B, ...]; in the same memory where asked for and B' is B."""
+    found = values.index_select(0, rows.to(values.device))
+    return values.copy_(found) if in_place and found.shape == values.shape else found
+
+
 @dataclass
 class Prefill:
     """First tokens: attend to each other, then the kept ones are packed into fresh buffers."""
@@ -55,6 +61,8 @@ class Chunk:
 class ContextTrack:
     """How many tokens each sample holds in one segment of layers, and where the tokens of this call go."""
 
+    in_place = False  # whether other samples, as many, are put where the present ones are
+
     def __init__(self, growth_step: int = GROWTH_STEP) -> None:
         self.growth_step = growth_step
         self.reset()
@@ -70,19 +78,10 @@ class ContextTrack:
         self._pending_bound = 0
 
     def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
-        """Plan the call for new tokens.
+        """Plan the call for new tokens, of which `keep` bool [B, q] stay as context; padding, at either end, is False.
 
-        Parameters
-        ----------
-        keep : bool [B, q]
-            Tokens that stay as context; padding, at either end, is False.
-        counts : sequence of int, optional
-            How many of each sample, where the host knows; read from the device otherwise.
-
-        Returns
-        -------
-        bool [B, 1, q, K] of what each new token may see, or None at prefill, where the caller has its own causal mask, and
-        where everything may be seen.
+        `counts` are how many of each sample, where the host knows; read from the device otherwise. Return bool [B, 1, q, K] of what
+        each new token may see, or None at prefill, where the caller has its own causal mask, and where everything may be seen.
         """
         if self.lengths is None:
             counts = keep.sum(1).tolist() if counts is None else counts
@@ -137,11 +136,13 @@ class ContextTrack:
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.lengths is not None:
-            self.lengths = self.lengths.index_select(0, rows.to(self.lengths.device))
+            self.lengths = chosen(self.lengths, rows, self.in_place)
 
 
 class StaticTrack(ContextTrack):
     """A track whose single-token steps have one shape and touch no host value: they see `capacity` slots behind a mask."""
+
+    in_place = True
 
     def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
         """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
@@ -190,11 +191,4 @@ class StaticTrack(ContextTrack):
         lengths = self.lengths
         super().commit()
         if lengths is not None:
-            self.lengths = lengths.copy_(self.lengths)  # type: ignore[arg-type]
-
-    def index(self, rows: torch.Tensor) -> None:
-        """Replace the samples by `rows`, in place where their number stays."""
-        lengths = self.lengths
-        super().index(rows)
-        if lengths is not None and self.lengths.shape == lengths.shape:  # type: ignore[union-attr]
             self.lengths = lengths.copy_(self.lengths)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from transformers import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration, InternVLModel
 
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_projector, tower_states
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
@@ -104,15 +104,15 @@ class DynamicLlavaModel(LlavaModel):
         with _queries_and_keys(encoder_layers, {watched, watched if earlier is None else earlier}) as seen:
             outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         hidden = outputs.hidden_states[layer]
-        patches = Patches(
-            hidden[:, 1:],
-            hidden[:, 0],
-            seen[watched, "q_proj"],
-            seen[watched, "k_proj"],
-            heads=self.config.vision_config.num_attention_heads,
-            earlier=None if earlier is None else (seen[earlier, "q_proj"], seen[earlier, "k_proj"]),
+        projected = [
+            (seen[index, "q_proj"], seen[index, "k_proj"])
+            for index in (watched, earlier)
+            if index is not None
+        ]
+        heads = self.config.vision_config.num_attention_heads
+        reduced = chooser.reduce_patches(
+            Patches(hidden[:, 1:], hidden[:, 0], *projected[0], heads, *projected[1:])
         )
-        reduced = chooser.reduce_patches(patches)
         features = self.multi_modal_projector(reduced.tokens[reduced.keep])  # only what stays
         rows = features.new_zeros(*reduced.keep.shape, features.shape[-1] + MARKS)
         rows[..., :-MARKS][reduced.keep] = features
@@ -149,14 +149,11 @@ def _queries_and_keys(
     """Yield the watched layers' projected queries and keys [M, 1 + N, c] of the calls made inside."""
     seen: dict[tuple[int, str], torch.Tensor] = {}
 
-    def keep_as(key: tuple[int, str]) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            seen[key] = output
-
-        return hook
+    def keep(key: tuple[int, str], module: Any, inputs: Any, output: torch.Tensor) -> None:
+        seen[key] = output
 
     handles = [
-        getattr(encoder_layers[layer].self_attn, name).register_forward_hook(keep_as((layer, name)))
+        getattr(encoder_layers[layer].self_attn, name).register_forward_hook(partial(keep, (layer, name)))
         for layer in watched
         for name in ("q_proj", "k_proj")
     ]

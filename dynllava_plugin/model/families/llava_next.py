@@ -9,7 +9,6 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 

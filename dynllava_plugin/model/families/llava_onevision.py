@@ -9,7 +9,6 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 
@@ -28,12 +27,8 @@ class DynamicLlavaOnevisionForConditionalGeneration(SparseVLM, LlavaOnevisionFor
     model_class = LlavaOnevisionModel
     image_needs = ("pixel_values", "image_sizes")
     image_inputs = (
-        "pixel_values",
-        "image_sizes",
-        "batch_num_images",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-    )
+        *image_needs, "batch_num_images", "vision_feature_layer", "vision_feature_select_strategy"
+    )  # fmt: skip
 
 
 register_family(DynamicLlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig)

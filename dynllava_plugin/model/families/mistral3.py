@@ -6,7 +6,6 @@ from transformers import Mistral3Config
 from transformers.models.mistral3.modeling_mistral3 import Mistral3ForConditionalGeneration, Mistral3Model
 
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families import text_models  # noqa: F401  (its LLMs are looked up by config)
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 

@@ -39,20 +39,8 @@ class Mlp(nn.Module):
 class TokenPacker(nn.Module):
     """One token for each block of s x s patches (Table 2 of the paper; names as published).
 
-    A block's query is its part of the downsized grid of one hidden state; it attends to the block's own patches in
-    four concatenated hidden states.
-
-    Parameters
-    ----------
-    width : int
-        d, the tower's.
-    hidden_size : int
-        H, the LLM's.
-    grid : int
-        g, patches a side.
-    scale : int
-        s, a divisor of g.
-    heads : int
+    A block's query is its part of the downsized grid of one hidden state; it attends to the block's own patches in four concatenated
+    hidden states. `width` d is the tower's, `hidden_size` H the LLM's; `grid` g are the patches a side, `scale` s divides g.
     """
 
     def __init__(self, width: int, hidden_size: int, grid: int, scale: int, heads: int) -> None:

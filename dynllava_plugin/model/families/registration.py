@@ -10,6 +10,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from dynllava_plugin.model.families import text_models  # noqa: F401  (LLMs are looked up by config)
+
 FAMILIES: dict[str, Any] = {}  # stock model_type -> our class
 
 

@@ -14,95 +14,42 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from dynllava_plugin.model.configuration import SparseTextConfig, register_text_config
+from dynllava_plugin.model.configuration import PREFIX, SparseTextConfig, register_text_config
 from dynllava_plugin.model.decoder import SparseDecoder
 
 
-class DynamicLlamaConfig(SparseTextConfig, LlamaConfig):
-    """Llama's config with `sparsity`."""
-
-    model_type = "dynamic_llama"
-    sparsity: Any = None
-
-
-class DynamicLlamaModel(SparseDecoder, LlamaModel):
-    """Llama with gates between its layers."""
-
-    config_class = DynamicLlamaConfig
-
-
-class DynamicQwen2Config(SparseTextConfig, Qwen2Config):
-    """Qwen2's config with `sparsity`."""
-
-    model_type = "dynamic_qwen2"
-    sparsity: Any = None
-
-
-class DynamicQwen2Model(SparseDecoder, Qwen2Model):
-    """Qwen2 with gates between its layers."""
-
-    config_class = DynamicQwen2Config
-
-
-class DynamicQwen3Config(SparseTextConfig, Qwen3Config):
-    """Qwen3's config with `sparsity`."""
-
-    model_type = "dynamic_qwen3"
-    sparsity: Any = None
+def _with_gates(stock_config: Any, stock_model: Any) -> tuple[Any, Any]:
+    """Return our config and model of a stock LLM, `DynamicLlamaConfig` and `DynamicLlamaModel` of Llama, known to transformers."""
+    config: Any = type(
+        f"Dynamic{stock_config.__name__}",
+        (SparseTextConfig, stock_config),
+        {
+            "__doc__": f"{stock_config.__name__} with `sparsity`.",
+            "__module__": __name__,
+            "__annotations__": {"sparsity": Any},
+            "sparsity": None,
+            "model_type": PREFIX + stock_config.model_type,
+        },
+    )
+    model: Any = type(
+        f"Dynamic{stock_model.__name__}",
+        (SparseDecoder, stock_model),
+        {
+            "__doc__": f"{stock_model.__name__} with gates between its layers.",
+            "__module__": __name__,
+            "config_class": config,
+        },
+    )
+    register_text_config(config)
+    AutoModel.register(config, model)
+    return config, model
 
 
-class DynamicQwen3Model(SparseDecoder, Qwen3Model):
-    """Qwen3 with gates between its layers."""
-
-    config_class = DynamicQwen3Config
-
-
-class DynamicMistralConfig(SparseTextConfig, MistralConfig):
-    """Mistral's config with `sparsity`."""
-
-    model_type = "dynamic_mistral"
-    sparsity: Any = None
-
-
-class DynamicMistralModel(SparseDecoder, MistralModel):
-    """Mistral with gates between its layers."""
-
-    config_class = DynamicMistralConfig
-
-
-class DynamicQwen2_5_VLTextConfig(SparseTextConfig, Qwen2_5_VLTextConfig):
-    """Qwen2.5-VL's text config with `sparsity`."""
-
-    model_type = "dynamic_qwen2_5_vl_text"
-    sparsity: Any = None
-
-
-class DynamicQwen2_5_VLTextModel(SparseDecoder, Qwen2_5_VLTextModel):
-    """Qwen2.5-VL's LLM with gates between its layers."""
-
-    config_class = DynamicQwen2_5_VLTextConfig
-
-
-class DynamicQwen3VLTextConfig(SparseTextConfig, Qwen3VLTextConfig):
-    """Qwen3-VL's text config with `sparsity`."""
-
-    model_type = "dynamic_qwen3_vl_text"
-    sparsity: Any = None
-
-
-class DynamicQwen3VLTextModel(SparseDecoder, Qwen3VLTextModel):
-    """Qwen3-VL's LLM with gates between its layers."""
-
-    config_class = DynamicQwen3VLTextConfig
-
-
-for _model in (
-    DynamicLlamaModel,
-    DynamicQwen2Model,
-    DynamicQwen3Model,
-    DynamicMistralModel,
-    DynamicQwen2_5_VLTextModel,
-    DynamicQwen3VLTextModel,
-):
-    register_text_config(_model.config_class)
-    AutoModel.register(_model.config_class, _model)
+DynamicLlamaConfig, DynamicLlamaModel = _with_gates(LlamaConfig, LlamaModel)
+DynamicQwen2Config, DynamicQwen2Model = _with_gates(Qwen2Config, Qwen2Model)
+DynamicQwen3Config, DynamicQwen3Model = _with_gates(Qwen3Config, Qwen3Model)
+DynamicMistralConfig, DynamicMistralModel = _with_gates(MistralConfig, MistralModel)
+DynamicQwen2_5_VLTextConfig, DynamicQwen2_5_VLTextModel = _with_gates(
+    Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+)
+DynamicQwen3VLTextConfig, DynamicQwen3VLTextModel = _with_gates(Qwen3VLTextConfig, Qwen3VLTextModel)

@@ -1,0 +1,106 @@
+"""Training: Gumbel masks at the gate (section 3.3.3), and the loss put together (Eq. 8 to 10)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from dynllava_plugin.model.gate import in_order
+from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
+from dynllava_plugin.policies import Gate, TokenLayout
+from dynllava_plugin.sparsity.config import SparsityConfig
+from dynllava_plugin.sparsity.objective import keep_loss, lm_loss
+from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor, gumbel_keep_mask, gumbel_noise
+
+IGNORE_INDEX = -100
+
+
+def decide_training(
+    hidden: torch.Tensor,
+    layout: TokenLayout,
+    sparsity: SparsityConfig,
+    image_predictor: ImagePredictor,
+    text_predictor: TextPredictor | None,
+    tau: float,
+    noise: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> TrainingMasks:
+    """Gumbel masks for hidden states [B, L, d]; `noise` is image [B, N_img, 2] and text [B, longest answer, 2], drawn where None."""
+    masks = TrainingMasks(keep=torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device))
+    image_noise, text_noise = noise
+    if layout.image_mask is not None:
+        flat = _gumbel(_image_logits(hidden, layout, image_predictor), layout.image_mask, image_noise, tau)
+        masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
+        masks.image = right_padded(flat, layout.image_mask)
+    if layout.output_mask is not None and sparsity.mode == "image_text" and text_predictor is not None:
+        lengths = layout.output_mask.sum(1)
+        masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
+        flat = _gumbel(text_predictor(hidden[layout.output_mask]), layout.output_mask, text_noise, tau)
+        # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
+        counted = masks.text_counted[:, None].expand_as(layout.output_mask)[layout.output_mask]
+        flat = torch.where(counted, flat, flat * 0 + 1)
+        masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
+        masks.text = right_padded(flat, layout.output_mask)
+    return masks
+
+
+def _image_logits(hidden: torch.Tensor, layout: TokenLayout, predictor: ImagePredictor) -> torch.Tensor:
+    """[T, 2] logits of the call's image tokens; each image is seen alone."""
+    gate = Gate(hidden, hidden, hidden, layout)
+    tokens = hidden.flatten(0, 1)[layout.image_index]
+    if not layout.image_lengths:  # a stand-in image: through the predictor, to no place
+        return predictor(tokens[:, None]).flatten(0, 1)
+    groups = [images for _, images in layout.image_groups()]
+    return in_order(groups, [predictor(gate.of_group(images).in_question(tokens)) for images in groups])
+
+
+def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None, tau: float) -> torch.Tensor:
+    if noise is None:
+        drawn = gumbel_noise(logits.shape, logits.device)
+    else:
+        counts = mask.sum(1)
+        drawn = noise[torch.arange(noise.shape[1], device=noise.device) < counts[:, None]]
+    return gumbel_keep_mask(logits, drawn, tau)
+
+
+def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, ...] values of the T True places of `mask` [B, L] -> ([B, n, ...] right padded with 0, valid bool [B, n])."""
+    counts = mask.sum(1)
+    valid = torch.arange(int(counts.max()), device=mask.device) < counts[:, None]
+    rows = values.new_zeros(*valid.shape, *values.shape[1:])
+    rows[valid] = values
+    return rows, valid
+
+
+def training_output(
+    logits: torch.Tensor,
+    outputs: SparseDecoderOutput,
+    sparsity: SparsityConfig,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> DynamicLlavaOutput:
+    """[B, L, V] logits with the objective: lm_loss + lambda * (image_keep_loss + text_keep_loss), Eq. 8 to 10."""
+    result = DynamicLlavaOutput(logits=logits)
+    masks = outputs.masks
+    if masks is not None and masks.image is not None:
+        values, valid = masks.image
+        result.image_keep = values.detach() > 0.5
+        result.image_keep_loss = keep_loss(values, valid, valid.any(1), sparsity.vision_keep_rate)
+    if masks is not None and masks.text is not None:
+        values, valid = masks.text
+        result.text_keep = values.detach() > 0.5
+        result.text_keep_loss = keep_loss(values, valid, masks.text_counted, sparsity.text_keep_rate)
+    if labels is not None:
+        result.lm_loss = lm_loss(logits, labels, num_items_in_batch)
+        result.loss = result.lm_loss
+        for term in (result.image_keep_loss, result.text_keep_loss):
+            if term is not None:
+                result.loss = result.loss + sparsity.keep_loss_weight * term
+    return result
+
+
+def labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
+    """[B, L] labels -> [B, L'] labels of the tokens that are still there."""
+    nothing_before = pad(token_index[:, :-1] < 0, (1, 0))  # what padding "predicts" is no loss
+    return labels.gather(1, token_index.clamp(min=0)).masked_fill(
+        (token_index < 0) | nothing_before, IGNORE_INDEX
+    )
