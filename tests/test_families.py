@@ -131,7 +131,7 @@ def test_full_context_is_the_stock_class(family):
 
 @every_family
 @pytest.mark.parametrize("text", SETTINGS)
-@examples(3)
+@examples(2)
 @given(shapes=drawn_shapes)
 def test_batch_single_cached_uncached_and_scored_agree(family, text, shapes):
     seed, sizes = shapes

@@ -175,6 +175,34 @@ def test_return_dict_and_the_vision_layer_are_obeyed():
     assert isinstance(model(**batch, return_dict=False), tuple)
 
 
+@torch.no_grad()
+def test_what_a_config_asks_for_counts_as_an_argument():
+    model = random_model(mode="image")
+    batch = batch_of([random_sample(random.Random(0), 1, 3)])
+    model.config.return_dict = False
+    assert isinstance(model(**batch), tuple) and model(**batch, return_dict=True).logits is not None
+    model.config.return_dict, model.config.output_hidden_states = True, True
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="output_hidden_states: layers hold different tokens"):
+            call(**batch)
+    assert model(**batch, output_hidden_states=False).logits is not None
+
+
+@torch.no_grad()
+def test_a_familys_own_image_arguments_are_obeyed_or_one_line():
+    model = model_of("llava_onevision")
+    model.set_sparsity(mode="full")
+    batch, _, _ = batch_for("llava_onevision", [[(56, 84)]])
+    assert "vision_aspect_ratio" in model.image_inputs
+    with pytest.raises(
+        UserError, match=r"input_ids: .* image tokens"
+    ):  # fewer tiles than the prompt's places
+        model(**batch, vision_aspect_ratio="anyres_max_1")
+    llava = random_model()
+    with pytest.raises(UserError, match="pixel_values: do not fit vision_feature_layer"):
+        llava(**batch_of([random_sample(random.Random(0), 1, 3)]), vision_feature_layer=50)
+
+
 def test_labels_that_leave_image_or_padding_tokens_in_are_refused():
     model = random_model().train()
     samples = [random_sample(random.Random(0), 1, 9), random_sample(random.Random(1), 1, 3)]

@@ -48,11 +48,20 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     model_class: ClassVar[Any]  # the family's model around vision tower, projector and LLM
     # What `get_image_features` takes of forward's arguments, and can't do without; what says how large images are comes second.
-    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    image_needs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_inputs: ClassVar[tuple[str, ...]]
+    image_needs: ClassVar[tuple[str, ...]]
     has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "model_class"):
+            _, *taken = inspect.signature(cls.model_class.get_image_features).parameters.values()  # less self
+            taken = [one for one in taken if one.kind is not inspect.Parameter.VAR_KEYWORD]
+            cls.image_inputs = tuple(one.name for one in taken)
+            if not hasattr(cls, "image_needs"):
+                cls.image_needs = tuple(one.name for one in taken if one.default is inspect.Parameter.empty)
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # the stock shell's parts, with our LLM
@@ -111,11 +120,13 @@ class SparseVLM(SparseGeneration, SparseScoring):
             Image places and images that don't match; a cache of another kind; an attention mask of another length; a
             video; hidden states or attentions asked for; labels on image tokens or padding.
         """
-        _refuse(kwargs)
+        self._refuse(kwargs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         images = {
             "pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw,
             "batch_num_images": batch_num_images, "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
+            **{name: kwargs[name] for name in self.image_inputs if name in kwargs},
         }  # fmt: skip
         llm = self._llm
         policy = llm.policy
@@ -146,7 +157,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
             )
             logits = self._logits(outputs.last_hidden_state)
             result = training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
-            return result if return_dict is not False else result.to_tuple()
+            return result if return_dict else result.to_tuple()
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         captured = None
@@ -175,7 +186,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
             image_hidden_states=features, token_index=outputs.token_index, image_keep=decided.image_keep,
             text_keep=decided.text_keep, image_score=decided.image_score, text_score=decided.text_score,
         )  # fmt: skip
-        return result if return_dict is not False else result.to_tuple()
+        return result if return_dict else result.to_tuple()
 
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
@@ -262,6 +273,17 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 f"{self.config.name_or_path or 'the model'}: its logits are not finite; weights that are NaN or infinite, "
                 "or out of the data type's range, answer nothing"
             )
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        """Raise `UserError` for what the stock classes obey, as an argument or in a config, and this one doesn't."""
+        for name in ("pixel_values_videos", "video_grid_thw", "image_sizes_videos"):
+            if kwargs.get(name) is not None:
+                raise UserError(f"{name}: videos are not supported, images are")
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name, getattr(self.config, name)):
+                raise UserError(
+                    f"{name}: layers hold different tokens here, so there is no such tensor; leave it out"
+                )
 
     def _check_policy(self, policy: Policy, labels: torch.Tensor | None) -> None:
         if self.training and self.config.sparsity.image_policy != "learned":
@@ -361,8 +383,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
         """As `generate` does before its first step, through `encode_images`."""
-        names = inspect.signature(self.model.get_image_features).parameters
-        images = {name: model_kwargs.pop(name) for name in names if name in model_kwargs and name != "kwargs"}
+        images = {name: model_kwargs.pop(name) for name in self.image_inputs if name in model_kwargs}
         if images.get("pixel_values") is not None:
             if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
                 raise UserError(
@@ -398,22 +419,11 @@ class SparseVLM(SparseGeneration, SparseScoring):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
-            _, *sizes = self.image_needs
-            if not sizes:  # nothing that pixels could disagree with
+            others = [name for name in given if name != "pixel_values"]
+            if not others:  # nothing that pixels could disagree with
                 raise
             reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"pixel_values: do not fit {sizes[0]} ({reason}); pass both as the checkpoint's processor returns them"
+                f"pixel_values: do not fit {' or '.join(others)} ({reason}); pass them as the checkpoint's processor "
+                "returns them"
             ) from error
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    """Raise `UserError` for what the stock classes obey and this one doesn't."""
-    for name in ("pixel_values_videos", "video_grid_thw", "image_sizes_videos"):
-        if kwargs.get(name) is not None:
-            raise UserError(f"{name}: videos are not supported, images are")
-    for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name):
-            raise UserError(
-                f"{name}: layers hold different tokens here, so there is no such tensor; leave it out"
-            )

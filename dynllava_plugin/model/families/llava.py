@@ -170,7 +170,6 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
     config: DynamicLlavaConfig
     config_class = DynamicLlavaConfig
     model_class = DynamicLlavaModel
-    image_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     has_class_token = True
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:

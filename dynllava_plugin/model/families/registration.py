@@ -10,18 +10,47 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from dynllava_plugin.model.configuration import PREFIX, SparseVLMConfig
 from dynllava_plugin.model.families import text_models  # noqa: F401  (LLMs are looked up by config)
+from dynllava_plugin.model.modeling import SparseVLM
 
 FAMILIES: dict[str, Any] = {}  # stock model_type -> our class
+
+
+def plain_family(stock_config: Any, stock: Any, stock_model: Any, module: str) -> tuple[Any, Any]:
+    """Return our config and class, in `module`, of a family that needs nothing of its own; both are registered.
+
+    Of Mistral3's they are called `DynamicMistral3Config` and `DynamicMistral3ForConditionalGeneration`.
+    """
+    config: Any = type(
+        f"Dynamic{stock_config.__name__}",
+        (SparseVLMConfig, stock_config),
+        {
+            "__doc__": f"{stock_config.__name__} with `sparsity`.",
+            "__module__": module,
+            "model_type": PREFIX + stock_config.model_type,
+        },
+    )
+    model: Any = type(
+        f"Dynamic{stock.__name__}",
+        (SparseVLM, stock),
+        {
+            "__doc__": f"{stock.__name__} with gates between its LLM's layers.",
+            "__module__": module,
+            "config_class": config,
+            "model_class": stock_model,
+        },
+    )
+    register_family(model, stock_config)
+    return config, model
 
 
 def register_family(model: Any, stock_config: Any) -> None:
     """Register a family's class, and that its checkpoints' keys are renamed as the stock ones'."""
     config = model.config_class
     AutoConfig.register(config.model_type, config)
-    AutoModel._model_mapping.register(
-        config, model.model_class
-    )  # `register` wants a class that names our config
+    # `AutoModel.register` wants a class that names our config.
+    AutoModel._model_mapping.register(config, model.model_class)
     AutoModelForImageTextToText.register(config, model)
     _rename_as(config.model_type, stock_config.model_type)
     for ours in (model, model.model_class):

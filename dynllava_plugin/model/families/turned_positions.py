@@ -9,7 +9,6 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
@@ -17,7 +16,7 @@ from dynllava_plugin.sparsity.cache import SparseContextCache
 class TurnedPositions(SparseVLM):
     """A family whose images turn on three axes: positions come from the images' grids, later ones from the cache's offset."""
 
-    image_inputs = image_needs = ("pixel_values", "image_grid_thw")
+    image_needs = ("pixel_values", "image_grid_thw")
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
@@ -26,9 +25,6 @@ class TurnedPositions(SparseVLM):
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise UserError("attention_mask: prompts are padded on the right; pad them on the left")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = self._token_types(ids)
         return super().generate(inputs, generation_config, **kwargs)
 
     def pixels_of_images(self, pixel_values: torch.Tensor, images: dict[str, Any]) -> Sequence[torch.Tensor]:
@@ -59,38 +55,23 @@ class TurnedPositions(SparseVLM):
             raise UserError("image_grid_thw: missing; the positions of image tokens are made of it")
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         positions, _ = self.model.get_rope_index(  # type: ignore[operator]
-            input_ids,
-            mm_token_type_ids=self._token_types(input_ids),
-            image_grid_thw=grid,
+            input_ids, mm_token_type_ids=(input_ids == self.config.image_token_id).int(), image_grid_thw=grid,
             attention_mask=mask,
-        )
+        )  # fmt: skip
         return positions if cache is None or cache.fed is None else positions + cache.next_positions()
-
-    def _token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return (input_ids == self.config.image_token_id).int()
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """As the stock class's, but behind a cache by that cache's offset, not by the module's last call's."""
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, SparseContextCache) or not cache.seen:
-            # The stock class's, past `SparseGeneration`.
-            return super(SparseGeneration, self)._prepare_position_ids_for_generation(
-                inputs_tensor, model_kwargs
-            )  # type: ignore[misc]
+        """Return int64 [4, B, L], places in the text first; behind a cache by its offset, not by the module's last call's."""
+        cache: Any = model_kwargs.get("past_key_values")
         text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         ids, grid = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("image_grid_thw")
-        if grid is not None:  # of new images; cached columns are sliced away again
-            new = self.positions(
-                ids[:, cache.seen :],
-                model_kwargs.get("attention_mask"),
-                cache,
-                {"image_grid_thw": grid},
-                True,
-            )
-            assert new is not None
-            turned = torch.nn.functional.pad(new, (cache.seen, 0))
+        if grid is not None and not ids.is_floating_point():  # cached columns are sliced away again
+            seen, images = (0 if cache is None else cache.seen), {"image_grid_thw": grid}
+            new: Any = self.positions(ids[:, seen:], model_kwargs.get("attention_mask"), cache, images, True)
+            turned = torch.nn.functional.pad(new, (seen, 0))
         else:
-            turned = (text if cache.offset is None else text + cache.offset).expand(3, -1, -1)
+            offset = getattr(cache, "offset", None)
+            turned = (text if offset is None else text + offset).expand(3, -1, -1)
         return torch.cat([text.expand(turned.shape[1:])[None], turned])
