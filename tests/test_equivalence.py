@@ -51,7 +51,10 @@ def step_by_step(model, batch, answers):
 @examples(25)
 @given(drawn=samples_strategy)
 def test_batch_equals_single_in_every_inference_mode(mode, drawn):
-    model = RANDOM_POLICY if mode == "random" else MODELS[mode]
+    check_every_mode(RANDOM_POLICY if mode == "random" else MODELS[mode], drawn)
+
+
+def check_every_mode(model, drawn):
     rng, samples = make_samples(drawn)
     steps = 6
     answers = torch.tensor([[rng.randrange(3, 80) for _ in range(steps)] for _ in samples])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from dynllava_plugin import load_model
+from dynllava_plugin.cli import main as dynllava
 from tests.training_kit import conversation, save_checkpoint, save_mixture
 from train.command_line import parse
 from train.finetune import main
@@ -225,6 +226,48 @@ def test_predictors_alone_train_over_a_frozen_llm(flags, tmp_path, bf16):
     )
     assert sum(state["exp_avg"].numel() for state in moments.values()) == trained
     load_model(out, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings"),
+    [
+        ("--gates 2:0.5,3:0.4", {"vision_keep_rate": 0.5, "later_gates": ((3, 0.4),)}),
+        ("--vision_keep_rate 0.1:0.4", {"vision_keep_rate": 0.2, "vision_keep_range": (0.1, 0.4)}),
+    ],
+)
+def test_several_gates_and_budgets_train_save_and_load(flags, tmp_path, asked, settings):
+    """In any portions the same: what is drawn depends on the sample alone."""
+    batch = "--global_batch_size 4 --max_steps 2 --warmup_steps 0 --optim sgd --learning_rate 0.1"
+    rates = "--predictor_learning_rate 0.01 --lr_scheduler_type constant"
+    for portion in ("4", "1"):
+        recipe = [*asked.split(), *batch.split(), *rates.split(), "--per_device_train_batch_size", portion]
+        assert main([*flags, *recipe, "--output_dir", str(tmp_path / portion)]) == 0
+    for row, other in zip(log(tmp_path / "4"), log(tmp_path / "1"), strict=True):
+        for name in row.keys() - MEASURED:
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
+    model, processor = load_model(tmp_path / "4", device="cpu")
+    found = model.config.sparsity.to_dict()
+    found["vision_keep_rate"] = round(found["vision_keep_rate"], 6)
+    assert {name: found[name] for name in settings} == settings
+    weights = load_file(tmp_path / "4" / "model.safetensors")
+    added = {name for name in weights if "image_predictor_3" in name or "rate_proj" in name}
+    assert added and all(torch.equal(weights[name], model.state_dict()[name]) for name in added)
+    inputs = processor(text=["<image>\nwhat"], images=[Image.new("RGB", (32, 32))], return_tensors="pt")
+    for rate in (0.125, 0.25, 0.5):
+        model.set_sparsity(vision_keep_rate=rate)
+        later = int(int(rate * 16) * 0.4) or 1 if "--gates" in asked else int(rate * 16)
+        assert int(model(**inputs).image_keep.sum()) == later
+    assert dynllava(["convert", str(tmp_path / "4"), str(tmp_path / "p"), "--to", "published"]) == 2
+    # A run goes on from there, under LoRA.
+    again = ["--model_name_or_path", str(tmp_path / "4"), *flags[2:], "--max_steps", "1", *batch.split()[:2]]
+    again += ["--per_device_train_batch_size", "4", *asked.split(), "--lora_rank", "2", "--warmup_steps", "0"]
+    assert main([*again, "--output_dir", str(tmp_path / "again")]) == 0
+    merged, _ = load_model(tmp_path / "again", device="cpu")
+    assert (
+        merged.config.sparsity.image_gates
+        == load_model(tmp_path / "4", device="cpu")[0].config.sparsity.image_gates
+    )
+    assert any(not torch.equal(weights[name], merged.state_dict()[name]) for name in added)
 
 
 def gradients(flags, folder, monkeypatch, *more: str) -> tuple[dict[str, torch.Tensor], list]:

@@ -18,8 +18,7 @@ from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
 from train.arguments import AdapterArguments
 
 PREDICTORS = ("image_predictor", "text_predictor")
-# Of a state dict's names: what is trained.
-ADAPTER_PARTS = ("lora_", *(f"{name}.modules_to_save" for name in PREDICTORS))
+ADAPTER_PARTS = ("lora_", ".modules_to_save")  # of a state dict's names: what is trained
 DECODER = "model.language_model.layers"
 
 
@@ -70,7 +69,9 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
 
 def trained_predictors(model: Any) -> list[str]:
     """The predictors that a model's mode uses; one that never runs gets no gradient, and learns nothing."""
-    used = PREDICTORS[:1] if model.config.sparsity.mode == "image" else PREDICTORS
+    sparsity = model.config.sparsity
+    used = PREDICTORS[:1] if sparsity.mode == "image" else PREDICTORS
+    used = (*used, *(f"image_predictor_{layer}" for layer, _ in sparsity.later_gates))
     return [name for name in used if getattr(model.model.language_model, name) is not None]
 
 

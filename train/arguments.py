@@ -47,8 +47,19 @@ class ModelArguments:
     sparse_layer: int = field(
         default=2, metadata={"help": "l: the first decoder layer with the reduced context."}
     )
-    vision_keep_rate: float = field(
-        default=0.2, metadata={"help": "r_I, share of image tokens to keep, in (0, 1]."}
+    vision_keep_rate: str = field(
+        default="0.2",
+        metadata={
+            "help": "r_I, share of image tokens to keep, in (0, 1]; LOW:HIGH draws one for each sample and tells it the "
+            "predictor, so that one checkpoint serves every budget."
+        },
+    )
+    gates: str | None = field(
+        default=None,
+        metadata={
+            "help": "LAYER:RATE,LAYER:RATE,...: several gates of the image tokens, each with a predictor of its own, and "
+            "which share of what reaches it stays; in place of --sparse_layer and --vision_keep_rate."
+        },
     )
     text_keep_rate: float = field(
         default=0.5, metadata={"help": "r_OT, share of answer tokens to keep, in (0, 1]."}
@@ -80,7 +91,33 @@ class ModelArguments:
         """The given `SparsityConfig` fields."""
         known = {item.name for item in fields(SparsityConfig)}
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+        low, colon, high = str(self.vision_keep_rate).partition(":")
+        try:
+            given["vision_keep_rate"] = float(low)
+            if colon:
+                given["vision_keep_range"] = float(low), float(high)
+                given["vision_keep_rate"] = math.sqrt(float(low) * float(high))  # unless told otherwise later
+        except ValueError:
+            raise UserError(
+                f"--vision_keep_rate {self.vision_keep_rate}: must be a share or LOW:HIGH"
+            ) from None
+        if self.gates is not None:
+            if colon:
+                raise UserError(
+                    "--gates: its first rate stands for --vision_keep_rate; give that as one share"
+                )
+            (given["sparse_layer"], given["vision_keep_rate"]), *later = self._gates(self.gates)
+            given["later_gates"] = tuple(later)
         return {name: value for name, value in given.items() if value is not None}
+
+    @staticmethod
+    def _gates(text: str) -> list[tuple[int, float]]:
+        """(layer, rate) of each gate in `LAYER:RATE,LAYER:RATE`."""
+        try:
+            pairs = [part.split(":") for part in text.split(",")]
+            return [(int(layer), float(rate)) for layer, rate in pairs]
+        except ValueError:
+            raise UserError(f"--gates {text}: must be LAYER:RATE,LAYER:RATE, such as 2:0.5,4:0.2") from None
 
 
 @dataclass

@@ -1,17 +1,22 @@
-"""Gumbel noise from the run's seed, the step and the sample: whatever the batch layout, device or process."""
+"""What training draws, from the run's seed, the step and the sample: whatever the batch layout, device or process."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from dynllava_plugin.sparsity.selection import last_answer
+from dynllava_plugin.sparsity.selection import keep_rates_at, last_answer
 
 
 def gumbel_noise(
-    seed: int, step: int, samples: torch.Tensor, image_tokens: torch.Tensor, labels: torch.Tensor
+    seed: int,
+    step: int,
+    samples: torch.Tensor,
+    image_tokens: torch.Tensor,
+    labels: torch.Tensor,
+    gates: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise for the two predictors' logits of one micro-batch.
+    """Noise for the predictors' logits of one micro-batch.
 
     Parameters
     ----------
@@ -22,19 +27,33 @@ def gumbel_noise(
     image_tokens : bool [B, L]
         Where the image placeholders are.
     labels : int64 [B, L]
+    gates : int
+        Gates of the image tokens.
 
     Returns
     -------
-    (image [B, N_img, 2], text [B, longest last answer, 2]) : float32 on the inputs' device, right padded
+    (image [B, N_img, 2 * gates], text [B, longest last answer, 2]) : float32 on the inputs' device, right padded
     """
     numbers_of_images = image_tokens.sum(1).tolist()
     lengths = last_answer(labels).sum(1).tolist()
-    image = torch.zeros(len(samples), max(numbers_of_images), 2)
+    image = torch.zeros(len(samples), max(numbers_of_images), 2 * gates)
     text = torch.zeros(len(samples), max(lengths), 2)
     for row, sample in enumerate(samples.tolist()):
         random = np.random.default_rng([seed, step, sample])
-        image[row, : numbers_of_images[row]] = torch.from_numpy(
-            random.gumbel(size=(numbers_of_images[row], 2))
+        first, output, later = (
+            torch.from_numpy(random.gumbel(size=size))
+            for size in (
+                (numbers_of_images[row], 2),
+                (lengths[row], 2),
+                (numbers_of_images[row], 2 * (gates - 1)),
+            )
         )
-        text[row, : lengths[row]] = torch.from_numpy(random.gumbel(size=(lengths[row], 2)))
+        image[row, : numbers_of_images[row]] = torch.cat([first, later], 1)
+        text[row, : lengths[row]] = output
     return image.to(labels.device), text.to(labels.device)
+
+
+def keep_rates(seed: int, step: int, samples: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Return float32 [B], a keep rate from `low` to `high` for each of the samples (int64 [B], places in the dataset)."""
+    drawn = [np.random.default_rng([seed, step, sample, 1]).random() for sample in samples.tolist()]
+    return keep_rates_at(torch.tensor(drawn, device=samples.device, dtype=torch.float64), low, high)

@@ -33,6 +33,7 @@ def describe(
     """The arguments that decide a run's weights, JSON-ready."""
     values = {
         **vars(model_args),
+        **model_args.sparsity(),
         **{name: getattr(data_args, name) for name in DATA},
         **{name: getattr(args, name, None) for name in RECIPE},
         **vars(adapter_args),

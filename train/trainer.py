@@ -21,7 +21,7 @@ from train.adapters import PREDICTORS, is_adapted, trained_predictors
 from train.arguments import RecipeArguments
 from train.interruption import Interruption, ShieldedWorker
 from train.measures import Measures, count_labels
-from train.noise import gumbel_noise
+from train.noise import gumbel_noise, keep_rates
 from train.sampling import EpochSampler
 
 ABSURD = (
@@ -136,18 +136,19 @@ class DynamicLlavaTrainer(Trainer):
         samples = inputs.pop("sample")
         labels = inputs["labels"]
         image_tokens = inputs["input_ids"] == self.dynamic.config.image_token_id
-        noise = gumbel_noise(self.args.seed, self.state.global_step, samples, image_tokens, labels)
+        sparsity, drawn = self.dynamic.config.sparsity, (self.args.seed, self.state.global_step, samples)
+        inputs["gumbel_noise"] = gumbel_noise(*drawn, image_tokens, labels, len(sparsity.image_gates))
+        if sparsity.vision_keep_range:
+            inputs["keep_rates"] = keep_rates(*drawn, *sparsity.vision_keep_range)
         # The model divides by the labels of the whole global batch, so that micro-batches add up; else by its own.
         over_labels = self.args.loss_average == "labels"
         with self.accelerator.autocast():  # which accelerate leaves out around FSDP2
-            outputs = model(
-                **inputs, gumbel_noise=noise, num_items_in_batch=num_items_in_batch if over_labels else None
-            )
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch if over_labels else None)
         share = len(samples) / self._batch_samples
         loss = outputs.lm_loss if over_labels else outputs.lm_loss / self._micro_batches
         for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
             if keep_loss is not None:  # mode "image" has none for text
-                loss = loss + self.dynamic.config.sparsity.keep_loss_weight * share * keep_loss
+                loss = loss + sparsity.keep_loss_weight * share * keep_loss
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         tokens = inputs["attention_mask"].sum()
         lm_sum = outputs.lm_loss * num_items_in_batch if over_labels else outputs.lm_loss

@@ -31,10 +31,10 @@ from dynllava_plugin.model.gate import (
     segment_ends,
     whole,
 )
-from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
+from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.model.static_calls import StaticCalls
 from dynllava_plugin.model.token_layout import position_offset, read_layout, token_positions, valid_columns
-from dynllava_plugin.model.training import decide_training
+from dynllava_plugin.model.training import mask_images, mask_output
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -65,6 +65,8 @@ class SparseDecoder(StaticCalls):
         self.text_predictor = (
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
         )
+        for layer, _ in config.sparsity.later_gates:
+            setattr(self, f"image_predictor_{layer}", ImagePredictor(config.hidden_size, config.sparsity))
         self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
         self.post_init()  # type: ignore[operator]
 
@@ -155,9 +157,10 @@ class SparseDecoder(StaticCalls):
         layout: TokenLayout,
         tau: float,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None],
+        keep_rates: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
     ) -> SparseDecoderOutput:
-        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3)."""
+        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
         use_sparse_attention(self.config)
         batch, length, _ = inputs_embeds.shape
         valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
@@ -175,14 +178,25 @@ class SparseDecoder(StaticCalls):
         if settings.mode == "full":
             tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
             return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
-        start = self.sparse_layer
-        tokens = self._run(0, start, tokens, causal, rotary, SparseCall())
-        masks = decide_training(
-            tokens.hidden, layout, settings, self.image_predictor, self.text_predictor, tau, gumbel_noise
-        )
-        call = SparseCall(context=training_context(masks.keep, valid))
+        masks = TrainingMasks(torch.ones(batch, length, dtype=torch.float32, device=inputs_embeds.device))
+        image_noise, text_noise = gumbel_noise
+        share: float | torch.Tensor = 1.0
+        start, call = 0, SparseCall()
+        for index, (layer, rate) in enumerate(settings.image_gates):
+            tokens = self._run(start, layer, tokens, causal if not start else None, rotary, call)
+            share = share * (rate if index or keep_rates is None else keep_rates)
+            noise = None if image_noise is None else image_noise[..., 2 * index : 2 * index + 2]
+            mask_images(masks, tokens.hidden, layout, self._image_predictor(layer), share, tau, noise)
+            if not index:
+                mask_output(masks, tokens.hidden, layout, settings, self.text_predictor, tau, text_noise)
+            start, call = layer, SparseCall(context=training_context(masks.keep, valid))
         tokens = self._run(start, layers, tokens, None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
+
+    def _image_predictor(self, layer: int) -> ImagePredictor:
+        """Return the one of the gate at `layer`: a later gate's own, else the first's."""
+        own: Any = getattr(self, f"image_predictor_{layer}", None)
+        return self.image_predictor if own is None else own
 
     @property
     def sparse_layer(self) -> int:
@@ -246,7 +260,7 @@ class SparseDecoder(StaticCalls):
     def _view(self, layer: int, tokens: Tokens, attention: torch.Tensor | None) -> Gate:
         positions = tokens.text_positions.expand(tokens.valid.shape)
         return Gate(
-            tokens.hidden, tokens.valid, positions, tokens.layout, self.image_predictor, self.text_predictor,
+            tokens.hidden, tokens.valid, positions, tokens.layout, self._image_predictor(layer), self.text_predictor,
             attention, layer, tokens.entered,
         )  # fmt: skip
 

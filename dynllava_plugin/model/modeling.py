@@ -32,11 +32,14 @@ from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import lm_loss
-from dynllava_plugin.sparsity.selection import last_answer
+from dynllava_plugin.sparsity.selection import keep_rates_at, last_answer
 
 FEW_TOKENS = 64
 # Settings that the loaded weights fix.
-FIXED = ("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor")
+FIXED = (
+    *("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor"),
+    *("later_gates", "vision_keep_range"),
+)
 
 
 class SparseVLM(SparseGeneration, SparseScoring):
@@ -85,6 +88,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+        keep_rates: torch.Tensor | None = None,
         prompt_length: int | None = None,
         output_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -111,8 +115,10 @@ class SparseVLM(SparseGeneration, SparseScoring):
         `output_mask` bool [B, prompt] (at inference: earlier answers of a conversation, no context for later rounds where
         they are dropped; in place of the labels' last run), and a single token behind a cache.
 
-        `gumbel_noise` is training noise of images [B, N_img, 2] and text [B, longest answer, 2], right padded, drawn where None;
-        `num_items_in_batch` the divisor of lm_loss, the labels of the whole accumulated batch.
+        `gumbel_noise` is training noise of images [B, N_img, 2] and text [B, longest answer, 2], right padded, drawn where None (of
+        several gates, the images' is [B, N_img, 2 * gates]). `keep_rates` float [B] is the share of each sample's image tokens that
+        is to stay behind the first gate, drawn from `vision_keep_range` where that is set. `num_items_in_batch` is the divisor of
+        lm_loss, the labels of the whole accumulated batch.
 
         Raises
         ------
@@ -151,9 +157,12 @@ class SparseVLM(SparseGeneration, SparseScoring):
         if self.training:
             if labels is not None:
                 self._refuse_labels_of_no_text(labels, attention_mask)
+            if keep_rates is None and self.config.sparsity.vision_keep_range is not None:
+                uniform = torch.rand(len(embeds), device=embeds.device)
+                keep_rates = keep_rates_at(uniform, *self.config.sparsity.vision_keep_range)
             noise = gumbel_noise or (None, None)
             outputs = llm.forward_training(
-                embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise, added
+                embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise, keep_rates, added
             )
             logits = self._logits(outputs.last_hidden_state)
             result = training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)

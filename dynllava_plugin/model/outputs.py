@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -32,7 +32,8 @@ class TrainingMasks:
     """Straight-through masks: `keep` float [B, L] for Eq. 7, and by kind for the keep losses (Eq. 10)."""
 
     keep: torch.Tensor
-    image: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, N_img], valid
+    # Behind each gate: masks [B, N_img], valid, and the share of the image that is to stay, of all samples or float [B].
+    images: list[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] = field(default_factory=list)
     text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
     text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
 

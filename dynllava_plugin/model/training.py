@@ -15,42 +15,71 @@ from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor, gu
 IGNORE_INDEX = -100
 
 
-def decide_training(
+def mask_images(
+    masks: TrainingMasks,
+    hidden: torch.Tensor,
+    layout: TokenLayout,
+    predictor: ImagePredictor,
+    share: float | torch.Tensor,
+    tau: float,
+    noise: torch.Tensor | None,
+) -> None:
+    """Add a gate's Gumbel masks of the image tokens, for the hidden states [B, L, d] that reach it.
+
+    `share` of the whole image is to stay, of all samples or float [B]; `noise` is [B, N_img, 2], drawn where None.
+    """
+    if layout.image_mask is None:
+        return
+    earlier = masks.keep.flatten()[layout.image_index] if masks.images else None
+    logits = _image_logits(hidden, layout, predictor, share, earlier)
+    flat = _gumbel(logits, layout.image_mask, noise, tau)
+    flat = flat if earlier is None else flat * earlier
+    masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
+    masks.images.append((*right_padded(flat, layout.image_mask), share))
+
+
+def mask_output(
+    masks: TrainingMasks,
     hidden: torch.Tensor,
     layout: TokenLayout,
     sparsity: SparsityConfig,
-    image_predictor: ImagePredictor,
-    text_predictor: TextPredictor | None,
+    predictor: TextPredictor | None,
     tau: float,
-    noise: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> TrainingMasks:
-    """Gumbel masks for hidden states [B, L, d]; `noise` is image [B, N_img, 2] and text [B, longest answer, 2], drawn where None."""
-    masks = TrainingMasks(keep=torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device))
-    image_noise, text_noise = noise
-    if layout.image_mask is not None:
-        flat = _gumbel(_image_logits(hidden, layout, image_predictor), layout.image_mask, image_noise, tau)
-        masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
-        masks.image = right_padded(flat, layout.image_mask)
-    if layout.output_mask is not None and sparsity.mode == "image_text" and text_predictor is not None:
-        lengths = layout.output_mask.sum(1)
-        masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
-        flat = _gumbel(text_predictor(hidden[layout.output_mask]), layout.output_mask, text_noise, tau)
-        # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
-        counted = masks.text_counted[:, None].expand_as(layout.output_mask)[layout.output_mask]
-        flat = torch.where(counted, flat, flat * 0 + 1)
-        masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
-        masks.text = right_padded(flat, layout.output_mask)
-    return masks
+    noise: torch.Tensor | None,
+) -> None:
+    """Add the Gumbel masks of the output text; `noise` is [B, longest answer, 2], drawn where None."""
+    if layout.output_mask is None or sparsity.mode != "image_text" or predictor is None:
+        return
+    lengths = layout.output_mask.sum(1)
+    masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
+    flat = _gumbel(predictor(hidden[layout.output_mask]), layout.output_mask, noise, tau)
+    # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
+    counted = masks.text_counted[:, None].expand_as(layout.output_mask)[layout.output_mask]
+    flat = torch.where(counted, flat, flat * 0 + 1)
+    masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
+    masks.text = right_padded(flat, layout.output_mask)
 
 
-def _image_logits(hidden: torch.Tensor, layout: TokenLayout, predictor: ImagePredictor) -> torch.Tensor:
-    """[T, 2] logits of the call's image tokens; each image is seen alone."""
+def _image_logits(
+    hidden: torch.Tensor,
+    layout: TokenLayout,
+    predictor: ImagePredictor,
+    share: float | torch.Tensor,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """[T, 2] logits of the call's image tokens, of which `keep` [T] are left (None: all); each image is seen alone."""
     gate = Gate(hidden, hidden, hidden, layout)
     tokens = hidden.flatten(0, 1)[layout.image_index]
+    shares = torch.as_tensor(share, dtype=torch.float32, device=hidden.device).expand(len(hidden))
     if not layout.image_lengths:  # a stand-in image: through the predictor, to no place
-        return predictor(tokens[:, None]).flatten(0, 1)
-    groups = [images for _, images in layout.image_groups()]
-    return in_order(groups, [predictor(gate.of_group(images).in_question(tokens)) for images in groups])
+        return predictor(tokens[:, None], shares[:0]).flatten(0, 1)
+    groups, found = [images for _, images in layout.image_groups()], []
+    for images in groups:
+        of_group = gate.of_group(images)
+        present = None if keep is None else of_group.in_question(keep.detach() > 0.5)
+        rates = shares[[layout.image_rows[image] for image in images]]
+        found.append(predictor(of_group.in_question(tokens), rates, present))
+    return in_order(groups, found)
 
 
 def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None, tau: float) -> torch.Tensor:
@@ -81,10 +110,12 @@ def training_output(
     """[B, L, V] logits with the objective: lm_loss + lambda * (image_keep_loss + text_keep_loss), Eq. 8 to 10."""
     result = DynamicLlavaOutput(logits=logits)
     masks = outputs.masks
-    if masks is not None and masks.image is not None:
-        values, valid = masks.image
+    for values, valid, share in (
+        masks.images if masks is not None else ()
+    ):  # of several gates the sum, and what is left last
         result.image_keep = values.detach() > 0.5
-        result.image_keep_loss = keep_loss(values, valid, valid.any(1), sparsity.vision_keep_rate)
+        loss = keep_loss(values, valid, valid.any(1), share)
+        result.image_keep_loss = loss if result.image_keep_loss is None else result.image_keep_loss + loss
     if masks is not None and masks.text is not None:
         values, valid = masks.text
         result.text_keep = values.detach() > 0.5

@@ -52,9 +52,10 @@ class Policy:
                     raise UserError(f"{name}: {owners[what].name} and {part.name} both decide {_WHAT[what]}")
                 owners[what] = part
         made = cls(name, **owners)  # type: ignore[arg-type]
-        if made.cache and made.image and made.image.layer_argument is None and not made.image.at_input:
+        image, cache = made.image, made.cache
+        if image and cache and (len(image.layers) > 1 or not (image.layer_argument or image.at_input)):
             raise UserError(
-                f"{name}: {made.image.name} has gates at several layers, {made.cache.name}'s cache begins at one; "
+                f"{name}: {image.name} has gates at several layers, {cache.name}'s cache begins at one; "
                 "combine it with a policy of one gate"
             )
         layers = {part.name: part.layers[0] for part in made.parts if part.layer_argument}

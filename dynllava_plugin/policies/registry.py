@@ -69,6 +69,7 @@ SHARED = {
     "layer": "sparse_layer",
     "start_layer": "sparse_layer",
     "seed": "random_seed",
+    "later": "later_gates",
 }
 _EXCLUSIVE = ("keep", "r", "n", "ratio", "shares", "tokens", "threshold")  # ways to give one budget
 
@@ -193,7 +194,9 @@ def _one(name: str, method: type[Part], arguments: dict[str, Any], defaults: dic
     budgets = [argument for argument in _EXCLUSIVE if argument in arguments]
     if "keep" in known and len(budgets) > 1:
         raise UserError(f"{name}: {' and '.join(budgets)} say the same thing; give one")
-    taken = {key: value for key, value in defaults.items() if key in known}
+    taken = {key: value for key, value in defaults.items() if key in {field.name for field in fields(method)}}
+    if method.layer_argument in arguments:  # which names one gate
+        taken.pop("later", None)
     if method.own_budget:
         del taken["keep"]
     if method is Schedule:

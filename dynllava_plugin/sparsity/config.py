@@ -47,6 +47,12 @@ class SparsityConfig:
         Width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c.
     text_predictor : bool
         Whether the checkpoint has an output-text predictor; without one `mode` is "full" or "image".
+    later_gates : tuple of (layer, rate)
+        Further gates of the image tokens, each with a predictor of its own: which share of what reaches it stays. The first
+        gate is at `sparse_layer`, its share `vision_keep_rate`.
+    vision_keep_range : (low, high), optional
+        Each sample of training has a keep rate of its own from this range, and the image predictors are told it: one checkpoint
+        for every budget. `vision_keep_rate` is what it is used at.
 
     Raises
     ------
@@ -69,6 +75,8 @@ class SparsityConfig:
     predictor_ffn_dim: int = 2048
     predictor_layers: int = 2
     text_predictor: bool = True
+    later_gates: tuple[tuple[int, float], ...] = ()
+    vision_keep_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -104,10 +112,38 @@ class SparsityConfig:
             raise UserError(
                 f"predictor_dim: {self.predictor_dim} must be divisible by 4 and by predictor_heads={self.predictor_heads}"
             )
-        if num_layers is not None and self.sparse_layer >= num_layers:
+        self._check_gates(num_layers)
+
+    @property
+    def image_gates(self) -> tuple[tuple[int, float], ...]:
+        """Return (layer, rate) of every gate of the image tokens: which share of what reaches it stays."""
+        return ((self.sparse_layer, self.vision_keep_rate), *self.later_gates)
+
+    def _check_gates(self, num_layers: int | None) -> None:
+        """Check the later gates and the range of keep rates; JSON has both as lists."""
+        try:
+            self.later_gates = tuple((int(layer), float(rate)) for layer, rate in self.later_gates)
+            if self.vision_keep_range is not None:
+                low, high = self.vision_keep_range
+                self.vision_keep_range = float(low), float(high)
+        except (TypeError, ValueError):
             raise UserError(
-                f"sparse_layer: {self.sparse_layer} is outside the model, which has layers 0..{num_layers - 1}"
+                f"later_gates: {self.later_gates!r}, vision_keep_range: {self.vision_keep_range!r}: must be pairs of "
+                "(layer, rate), and (low, high)"
+            ) from None
+        layers = [layer for layer, _ in self.image_gates]
+        if layers != sorted(set(layers)) or not all(0.0 < rate <= 1.0 for _, rate in self.later_gates):
+            raise UserError(
+                f"later_gates: {self.later_gates} behind layer {self.sparse_layer}: layers must rise, rates be in (0, 1]"
             )
+        if num_layers is not None and layers[-1] >= num_layers:
+            raise UserError(
+                f"sparse_layer: {layers[-1]} is outside the model, which has layers 0..{num_layers - 1}"
+            )
+        if self.vision_keep_range is not None:
+            low, high = self.vision_keep_range
+            if not 0.0 < low < high <= 1.0:
+                raise UserError(f"vision_keep_range: {low}:{high} does not rise in (0, 1]")
 
     def _number(self, name: str, kind: type, otherwise: str) -> Any:
         """Return a field's value as Python's own number (of numpy's or torch's scalars), which JSON can write."""

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 
 def keep_loss(
-    masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float
+    masks: torch.Tensor, valid: torch.Tensor, counted: torch.Tensor, keep_rate: float | torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean over samples of (r - mean of the sample's mask)^2, one term of Eq. 10 for the target `keep_rate` r.
+    """Return the mean over samples of (r - mean of the sample's mask)^2, one term of Eq. 10 for the target `keep_rate` r, [B] or one.
 
     `masks` float [B, N] are straight-through keep masks, `valid` bool [B, N] is False on right padding; the samples that are not
     `counted` bool [B] contribute 0 and still count in the mean.

@@ -30,11 +30,11 @@ class PredictorBlock(nn.Module):
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         images, tokens, dim = x.shape
         qkv = self.qkv_proj(self.attention_norm(x)).view(images, tokens, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [M, H, N, c/H]
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.out_proj(mixed.transpose(1, 2).reshape(images, tokens, dim))
         return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
@@ -46,7 +46,11 @@ def _score_head(dim: int) -> nn.Sequential:
 
 
 class ImagePredictor(nn.Module):
-    """Which tokens of an image stay: [M, N, d] hidden states of M images -> [M, N, 2] logits."""
+    """Which tokens of an image stay: [M, N, d] hidden states of M images -> [M, N, 2] logits.
+
+    A later gate's looks at the tokens that earlier gates left: `present` bool [M, N], None where all are there. One that is
+    trained for many budgets is told the share of the whole image that is to stay, `rate` float [M]; others don't ask.
+    """
 
     def __init__(self, hidden_size: int, sparsity: SparsityConfig) -> None:
         super().__init__()
@@ -58,14 +62,32 @@ class ImagePredictor(nn.Module):
             for _ in range(sparsity.predictor_layers)
         )
         self.head = _score_head(dim)
+        self.rate_proj = nn.Linear(1, dim) if sparsity.vision_keep_range else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rate: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         x = F.gelu(self.in_proj(self.norm(hidden_states)))
+        if self.rate_proj is not None:
+            assert rate is not None
+            x = x + self.rate_proj(rate.log().to(x)[:, None, None])
+        mask = None
+        if present is not None:  # an absent token sees itself: one row of a softmax can't be empty
+            own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            mask = (present[:, None, :] | own)[:, None]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         local, shared = x.chunk(2, dim=-1)
+        if present is None:
+            mean = shared.mean(dim=1, keepdim=True)
+        else:
+            weights = present.to(x)[..., None]
+            mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
         # Half of the channels tell every token about the whole image.
-        x = torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(shared)], dim=-1)
+        x = torch.cat([local, mean.expand_as(shared)], dim=-1)
         return self.head(x)
 
 
@@ -124,6 +146,11 @@ def gumbel_keep_mask(logits: torch.Tensor, noise: torch.Tensor, tau: float) -> t
 def tau_at(step: int, max_steps: int, start: float = 1.0, end: float = 0.1) -> float:
     """Temperature after `step` of `max_steps` optimiser steps: exponential from `start` to `end` (appendix A.4.2)."""
     return start * (end / start) ** (min(step, max_steps) / max(max_steps, 1))
+
+
+def keep_rates_at(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """[B] numbers in [0, 1) -> [B] float32 keep rates from `low` to `high`, uniform in their logarithm."""
+    return (low * (high / low) ** uniform).float()
 
 
 def last_answer(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

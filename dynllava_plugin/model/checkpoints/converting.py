@@ -128,6 +128,10 @@ def _write_dynamic(model: Any, processor: Any, folder: Path) -> list[str]:
 
 def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) -> list[str]:
     config = model.config
+    if config.sparsity.later_gates or config.sparsity.vision_keep_range:
+        raise UserError(
+            "--to published: a model of several gates, or one that is told its budget, has no place in that layout"
+        )
     rows = published_rows(config, processor and processor.tokenizer)
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -35,6 +35,7 @@ from dynllava_plugin.model.checkpoints.weights import (
     PREDICTORS,
     VISION,
     check_weights,
+    is_added,
     read_ahead,
     read_vision_weights,
     read_weights,
@@ -155,6 +156,7 @@ class _Checkpoint:
         self.layout = layout_of(self.directory, self.values)
         self.config = read_config(self.directory, self.values)
         text: Any = self.config.text_config
+        self.before = text.sparsity
         text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
         self.policy = check_policy(text.sparsity, text.num_hidden_layers)
         family = FAMILIES[self.config.model_type.removeprefix(PREFIX)]
@@ -207,7 +209,7 @@ class _Checkpoint:
     ) -> tuple[SparseVLM, bool]:
         """As `read_family_model`; an adapter is merged into its base."""
         if not is_adapter(self.directory):
-            return read_family_model(self.directory, self.config, dtype, attention, device, bits)
+            return read_family_model(self.directory, self.config, dtype, attention, device, bits, self.before)
         if bits is not None:
             raise UserError(
                 f"quantization: {self.directory} is an adapter; convert it to a whole checkpoint first"
@@ -266,7 +268,8 @@ class _Checkpoint:
     def _may_be_absent(self, name: str, fresh_predictors: bool) -> bool:
         if name == "lm_head.weight":
             return bool(self.config.tie_word_embeddings)
-        return bool(fresh_predictors and PREDICTORS.match(name)) or _unused_in_vision_tower(name, self.config)
+        fresh = bool(fresh_predictors and PREDICTORS.match(name)) or is_added(name, self.before)
+        return fresh or _unused_in_vision_tower(name, self.config)
 
     def _generation_config(self) -> GenerationConfig:
         """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""

@@ -11,10 +11,11 @@ from transformers import AutoProcessor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.checkpoints.weights import PREDICTORS
+from dynllava_plugin.model.checkpoints.weights import PREDICTORS, is_added
 from dynllava_plugin.model.configuration import PREFIX
 from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.sparsity.config import SparsityConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,9 @@ def read_family_model(
     attention: str | None,
     device: torch.device,
     quantization: QuantizationConfigMixin | None = None,
+    before: SparsityConfig | None = None,
 ) -> tuple[Any, bool]:
-    """Return the model of a folder on `device` and whether its predictors are fresh.
+    """Return the model of a folder on `device` and whether its predictors are fresh; `before` are the folder's own settings.
 
     Raises
     ------
@@ -95,7 +97,8 @@ def read_family_model(
     fresh = [name for name in missing if PREDICTORS.match(name)]
     lacking = [name for name in missing if not PREDICTORS.match(name)]
     expected = sum(1 for name, _ in model.named_parameters() if PREDICTORS.match(name))
-    if lacking or (fresh and len(fresh) < expected):
+    added = before is not None and all(is_added(name, before) for name in fresh)
+    if lacking or (fresh and len(fresh) < expected and not added):
         names = lacking or fresh
         raise UserError(
             f"{directory}: weights do not fit the model: {len(names)} missing ({', '.join(names[:3])})"
@@ -107,7 +110,7 @@ def read_family_model(
         )
     if quantization is None:
         torch.nn.Module.to(model, device)
-    return model, bool(fresh)
+    return model, bool(fresh) and not added
 
 
 def read_family_processor(directory: Path) -> Any:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.sparsity.config import SparsityConfig
 
 # Published names -> ours, applied top to bottom; the layouts do not collide, so that one table serves all.
 RENAMES = (
@@ -49,7 +50,7 @@ RENAMES = (
 )
 # Buffers that are computed, and the published code's predictor for prompt text, which its method leaves off.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.instruct_score_predictor\.")
-PREDICTORS = re.compile(r"^model\.language_model\.(image|text)_predictor\.")
+PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|image_predictor(_\d+)?)\.")
 VISION = "model.vision_tower."
 # Of a full CLIP repository only the vision half is wanted.
 NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
@@ -61,6 +62,17 @@ SAFETENSORS, PICKLES = (
         "pytorch_model.bin.index.json",
     ),
 )
+
+
+def is_added(name: str, before: SparsityConfig) -> bool:
+    """Return whether a parameter belongs to what a checkpoint with the settings `before` hasn't: a gate, being told a budget."""
+    found = PREDICTORS.match(name)
+    if found is None:
+        return False
+    gates = {f"_{layer}" for layer, _ in before.later_gates}
+    return (found[2] is not None and found[2] not in gates) or (
+        before.vision_keep_range is None and ".rate_proj." in name
+    )
 
 
 def our_name(published: str) -> str:
