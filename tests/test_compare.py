@@ -412,7 +412,7 @@ def test_images_of_several_sizes_are_tried_before_anything_is_asked(
     """A policy that a family can't run, and a budget out of reach of its images: refused by name, else listed."""
     checkpoint = str(write_checkpoint("qwen2_5_vl", tmp_path / "qwen"))
     flags = ["--pretrained", checkpoint, "--repeats", "0", "--tokens", "32"]
-    for policy, problem in (("random", "the nearest is 32.5"), ("visionzip", "looks at the class token")):
+    for policy, problem in (("random", "the nearest is 32.5"), ("visionzip", "needs the class token")):
         assert main(compared(tmp_path / "out", *flags, "--policies", "full", policy)) == 2
         said = capsys.readouterr()
         assert problem in said.err and "[1/" not in said.out

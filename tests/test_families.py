@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import POLICIES
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, top_tokens
+from dynllava_plugin.policies.base import CLASS_TOKEN, SQUARE, Choice, Gate, ImagePolicy, top_tokens
 from tests.families.checkpoints import FAMILIES, image_places, sample_batch, sample_of, stock_processor
 from tests.families.oracle import hidden_at, last_row_attention, oracle_logits, with_tokens
 from tests.families.ours import answers_of, model_of, stock_of
@@ -322,9 +322,14 @@ def test_what_a_family_cannot_do_is_one_line(family):
         model(**fewer)
     with pytest.raises(UserError, match=r"layer 4 is outside the model, which has layers 0\.\.3"):
         model.set_sparsity(policy="fastv,k=4")
-    if not model.has_class_token:
-        with pytest.raises(UserError, match="visionzip looks at the class token of a CLIP vision tower"):
-            model.set_sparsity(policy="visionzip")
+    for text, need in (
+        ("visionzip", CLASS_TOKEN),
+        ("downsample", SQUARE),
+        ("schedule,0:downsample:0.5", SQUARE),
+    ):
+        if need not in model.gives:
+            with pytest.raises(UserError, match=f"^policy: {text.partition(',')[0]} needs {need}, which "):
+                model.set_sparsity(policy=text)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen3_vl"])

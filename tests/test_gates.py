@@ -176,14 +176,28 @@ def test_settings_that_no_model_has():
             SparsityConfig(**values)
     model = random_model(later_gates=GATES)
     for changes, named in (
-        ({"policy": "image,tokens=8"}, "it has gates at"),
+        ({"policy": "image,tokens=6"}, "no setting of it leaves tokens=6 of an image's 16; the nearest is 7"),
         ({"policy": "image+h2o"}, "has gates at several layers"),
         ({"later_gates": ((3, 0.1),)}, "can't be changed"),
         ({"sparse_layer": 3}, "layers must rise"),
     ):
         with pytest.raises(UserError, match=named):
             model.set_sparsity(**changes)
+    model.set_sparsity(policy="image,tokens=8")  # (2 * 16 + 4 + 3 + 1) / 5
+    assert model._llm.policy.image.left(16) == (4, 3, 1)
     model.set_sparsity(policy="image,layer=3")  # by argument, one gate
     assert model._llm.policy.layers == (3,)
     with pytest.raises(UserError, match="outside the model"):
         random_model(later_gates=((5, 0.5),))
+
+
+def test_a_static_cache_is_filled_gate_by_gate():
+    """A bucket's prefill has one gate's shapes, so that these prompts go the plain way."""
+    batch = batch_of([random_sample(random.Random(seed), 1, 5) for seed in (1, 2)])
+    held = []
+    for kind in (None, "static"):
+        cache = OTHERS["gates"].new_cache(*filter(None, [kind]))
+        with torch.no_grad():
+            OTHERS["gates"](**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        held.append(cache.kept_lengths())
+    assert torch.equal(*held)

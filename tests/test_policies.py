@@ -82,7 +82,7 @@ def test_kept_counts_order_and_shapes(case):
         before = len(sample.ids)
         if policy.at_input:
             before = text + images * int(
-                policy.image.image_stages(TOKENS_PER_IMAGE, kept / max(images, 1), 5)[0][1]
+                policy.image.image_stages(TOKENS_PER_IMAGE, kept / max(images, 1))[0][1]
             )
         assert int(lengths[0, row]) == before
 
@@ -278,9 +278,11 @@ def test_what_a_sequential_policy_cannot_do_is_said():
         ("fastv,r=1", r"fastv: r=1 is outside \[0, 1\)"),
         ("fastv,r=0.5,keep=0.5", "fastv: keep and r say the same thing"),
         ("fastv,k=9", r"fastv: layer 9 is outside the model, which has layers 0\.\.4"),
-        ("fastv,k=0", "fastv: layer 0 is not a positive integer"),
+        ("fastv,k=0", "fastv: k=0 is not a positive integer"),
         ("random,r=0", r"random: r=0 is outside \(0, 1\]"),
         ("random,keep=x", r"random: keep='x' is outside"),
+        ("random,seed=x", "random: seed='x' is not an integer"),
+        ("random_text,seed=1.5", r"random_text: seed=1\.5 is not an integer"),
         ("h2o,r=0", r"h2o: r=0 is outside \(0, 1\]"),
         ("visionzip,n=0", "visionzip: n=0 is not a positive integer"),
         ("visionzip,n=4,contextual=4", "contextual=4 leaves no dominant token among n=4"),

@@ -14,8 +14,9 @@ from dynllava_plugin.flops import DecoderShape, decode_step_flops, prefill_flops
 from dynllava_plugin.policies.base import Gate, TokenLayout
 from dynllava_plugin.policies.contexts import context_of
 from dynllava_plugin.policies.dart import DART
-from dynllava_plugin.policies.fastervlm import FasterVLM, VisPruner
+from dynllava_plugin.policies.fastervlm import FasterVLM
 from dynllava_plugin.policies.registry import check_policy, policy_changes
+from dynllava_plugin.policies.vispruner import VisPruner
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.families.checkpoints import FAMILIES
 from tests.families.oracle import last_row_attention, oracle_logits, with_tokens
@@ -230,6 +231,47 @@ def test_snapkv_cuts_the_prompt_as_the_plain_version_does(r, window, kernel):
         assert cache.kept_lengths()[:, row].tolist() == held
 
 
+def plain_most(total, tokens, layers, gates, shares):
+    """Each gate's tokens, of every x at which one of the floors of `shares(x)` steps the last that fits: a plain search."""
+    found = None
+    for x in sorted(shares):
+        left = [max(1, math.floor(part * total + 1e-9)) for part in shares[x]]
+        present = [total] * gates[0]
+        for start, end, n in zip(gates, [*gates[1:], layers], left, strict=True):
+            present += [n] * (end - start)
+        if sum(present) <= tokens * layers:
+            found = tuple(left)
+    return found
+
+
+@examples(30)
+@given(
+    total=st.integers(2, 120), budget=st.floats(0.3, 1), steps=st.lists(st.integers(1, 10), min_size=2, max_size=2),
+    kind=st.sampled_from(["fastv", "pyramiddrop", "schedule"]),
+)  # fmt: skip
+def test_tokens_solve_for_a_policys_parameters(total, budget, steps, kind):
+    tokens, places = round(budget * total, 2), range(1, total + 1)
+    first, last = sorted((part / 10 for part in steps), reverse=True)
+    text, gates, shares = {
+        "fastv": ("fastv,k=2", [2], {n: [n / total] for n in places}),
+        "pyramiddrop": ("pyramiddrop,at=1-3-5", [1, 3, 5], {
+            x: [x, x**2, x**3] for n in places for x in ((n / total) ** (1 / gate) for gate in (1, 2, 3))
+        }),
+        "schedule": (f"schedule,2:fastv:{first},6:random:{last}", [2, 6], {
+            x: [min(1, x * first), min(1, x * last)] for n in places for x in (n / total / first, n / total / last)
+        }),
+    }[kind]  # fmt: skip
+    expected = plain_most(total, tokens, 12, gates, shares)
+    image = policy_named(f"{text},tokens={tokens}", 12).image if tokens >= 1 else None
+    if image is None:
+        return
+    if expected is None:
+        with pytest.raises(UserError, match=f"{kind}: no setting of it leaves tokens="):
+            image.left(total)
+    else:
+        assert image.left(total) == expected
+
+
 @pytest.mark.parametrize("tokens", [192, 144, 128, 64])
 @pytest.mark.parametrize(
     "name",
@@ -281,7 +323,7 @@ def test_a_budget_that_nothing_reaches_is_one_line(text, total, message):
         ("pyramiddrop+h2o", r"pyramiddrop has gates at several layers, h2o's cache begins at one"),
         ("dart,pivots=0", "dart: pivots=0 is not a positive integer"),
         ("vispruner,important=2", r"vispruner: important=2 is outside \(0, 1\]"),
-        ("snapkv,kernel=4", "snapkv: kernel=4 is not odd"),
+        ("snapkv,kernel=4", "snapkv: kernel=4 is not an odd positive integer"),
         ("snapkv+h2o", "both decide what leaves the cache"),
     ],
 )

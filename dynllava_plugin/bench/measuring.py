@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> int:
         raise UserError("--repeats must be at least 1 and --warmup at least 0")
     for mode in modes:
         policy = mode.policy(args.vision_keep_rate).of_depth(shape.layers)
-        policy.check(shape.layers)
+        policy.check()
         if args.image_tokens:
             policy.check_image(args.image_tokens)
     plan = Run(None, None, modes, batches, lengths, paths, args.repeats, args.warmup)  # type: ignore[arg-type]

@@ -95,6 +95,7 @@ def _compare(args: argparse.Namespace, first: bool) -> int:
     from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
     from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.evaluation.suite.data import HUB
+    from dynllava_plugin.policies.base import SQUARE
 
     digest = resolve_checkpoint(args.pretrained)
     settings = ModelSettings(
@@ -113,7 +114,7 @@ def _compare(args: argparse.Namespace, first: bool) -> int:
     local = args.data / HUB if args.data and (args.data / HUB).is_dir() else None
     harness = Harness(benchmarks, args.limit, local)
     # Images of one size were checked against the config; of others the first ones have to do.
-    varied = [] if engine.model.has_class_token else benchmarks
+    varied = [] if SQUARE in engine.model.gives else benchmarks
     samples = [sample for benchmark in varied for sample in harness.inputs(engine, benchmark, 1)]
     wanted, reasons = runnable(found, engine.model, listed, samples)
     if first:

@@ -16,9 +16,9 @@ from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_poli
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 ALL, FULL = "all", "full"
-# Every registered way to have fewer image tokens, so all but those that drop output text alone.
+# Every registered way to have fewer image tokens, so all but those that drop output text alone, and a schedule of one's own.
 DEFAULT_POLICIES = (
-    *(name for name, policy in POLICIES.items() if policy.decides != {OUTPUT}),
+    *(name for name, policy in POLICIES.items() if policy.decides != {OUTPUT} and name != "schedule"),
     "fastv+h2o",
 )
 KEEP, TOKENS = "keep", "tokens"

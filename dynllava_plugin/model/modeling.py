@@ -27,7 +27,7 @@ from dynllava_plugin.model.token_layout import (
 )
 from dynllava_plugin.model.training import IGNORE_INDEX, labels_at, training_output
 from dynllava_plugin.policies import Policy, TokenLayout
-from dynllava_plugin.policies.base import IMAGE
+from dynllava_plugin.policies.base import IMAGE, SQUARE
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -53,7 +53,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
     # What `get_image_features` takes of forward's arguments, and can't do without; what says how large images are comes second.
     image_inputs: ClassVar[tuple[str, ...]]
     image_needs: ClassVar[tuple[str, ...]]
-    has_class_token: ClassVar[bool] = False  # whether the vision tower has one that policies may look at
+    gives: ClassVar[frozenset[str]] = frozenset()  # what policies may need of a family (`Part.needs`)
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
 
@@ -225,19 +225,22 @@ class SparseVLM(SparseGeneration, SparseScoring):
 
     @classmethod
     def check_family(cls, policy: Policy) -> None:
-        """Raise `UserError` for a policy that looks at what this family's vision tower hasn't got."""
-        if policy.reduces_patches and not cls.has_class_token:
+        """Raise `UserError` for a policy that needs what this family hasn't got."""
+        missing = policy.needs - cls.gives
+        if missing:
             family = cls.__name__.removeprefix("Dynamic").removesuffix("ForConditionalGeneration")
             raise UserError(
-                f"policy: {policy.name} looks at the class token of a CLIP vision tower, which {family} doesn't give; "
+                f"policy: {policy.name} needs {' and '.join(sorted(missing))}, which {family} doesn't give; "
                 "choose another policy"
             )
 
     @classmethod
     def check_images(cls, policy: Policy, config: Any) -> None:
         """Raise `UserError` for a budget of image tokens that no image can have, where all have one number of tokens."""
-        if cls.has_class_token:
+        if SQUARE in cls.gives:
             policy.check_image(config.image_seq_length)
+            if policy.reduces_patches:
+                policy.image.first.earlier_layer(config.vision_config.num_hidden_layers)  # type: ignore[union-attr]
 
     def positions(
         self,
@@ -258,7 +261,7 @@ class SparseVLM(SparseGeneration, SparseScoring):
         """Return the policy in force, the layers of its gates and its keep rate, for `print(model)`."""
         policy = self._llm.policy
         gates = ", ".join(map(str, policy.layers)) or "none"
-        total = self.config.image_seq_length if self.has_class_token else 576
+        total = self.config.image_seq_length if SQUARE in self.gives else 576
         try:
             kept = f"{policy.kept_tokens(total) / total:.3g}"
         except UserError:  # a number of tokens that not every image has

@@ -7,9 +7,8 @@ of each image within the budget. A method that is more than a ranking overrides 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -33,12 +32,39 @@ __all__ = [
     "PatchPolicy",
     "Patches",
     "TokenLayout",
-    "count",
-    "share",
+    "argument",
+    "number",
     "top_tokens",
 ]
 IMAGE, OUTPUT, CACHE = "image", "output", "cache"
+# What a method may need of a family, as an error names it.
+CLASS_TOKEN, SQUARE = "the class token of a CLIP vision tower", "images of one square grid of tokens"
 P = TypeVar("P", bound="Part")
+Check = Callable[[str, str, Any], None]
+
+
+def number(problem: str, fits: Callable[[Any], bool], *kinds: type) -> Check:
+    """Return a check of an argument, which raises `UserError` with the `problem` unless it is a number of `kinds` that `fits`."""
+
+    def check(name: str, argument: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, kinds or (int, float)) or not fits(value):
+            raise UserError(f"{name}: {argument}={value!r} is {problem}")
+
+    return check
+
+
+count = number("not a positive integer", lambda value: value >= 1, int)
+integer = number("not an integer", lambda value: True, int)
+share = number("outside (0, 1]", lambda value: 0 < value <= 1)
+fraction = number("outside [0, 1]", lambda value: 0 <= value <= 1)
+gone = number(
+    "outside [0, 1): it is the share that goes, and something must stay", lambda value: 0 <= value < 1
+)
+
+
+def argument(default: Any, check: Check) -> Any:
+    """Return a dataclass field for a method's argument, which `check` looks at unless it is None."""
+    return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +94,8 @@ class Part:
     follows: ClassVar[bool] = True
     # `keep` doesn't default to the model's rate.
     own_budget: ClassVar[bool] = False
+    # What it needs of a family beside tokens: `CLASS_TOKEN`, `SQUARE`.
+    needs: ClassVar[str | None] = None
 
     # The LLM's, told by `of_depth`; None as long as no model is in sight. No argument of a user's.
     num_layers: int | None = field(default=None, repr=False, metadata={"argument": False})
@@ -81,18 +109,21 @@ class Part:
         """Layers at whose input it acts, in order; 0 is before the LLM."""
         return (getattr(self, self.layer_argument),) if self.layer_argument else ()
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+    def check(self) -> None:
         """Raise `UserError` for an argument out of range or a method that doesn't fit the model."""
+        for one in fields(self):
+            check, value = one.metadata.get("check"), getattr(self, one.name)
+            if check and value is not None:
+                check(self.name, one.name, value)
         for layer in self.layers if self.layer_argument else ():
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
-                raise UserError(f"{self.name}: layer {layer!r} is not a positive integer")
-            self.inside(layer, num_layers)
+            count(self.name, str(self.layer_argument), layer)
+            self.inside(layer)
 
-    def inside(self, layer: int, num_layers: int | None) -> None:
-        """Raise `UserError` for a layer that a model of `num_layers` layers hasn't got."""
-        if num_layers is not None and layer >= num_layers:
+    def inside(self, layer: int) -> None:
+        """Raise `UserError` for a layer that the model hasn't got."""
+        if self.num_layers is not None and layer >= self.num_layers:
             raise UserError(
-                f"{self.name}: layer {layer} is outside the model, which has layers 0..{num_layers - 1}"
+                f"{self.name}: layer {layer} is outside the model, which has layers 0..{self.num_layers - 1}"
             )
 
 
@@ -125,7 +156,7 @@ class CachePolicy(Part):
     decides: ClassVar[frozenset[str]] = frozenset({CACHE})
     layer_argument: ClassVar[str] = "start_layer"
 
-    r: float = 0.5
+    r: float = argument(0.5, share)
     start_layer: int = 2
 
     @property
@@ -147,30 +178,26 @@ class CachePolicy(Part):
         """Return an empty KV cache."""
         raise NotImplementedError
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Part.check`, and r."""
-        super().check(num_layers, text_predictor)
-        share(self.name, "r", self.r)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePolicy(Part):
     """A method with a budget of image tokens: the share `keep` of each image's, at least one.
 
-    `tokens` is the budget as papers count it, the mean over the LLM's layers of an image's tokens, whatever the layer at
+    `tokens` is the budget as papers count it, the mean over the LLM's layers of an image's tokens, whatever the layers at
     which the method acts; the largest that doesn't exceed it is kept. An image of no more tokens is kept whole. A subclass
-    may have `n`, a number of tokens, or `r`, a share that stays (that goes with `r_goes`), as its paper's budget.
+    may have `n`, a number of tokens, or `r`, a share, as its paper's budget.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({IMAGE})
     uses_chance: ClassVar[bool] = False
-    r_goes: ClassVar[bool] = False
+    # It looks at the attention in the layer before each of its gates: `Gate.attention`.
+    looks_at_attention: ClassVar[bool] = False
     # Its gate is at layer 0; `reduces_patches`: what passes it was chosen in the vision tower.
     at_input: ClassVar[bool] = False
     reduces_patches: ClassVar[bool] = False
 
-    keep: float = 0.2
-    tokens: float | None = None
+    keep: float = argument(0.2, share)
+    tokens: float | None = argument(None, number("not a number of at least 1", lambda value: value >= 1))
 
     @property
     def fixed(self) -> bool:
@@ -180,7 +207,7 @@ class ImagePolicy(Part):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose attention is `Gate.attention` at the gate behind them; empty where no gate needs it."""
-        return ()
+        return tuple(layer - 1 for layer in self.layers) if self.looks_at_attention else ()
 
     @property
     def first(self) -> Any:
@@ -200,76 +227,88 @@ class ImagePolicy(Part):
         return None
 
     def score(self, gate: Gate) -> torch.Tensor:
-        """Return how much each token of the images in question speaks for staying, [M, N] on any scale."""
-        raise NotImplementedError
+        """Return how much each token of the images in question speaks for staying, [M, N] on any scale: its attention."""
+        assert gate.attention is not None
+        return gate.of_images(gate.attention)
 
     def keep_image(self, gate: Gate) -> Choice:
         """Return which tokens of the images in question stay.
 
         Images of one number of tokens are asked about together, others in another call.
         """
-        score = self.score(gate)
-        return top_tokens(score, self.kept_tokens(score.shape[1]))
+        return top_tokens(self.score(gate), self.budget(gate))
 
-    def named_tokens(self, total: int) -> int:
-        """Return how many of an image's `total` tokens stay by `keep`, `n` or `r`."""
-        n, r = getattr(self, "n", None), getattr(self, "r", None)
-        if n is not None:
-            return min(n, total)
-        return num_kept_image_tokens(total, self.keep if r is None else 1 - r if self.r_goes else r)
-
-    def kept_tokens(self, total: int) -> int:
-        """Return how many of an image's `total` tokens stay in the end."""
-        return self.named_tokens(total) if self.tokens is None else self.solved_tokens(total)
-
-    def solved_tokens(self, total: int) -> int:
-        """Return the most behind the gate with which the mean over layers is no more than `tokens`."""
-        assert self.tokens is not None
-        before, layers = (0, 1) if self.at_input else (self.layers[0], self.depth)
-        found = math.floor((self.tokens * layers - before * total) / (layers - before) + 1e-9)
-        self.reached(found >= 1, (before * total + layers - before) / layers, total)
-        return min(found, total)
+    def budget(self, gate: Gate) -> int:
+        """Return how many tokens of each image in question stay behind this gate."""
+        left = self.left(gate.whole_image)[self.layers.index(gate.layer)]
+        return min(left, gate.tokens_per_image)
 
     @property
-    def depth(self) -> int:
-        """Return the model's number of layers, which a budget of `tokens` depends on."""
-        if self.num_layers is None:
-            raise UserError(f"{self.name}: tokens={self.tokens} depends on the model's number of layers")
-        return self.num_layers
+    def kept_share(self) -> float:
+        """Return the share of an image's tokens that stays in the end, by `keep` or `r`."""
+        r = getattr(self, "r", None)
+        return self.keep if r is None else r
 
-    def reached(self, reached: bool, nearest: float, total: int) -> None:
-        """Raise `UserError` unless the budget is `reached`; `nearest` is the smallest for an image of `total` tokens."""
-        if not reached:
+    def shares_left(self, kept: float) -> tuple[float, ...]:
+        """Return the share of an image's tokens behind each gate where the share `kept` is left in the end."""
+        return (kept,)
+
+    def left(self, total: int) -> tuple[int, ...]:
+        """Return how many of an image's `total` tokens stay behind each gate."""
+        n = getattr(self, "n", None)
+        if self.tokens is not None:
+            return self._solved(total, self.tokens)
+        return self.counts(total, self.kept_share) if n is None else (min(n, total),)
+
+    def kept_tokens(self, total: int) -> int:
+        """Return how many of an image's `total` tokens stay in the end, or, where the image decides, as many as may."""
+        return self.left(total)[-1] if self.fixed else total
+
+    def counts(self, total: int, kept: float) -> tuple[int, ...]:
+        """Return how many of `total` stay behind each gate where the share `kept` is left in the end."""
+        return tuple(num_kept_image_tokens(total, part) for part in self.shares_left(kept))
+
+    def _solved(self, total: int, tokens: float) -> tuple[int, ...]:
+        """Return the most behind each gate with which the mean over layers is no more than `tokens`."""
+        layers = self.num_layers
+        if layers is None and not self.at_input:
+            raise UserError(f"{self.name}: tokens={tokens} depends on the model's number of layers")
+
+        def mean(kept: float) -> float:
+            return mean_tokens(zip(self.layers, self.counts(total, kept), strict=True), total, layers or 1)
+
+        low, high = 0.0, 1.0
+        if mean(low) > tokens:
             raise UserError(
-                f"{self.name}: no setting of it leaves tokens={self.tokens} of an image's {total}; the nearest is {nearest:g}"
+                f"{self.name}: no setting of it leaves tokens={tokens} of an image's {total}; the nearest is {mean(low):g}"
             )
+        while mean(high) > tokens and high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean(middle) <= tokens else (low, middle)
+        return self.counts(total, high if mean(high) <= tokens else low)
 
-    def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
-        """Return (layer, image tokens from it on) of every gate, in order: of `total`, `kept` are left behind the last."""
-        return ((self.layers[0], kept),)
+    def image_stages(self, total: float, kept: float) -> tuple[tuple[int, float], ...]:
+        """Return (layer, image tokens from it on) of every gate, in order: of `total`, `kept` are left behind the last.
+
+        Both may be sums or means over images, of which each gate's share is about the same; of one image they are exact.
+        """
+        if self.fixed and len(self.layers) > 1 and total == int(total) and self.left(int(total))[-1] == kept:
+            return tuple(zip(self.layers, self.left(int(total)), strict=True))
+        before = [total * part for part in self.shares_left(kept / total if total else 1.0)[:-1]]
+        return tuple(zip(self.layers, [*before, kept], strict=True))
 
     def check_image(self, total: int) -> None:
         """Raise `UserError` for a budget of more than an image's `total` tokens, or one that no setting reaches."""
-        for argument in ("tokens", "n"):
-            wanted = getattr(self, argument, None)
+        for name in ("tokens", "n"):
+            wanted = getattr(self, name, None)
             if wanted is not None and wanted > total:
-                raise UserError(f"{self.name}: {argument}={wanted}, but an image has {total} tokens")
+                raise UserError(f"{self.name}: {name}={wanted}, but an image has {total} tokens")
         self.kept_tokens(total)
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Part.check`, and the budget."""
-        super().check(num_layers, text_predictor)
-        share(self.name, "keep", self.keep)
-        if getattr(self, "r", None) is not None:
-            goes = "it is the share that goes, and something must stay" if self.r_goes else ""
-            share(self.name, "r", self.r, goes)  # type: ignore[attr-defined]
-        if getattr(self, "n", None) is not None:
-            count(self.name, "n", self.n)  # type: ignore[attr-defined]
-        tokens = self.tokens
-        if tokens is not None and (
-            isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not tokens >= 1
-        ):
-            raise UserError(f"{self.name}: tokens={tokens!r} is not a number of at least 1")
+
+def _positions(name: str, argument: str, value: Any) -> None:
+    if value not in ("packed", "original"):
+        raise UserError(f"{name}: {argument}={value!r} is unknown; choose packed or original")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +321,7 @@ class InputPolicy(ImagePolicy):
 
     at_input: ClassVar[bool] = True
     layer_argument: ClassVar[str | None] = None
-    positions: str = "packed"
+    positions: str = argument("packed", _positions)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -300,14 +339,6 @@ class InputPolicy(ImagePolicy):
         """Return which projected image tokens [M, N, d] go on; `question()` is [M, d], the mean of the prompt's word embeddings."""
         raise NotImplementedError
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `ImagePolicy.check`, and `positions`."""
-        super().check(num_layers, text_predictor)
-        if self.positions not in ("packed", "original"):
-            raise UserError(
-                f"{self.name}: positions={self.positions!r} is unknown; choose packed or original"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPolicy(InputPolicy):
@@ -315,10 +346,11 @@ class PatchPolicy(InputPolicy):
 
     reads_question: ClassVar[bool] = False
     reduces_patches: ClassVar[bool] = True
+    needs: ClassVar[str | None] = CLASS_TOKEN
     # Whose queries and keys `Patches` has: of the layer that the projector reads ("selected") or of the "last" one.
     vision_layer: ClassVar[str] = "selected"
 
-    n: int | None = None
+    n: int | None = argument(None, count)
 
     def earlier_layer(self, depth: int) -> int | None:
         """Return a second layer, of the tower's `depth`, whose queries and keys `Patches.earlier` is; None for no such."""
@@ -343,16 +375,10 @@ def top_tokens(score: torch.Tensor, count: int) -> Choice:
     return Choice(select_image_tokens(score, count), score, count=count)
 
 
-def share(name: str, argument: str, value: Any, below: str = "") -> None:
-    """Raise `UserError` unless `value` is in (0, 1], or in [0, 1) where `below` says why it can't be 1."""
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not (0 <= value < 1 if below else 0 < value <= 1):
-        raise UserError(
-            f"{name}: {argument}={value!r} is outside {f'[0, 1): {below}' if below else '(0, 1]'}"
-        )
-
-
-def count(name: str, argument: str, value: Any) -> None:
-    """Raise `UserError` unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: {argument}={value!r} is not a positive integer")
+def mean_tokens(stages: Iterable[tuple[int, float]], total: float, num_layers: int) -> float:
+    """Return equivalent tokens: the mean over layers of the tokens present, `total` before the first of (layer, left)."""
+    summed, start, present = 0.0, 0, total
+    for layer, left in stages:
+        summed += (layer - start) * present
+        start, present = layer, left
+    return (summed + (num_layers - start) * present) / num_layers

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy
+from dynllava_plugin.policies.base import Choice, InputPolicy, argument, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class CDPruner(InputPolicy):
     rule = "conditional diversity (relevance-weighted DPP) before the LLM"
     source = "arXiv 2506.10967"
 
-    n: int | None = None
+    n: int | None = argument(None, count)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """A token's score is its relevance, in [0, 1]."""

@@ -28,7 +28,7 @@ def context_of(
     image, output, cache = policy.image, policy.output, policy.cache
     share = output.output_share if output else 1.0
     text_keep = predicted_text_keep if share is None else share
-    stages = dict(image.image_stages(images, kept, layers)) if image else {}
+    stages = dict(image.image_stages(images, kept)) if image else {}
     present = stages.pop(0, images)  # what enters the LLM
     starts = set(stages)
     output_gate = output.layers[0] if output else layers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, count
+from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, argument, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class DART(ImagePolicy):
     source = "arXiv 2502.11494"
 
     layer: int = 2
-    pivots: int = 4
+    pivots: int = argument(4, count)
 
     def keep_image(self, gate: Gate) -> Choice:
         """A score is the token's highest cosine to a pivot, negated."""
         states = gate.of_images(gate.hidden).float()  # [M, N, d]
         images, total, _ = states.shape
-        budget = self.kept_tokens(total)
+        budget = self.budget(gate)
         own = states.abs().sum(-1).topk(min(self.pivots, budget), dim=-1).indices
         keep = torch.zeros(images, total, dtype=torch.bool, device=states.device).scatter_(1, own, True)
         pivots = states.gather(1, own[..., None].expand(-1, -1, states.shape[2]))
@@ -63,8 +63,3 @@ class DART(ImagePolicy):
         rows = [gate.layout.image_rows[image] for image in gate.images]
         chosen = hidden.gather(1, found.indices[..., None].expand(-1, -1, hidden.shape[2]))[rows]
         return torch.where((found.values[rows] >= 0)[..., None], chosen, own[:, :wanted])
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `ImagePolicy.check`, and the number of pivots."""
-        super().check(num_layers, text_predictor)
-        count(self.name, "pivots", self.pivots)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, InputPolicy
+from dynllava_plugin.policies.base import Choice, InputPolicy, argument, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class DivPrune(InputPolicy):
     source = "arXiv 2503.02175"
     reads_question = False
 
-    r: float | None = None
+    r: float | None = argument(None, share)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
         """On the projected tokens; a score is the distance at which a token was taken, 0 for the others."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, InputPolicy
+from dynllava_plugin.policies.base import SQUARE, Choice, InputPolicy, argument, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +23,20 @@ class Downsample(InputPolicy):
     rule = "average-pooled image grid"
     source = "arXiv 2510.07143"
     reads_question = False
+    needs = SQUARE
 
-    r: float | None = None
+    r: float | None = argument(None, share)
 
-    def kept_tokens(self, total: int) -> int:
-        """Rows times columns of the pooled grid."""
-        rows, columns = self.grid(total)
-        return rows * columns
+    def left(self, total: int) -> tuple[int, ...]:
+        """Return rows times columns of the pooled grid."""
+        return (math.prod(self.grid(total)),)
 
     def grid(self, total: int) -> tuple[int, int]:
         """Rows and columns of the pooled grid of a square one of `total` tokens."""
         side = math.isqrt(total)
         if side * side != total:
             raise UserError(f"{self.name}: {total} image tokens are not a square grid")
-        budget = super().kept_tokens(total)
+        (budget,) = super().left(total)
         rows = math.isqrt(budget)
         return rows, min(budget // rows, side)
 

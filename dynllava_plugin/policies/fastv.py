@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from dynllava_plugin.policies.base import Gate, ImagePolicy
+from dynllava_plugin.policies.base import ImagePolicy, argument, gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +22,12 @@ class FastV(ImagePolicy):
     static_prefill = True
     layer_argument = "k"
     follows = False
-    r_goes = True
+    looks_at_attention = True
 
     k: int = 3
-    r: float | None = None
+    r: float | None = argument(None, gone)
 
     @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Return the layer before the gate."""
-        return (self.k - 1,)
-
-    def score(self, gate: Gate) -> torch.Tensor:
-        """Return `Gate.attention`."""
-        assert gate.attention is not None
-        return gate.of_images(gate.attention)
+    def kept_share(self) -> float:
+        """Return `keep`, or what `r` leaves."""
+        return self.keep if self.r is None else 1 - self.r

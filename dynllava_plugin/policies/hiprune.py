@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Patches, PatchPolicy, count, share
+from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, count, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class HiPrune(PatchPolicy):
     rule = "patches that receive most attention in a middle layer, their neighbours, and those of a late layer, before the LLM"
     source = "arXiv 2508.00553"
 
-    alpha: float = 0.1
-    object_layer: int | None = None
+    alpha: float = argument(0.1, share)
+    object_layer: int | None = argument(None, count)
 
     def earlier_layer(self, depth: int) -> int:
         """Return the object layer, counted from 0."""
@@ -58,10 +58,3 @@ class HiPrune(PatchPolicy):
             score.masked_fill(keep, math.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         )
         return ranks < kept
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `PatchPolicy.check`, alpha and the object layer."""
-        super().check(num_layers, text_predictor)
-        share(self.name, "alpha", self.alpha)
-        if self.object_layer is not None:
-            count(self.name, "object_layer", self.object_layer)

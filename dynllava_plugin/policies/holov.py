@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Patches, PatchPolicy, count
+from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, count, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,8 @@ class HoloV(PatchPolicy):
     rule = "patches by CLS attention within crops that share the budget by attention and diversity, before the LLM"
     source = "arXiv 2510.02912"
 
-    crops: int = 16
-    beta: float = 0.09
+    crops: int = argument(16, count)
+    beta: float = argument(0.09, number("not a number of at least 0", lambda value: value >= 0))
 
     def choose(self, patches: Patches, score: torch.Tensor, kept: int) -> torch.Tensor:
         """Return the most attended patches of each crop."""
@@ -69,13 +68,6 @@ class HoloV(PatchPolicy):
         variance = ((cosine - mean) ** 2).sum(-1) / (number - 1)
         scale = attention.mean(1) / variance.mean(1).clamp(min=1e-12)
         return (attention + self.beta * variance * scale[:, None]).mean(1)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `PatchPolicy.check`, the number of crops and beta."""
-        super().check(num_layers, text_predictor)
-        count(self.name, "crops", self.crops)
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or self.beta < 0:
-            raise UserError(f"{self.name}: beta={self.beta!r} is not a number of at least 0")
 
 
 def _divide(weights: torch.Tensor, kept: int, room: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
-from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import (
     IMAGE,
     OUTPUT,
@@ -15,8 +15,8 @@ from dynllava_plugin.policies.base import (
     ImagePolicy,
     OutputPolicy,
     Part,
-    share,
-    top_tokens,
+    argument,
+    number,
 )
 from dynllava_plugin.sparsity.selection import (
     keep_score,
@@ -48,7 +48,12 @@ class LearnedImage(ImagePolicy):
     follows = False  # the predictors were trained at their layer
 
     layer: int = 2
-    threshold: float | None = None
+    threshold: float | None = argument(
+        None,
+        number(
+            "outside [0, 1): no probability is above 1, and something must stay", lambda value: 0 <= value < 1
+        ),
+    )
     later: tuple[tuple[int, float], ...] = field(default=(), metadata={"argument": False})
 
     @property
@@ -61,34 +66,24 @@ class LearnedImage(ImagePolicy):
         """Return whether the number of tokens that stay is known without looking at the image."""
         return self.threshold is None
 
-    def named_tokens(self, total: int) -> int:
-        """Return the share `keep` of `total`, or, where the image decides, as many as there may be."""
-        return super().named_tokens(total) if self.fixed else total
+    @property
+    def kept_share(self) -> float:
+        """Return the share behind the last gate; `keep` is the first one's."""
+        return self.keep * math.prod(rate for _, rate in self.later)
 
-    def left(self, total: int) -> tuple[int, ...]:
-        """Return how many of an image's `total` tokens stay behind each gate, or may where the image decides."""
-        counts = [super().kept_tokens(total)]
-        for _, rate in self.later:
-            counts.append(num_kept_image_tokens(counts[-1], rate) if self.fixed else total)
-        return tuple(counts)
-
-    def kept_tokens(self, total: int) -> int:
-        """Return how many of an image's `total` tokens stay in the end."""
-        return self.left(total)[-1]
-
-    def budget(self, gate: Gate) -> int:
-        """Return how many tokens of each image in question stay behind this gate."""
-        here, rates = gate.tokens_per_image, dict(self.later)
-        return num_kept_image_tokens(here, rates[gate.layer]) if gate.layer in rates else self.left(here)[0]
-
-    def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
-        """Return every gate's layer with what it leaves; where `total` is a mean over images, in the gates' shares."""
-        counts, whole = [kept], int(total)
+    def shares_left(self, kept: float) -> tuple[float, ...]:
+        """Return the share behind each gate, in the checkpoint's proportions."""
+        shares = [kept]
         for _, rate in self.later[::-1]:
-            counts.insert(0, counts[0] / rate)
-        if self.fixed and whole == total and self.left(whole)[-1] == kept:
-            counts = list(self.left(whole))
-        return tuple(zip(self.layers, (min(count, total) for count in counts), strict=True))
+            shares.insert(0, min(1.0, shares[0] / rate))
+        return tuple(shares)
+
+    def counts(self, total: int, kept: float) -> tuple[int, ...]:
+        """Return what is left behind each gate: a later one rounds its share of what reaches it."""
+        counts = [num_kept_image_tokens(total, self.shares_left(kept)[0])]
+        for _, rate in self.later:
+            counts.append(num_kept_image_tokens(counts[-1], rate))
+        return tuple(counts)
 
     def score(self, gate: Gate) -> torch.Tensor:
         """Return what Eq. 5 ranks; a predictor for many budgets is told this one."""
@@ -100,22 +95,10 @@ class LearnedImage(ImagePolicy):
 
     def keep_image(self, gate: Gate) -> Choice:
         """Eq. 5, or the tokens above the threshold."""
-        score = self.score(gate)
         if self.threshold is None:
-            return top_tokens(score, self.budget(gate))
+            return super().keep_image(gate)
+        score = self.score(gate)
         return Choice((score.float().sigmoid() > self.threshold) | select_image_tokens(score, 1), score)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `ImagePolicy.check`, and the threshold."""
-        super().check(num_layers, text_predictor)
-        if self.later and self.tokens is not None:
-            raise UserError(
-                f"{self.name}: tokens={self.tokens}, but it has gates at {self.layers}; give keep"
-            )
-        if self.threshold is not None:
-            share(
-                self.name, "threshold", self.threshold, "no probability is above 1, and something must stay"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

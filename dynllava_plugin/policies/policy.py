@@ -17,6 +17,7 @@ from dynllava_plugin.policies.base import (
     ImagePolicy,
     OutputPolicy,
     Part,
+    mean_tokens,
 )
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
@@ -95,9 +96,15 @@ class Policy:
         return any(part.reads_question for part in self.parts)
 
     @cached_property
+    def needs(self) -> frozenset[str]:
+        """Return what it needs of a family (see `Part.needs`)."""
+        return frozenset(part.needs for part in self.parts if part.needs)
+
+    @cached_property
     def static_prefill(self) -> bool:
         """Return whether a prefill can be captured (see `Part.static_prefill`)."""
-        return all(part.static_prefill for part in self.parts) and (self.image is None or self.image.fixed)
+        one_gate = self.image is None or (self.image.fixed and len(self.image.layers) == 1)
+        return one_gate and all(part.static_prefill for part in self.parts)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -171,21 +178,18 @@ class Policy:
 
     def image_tokens(self, total: float, kept: float, num_layers: int) -> float:
         """Return equivalent tokens: the mean over the LLM's layers of the image tokens present, `kept` of `total` in the end."""
-        summed, start, present = 0.0, 0, total
-        for layer, left in self.image.image_stages(total, kept, num_layers) if self.image else ():
-            summed += (layer - start) * present
-            start, present = layer, left
-        return (summed + (num_layers - start) * present) / num_layers
+        stages = self.image.of_depth(num_layers).image_stages(total, kept) if self.image else ()
+        return mean_tokens(stages, total, num_layers)
 
     def check_image(self, total: int) -> None:
         """Raise `UserError` for a budget that an image of `total` tokens can't have; for models whose images all have so many."""
         if self.image:
             self.image.check_image(total)
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
+    def check(self, text_predictor: bool = True) -> None:
         """Raise `UserError` for an argument out of range or a policy that doesn't fit the model."""
         for part in self.parts:
-            part.check(num_layers, text_predictor)
+            part.check()
         if OUTPUT in self.predictors and not text_predictor:
             raise UserError(
                 f"{self.name}: needs an output-text predictor, which this checkpoint lacks; use 'image'"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, count
+from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, argument, count, share
 from dynllava_plugin.policies.visionzip import in_places
 
 
@@ -32,12 +32,8 @@ class PruMergePlus(PatchPolicy):
     vision_layer = "last"
     own_budget: ClassVar[bool] = True
 
-    keep: float | None = None  # type: ignore[assignment]
-    neighbours: int = 32
-
-    def named_tokens(self, total: int) -> int:
-        """Return how many of `total` stay, or, where the image decides, as many as there may be."""
-        return super().named_tokens(total) if self.fixed else total
+    keep: float | None = argument(None, share)  # type: ignore[assignment]
+    neighbours: int = argument(32, count)
 
     @property
     def fixed(self) -> bool:
@@ -101,9 +97,3 @@ class PruMergePlus(PatchPolicy):
             keep[first_free] = True
         placed = in_places(hidden[None], torch.cat(tokens)[None], places[None], self.packed_positions)
         return placed[0], keep
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """`keep` and `tokens` where they are given, positions and neighbours."""
-        whole = replace(self, keep=1.0) if self.keep is None else self
-        super(PruMergePlus, whole).check(num_layers, text_predictor)
-        count(self.name, "neighbours", self.neighbours)

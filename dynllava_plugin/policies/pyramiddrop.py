@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from dynllava_plugin.policies.base import Gate
 from dynllava_plugin.policies.staged import StagedPolicy
 
 
@@ -26,13 +23,4 @@ class PyramidDrop(StagedPolicy):
     name = "pyramiddrop"
     rule = "image tokens that the last prompt token attends to most, fewer at each of several gates"
     source = "arXiv 2410.17247"
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Return the layer before each gate."""
-        return tuple(layer - 1 for layer in self.layers)
-
-    def score(self, gate: Gate) -> torch.Tensor:
-        """Return `Gate.attention`."""
-        assert gate.attention is not None
-        return gate.of_images(gate.attention)
+    looks_at_attention = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dynllava_plugin.policies.base import count
+from dynllava_plugin.policies.base import argument, count
 from dynllava_plugin.policies.snapkv import SnapCache, SnapKV
 
 
@@ -25,7 +25,7 @@ class PyramidKV(SnapKV):
     rule = "what the prompt's end attends to stays in the cache of the prompt, less of it in later layers"
     source = "arXiv 2406.02069"
 
-    beta: int = 20
+    beta: int = argument(20, count)
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -51,8 +51,3 @@ class PyramidKV(SnapKV):
         """Return a cache with a track for each layer."""
         whole = replace(self, num_layers=num_layers)
         return SnapCache(num_layers, whole, [self.share_at(x, num_layers) for x in whole.splits])
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `SnapKV.check`, and beta."""
-        super().check(num_layers, text_predictor)
-        count(self.name, "beta", self.beta)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, OutputPolicy, share
+from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, OutputPolicy, argument, integer, share
 from dynllava_plugin.sparsity.selection import random_image_scores
 
 _PAPER = "arXiv 2412.00876, baselines"
@@ -23,8 +23,8 @@ class RandomImage(ImagePolicy):
     uses_chance = True
 
     layer: int = 2
-    r: float | None = None
-    seed: int = 0
+    r: float | None = argument(None, share)
+    seed: int = argument(0, integer)
 
     def score(self, gate: Gate) -> torch.Tensor:
         """Return what the image's seed draws: an image is treated alike alone and in any batch."""
@@ -39,8 +39,8 @@ class RandomText(OutputPolicy):
     rule = "output tokens by chance"
     source = _PAPER
 
-    r: float = 0.5
-    seed: int = 0
+    r: float = argument(0.5, share)
+    seed: int = argument(0, integer)
 
     @property
     def output_share(self) -> float:
@@ -51,11 +51,6 @@ class RandomText(OutputPolicy):
         """A function of the position alone, so that every way to decode draws alike."""
         score = uniform(gate.of_output(gate.position_ids.expand_as(gate.valid)), self.seed)
         return Choice(score < self.r, self.r - score)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Part.check`, and r."""
-        super().check(num_layers, text_predictor)
-        share(self.name, "r", self.r)
 
 
 def uniform(numbers: torch.Tensor, seed: int) -> torch.Tensor:

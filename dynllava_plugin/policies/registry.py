@@ -13,7 +13,7 @@ from dynllava_plugin.policies.cdpruner import CDPruner
 from dynllava_plugin.policies.dart import DART
 from dynllava_plugin.policies.divprune import DivPrune
 from dynllava_plugin.policies.downsample import Downsample
-from dynllava_plugin.policies.fastervlm import FasterVLM, VisPruner
+from dynllava_plugin.policies.fastervlm import FasterVLM
 from dynllava_plugin.policies.fastv import FastV
 from dynllava_plugin.policies.h2o import H2O
 from dynllava_plugin.policies.hiprune import HiPrune
@@ -24,12 +24,13 @@ from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.pyramiddrop import PyramidDrop
 from dynllava_plugin.policies.pyramidkv import PyramidKV
 from dynllava_plugin.policies.random import RandomImage, RandomText
-from dynllava_plugin.policies.schedule import Schedule, schedule_of
+from dynllava_plugin.policies.schedule import Schedule, read_steps
 from dynllava_plugin.policies.snapkv import SnapKV
 from dynllava_plugin.policies.sparsevlm import SparseVLM
 from dynllava_plugin.policies.structure import Structure
 from dynllava_plugin.policies.v2drop import V2Drop
 from dynllava_plugin.policies.visionzip import VisionZip
+from dynllava_plugin.policies.vispruner import VisPruner
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 POLICIES: dict[str, type[Part]] = {
@@ -59,10 +60,10 @@ POLICIES: dict[str, type[Part]] = {
         DivPrune,
         CDPruner,
         PruMergePlus,
+        Schedule,
     )
 }
 LEARNED = "learned"
-SCHEDULE = Schedule.name  # beside `POLICIES`: its arguments are its steps
 # Arguments that default to the model's setting of another name.
 SHARED = {
     "keep": "vision_keep_rate",
@@ -89,12 +90,9 @@ def policy_of(sparsity: SparsityConfig) -> Policy:
             name = "random" if name == "image" else "random+text"
     settings = tuple(getattr(sparsity, setting) for setting in SHARED.values())
     learned_text = sparsity.mode != "image" and sparsity.text_predictor
-    try:
-        return _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
-    except TypeError:
-        raise UserError(
-            f"{name}: its arguments must be numbers or text, not {sparsity.policy_args}"
-        ) from None
+    if any(isinstance(value, (list, dict)) for value in sparsity.policy_args.values()):
+        raise UserError(f"{name}: its arguments must be numbers or text, not {sparsity.policy_args}")
+    return _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
 
 
 @lru_cache(maxsize=64)  # asked for in every decoding step
@@ -170,7 +168,7 @@ def check_policy(sparsity: SparsityConfig, num_layers: int | None = None) -> Pol
     policy = policy_of(sparsity)
     if num_layers is not None:
         policy = policy.of_depth(num_layers)
-    policy.check(num_layers, sparsity.text_predictor)
+    policy.check(sparsity.text_predictor)
     return policy
 
 
@@ -199,22 +197,23 @@ def _one(name: str, method: type[Part], arguments: dict[str, Any], defaults: dic
         taken.pop("later", None)
     if method.own_budget:
         del taken["keep"]
+    taken |= {key: value for key, value in arguments.items() if key in known}
     if method is Schedule:
-        return _schedule(arguments, defaults)
-    made = method(**{**taken, **{key: value for key, value in arguments.items() if key in known}})
+        taken["steps"] = _steps(str(arguments.get("steps", "")), defaults)
+    made = method(**taken)
     made.check()
     return made
 
 
-def _schedule(arguments: dict[str, Any], defaults: dict[str, Any]) -> Schedule:
+def _steps(text: str, defaults: dict[str, Any]) -> tuple[ImagePolicy, ...]:
     def step(name: str, layer: int, keep: float) -> Part:
         methods = _methods(name)
         at = {argument: layer for argument in [methods[0].layer_argument] if argument and layer > 0}
-        if len(methods) > 1 or not issubclass(methods[0], ImagePolicy):
+        if len(methods) > 1 or not issubclass(methods[0], ImagePolicy) or methods[0] is Schedule:
             return Part()
         return _one(name, methods[0], {"keep": keep, **at}, defaults)
 
-    return schedule_of(str(arguments.get("steps", "")), step)
+    return read_steps(text, step)
 
 
 def _meant(name: str, learned_text: bool) -> str:
@@ -224,10 +223,8 @@ def _meant(name: str, learned_text: bool) -> str:
 
 def _methods(name: str) -> tuple[type[Part], ...]:
     """What a name stands for: one method, or the two of `image_text`."""
-    if name == SCHEDULE:
-        return (Schedule,)
     if name not in POLICIES:
-        known = ", ".join([*POLICIES, LEARNED, SCHEDULE])
+        known = ", ".join([*POLICIES, LEARNED])
         raise UserError(f"policy: unknown value {name!r}; choose one of {known}, or several joined by +")
     return POLICIES[name].parts or (POLICIES[name],)
 
@@ -238,8 +235,6 @@ def _parts(name: str) -> list[str]:
 
 
 def _names(method: type[Part]) -> list[str]:
-    if method is Schedule:
-        return ["steps"]
     return [field.name for field in fields(method) if field.metadata.get("argument", True)]
 
 

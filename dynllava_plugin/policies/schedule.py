@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import ClassVar
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy
-from dynllava_plugin.sparsity.selection import num_kept_image_tokens
+from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, Part, Patches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ImagePolicy):
     """Image policies one behind the other; behind each, its `keep` is the share of the whole image's tokens that is left.
 
-    The first may act before the LLM (layer 0), in the vision tower too; the others act in it.
+    The first may act before the LLM (layer 0), in the vision tower too; the others act in it. With `tokens` the shares are
+    multiplied by what makes them fit, and none becomes more than 1.
     """
 
     name = "schedule"
@@ -22,10 +24,11 @@ class Schedule(ImagePolicy):
     source = "a user's own"
     layer_argument: ClassVar[str | None] = None
 
+    keep: float = field(default=1.0, metadata={"argument": False})
     steps: tuple[ImagePolicy, ...] = ()
 
     def __post_init__(self) -> None:
-        for earlier, later in zip(self.steps, self.steps[1:], strict=False):
+        for earlier, later in pairwise(self.steps):
             if later.layers[0] == earlier.layers[0]:
                 raise UserError(f"{self.name}: two steps at layer {later.layers[0]}; give one")
             if later.keep > earlier.keep:
@@ -36,6 +39,7 @@ class Schedule(ImagePolicy):
         for name in ("uses_chance", "reads_question", "learned"):
             object.__setattr__(self, name, any(getattr(step, name) for step in self.steps))
         object.__setattr__(self, "seed", max((getattr(step, "seed", 0) for step in self.steps), default=0))
+        object.__setattr__(self, "needs", next((step.needs for step in self.steps if step.needs), None))
 
     @property
     def first(self) -> ImagePolicy:
@@ -56,37 +60,41 @@ class Schedule(ImagePolicy):
         """Every step's."""
         return tuple(layer for step in self.steps for layer in step.attention_layers)
 
+    @property
+    def kept_share(self) -> float:
+        """Return the last step's."""
+        return self.steps[-1].keep
+
+    def shares_left(self, kept: float) -> tuple[float, ...]:
+        """Return every step's share, in the proportions that the steps were given in."""
+        return tuple(min(1.0, kept * (step.keep / self.steps[-1].keep)) for step in self.steps)
+
     def keep_image(self, gate: Gate) -> Choice:
-        """As the step at this gate, with its share of the whole image as one of the tokens that are left."""
-        step, whole, left = self.steps[self.layers.index(gate.layer)], gate.whole_image, gate.tokens_per_image
-        kept = min(num_kept_image_tokens(whole, step.keep), left)
-        return replace(step, keep=kept / left).keep_image(gate)
+        """As the step at this gate."""
+        step = self.steps[self.layers.index(gate.layer)]
+        return replace(step, keep=self.budget(gate) / gate.whole_image).keep_image(gate)
 
-    def named_tokens(self, total: int) -> int:
-        """Return how many stay behind the last step."""
-        return self.steps[-1].kept_tokens(total)
+    def reduce_patches(self, patches: Patches) -> Choice:
+        """As the first step, which acts in the vision tower."""
+        total = patches.hidden.shape[1]
+        return replace(self.first, keep=self.left(total)[0] / total).reduce_patches(patches)  # type: ignore[attr-defined]
 
-    def image_stages(self, total: float, kept: float, num_layers: int) -> tuple[tuple[int, float], ...]:
-        """Every step's; shares of `total` where it is a sum or a mean over images."""
-        whole = int(total)
-        found = [step.kept_tokens(whole) if whole == total else step.keep * total for step in self.steps]
-        return tuple(zip(self.layers, [*found[:-1], kept], strict=True))
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """Every step's."""
+    def check(self) -> None:
+        """As `ImagePolicy.check`, and every step's."""
+        super().check()
         for step in self.steps:
-            step.check(num_layers, text_predictor)
+            step.check()
 
 
-def schedule_of(text: str, make: Any) -> Schedule:
-    """Return the schedule of steps written `layer:policy:share-layer:policy:share`; `make(name, layer, keep)` gives an image policy.
+def read_steps(text: str, make: Callable[[str, int, float], Part]) -> tuple[ImagePolicy, ...]:
+    """Return the steps written `layer:policy:share-layer:policy:share`, in order; `make(name, layer, keep)` gives a method.
 
     Raises
     ------
     UserError
         Naming the step that can't be one.
     """
-    steps = []
+    steps: list[ImagePolicy] = []
     for part in filter(None, text.split("-")):
         layer, _, rest = part.partition(":")
         name, _, keep = rest.partition(":")
@@ -95,11 +103,7 @@ def schedule_of(text: str, make: Any) -> Schedule:
         except ValueError:
             raise UserError(f"schedule: {part!r} is not layer:policy:share, such as 6:random:0.3") from None
         step = make(name, at, share)
-        if (
-            not isinstance(step, ImagePolicy)
-            or isinstance(step, Schedule)
-            or (at > 0) != bool(step.layer_argument)
-        ):
+        if not isinstance(step, ImagePolicy) or (at > 0) != bool(step.layer_argument):
             acts = "has gates of its own" if isinstance(step, ImagePolicy) and at > 0 else "doesn't act there"
             raise UserError(
                 f"schedule: {part!r}: {name} {acts}; choose an image policy with a layer, or at 0 one before the LLM"
@@ -107,4 +111,4 @@ def schedule_of(text: str, make: Any) -> Schedule:
         steps.append(step)
     if not steps:
         raise UserError("schedule: give its steps, such as schedule,2:fastv:0.5,6:random:0.3")
-    return Schedule(steps=tuple(sorted(steps, key=lambda step: step.layers[0])))
+    return tuple(sorted(steps, key=lambda step: step.layers[0]))

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import CachePolicy, count
+from dynllava_plugin.policies.base import CachePolicy, argument, count, number
 from dynllava_plugin.policies.heavy_hitters import ObservedLayer
 from dynllava_plugin.sparsity.cache import SparseContextCache, gather_tokens
 from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
@@ -36,8 +35,10 @@ class SnapKV(CachePolicy):
     rule = "what the prompt's end attends to stays in the cache of the prompt"
     source = "arXiv 2404.14469"
 
-    window: int = 32
-    kernel: int = 5
+    window: int = argument(32, count)
+    kernel: int = argument(
+        5, number("not an odd positive integer", lambda value: value >= 1 and value % 2, int)
+    )
 
     @property
     def cache_rule(self) -> tuple[Any, ...]:
@@ -52,14 +53,6 @@ class SnapKV(CachePolicy):
     def new_cache(self, num_layers: int) -> SnapCache:
         """Return an empty cache that cuts the prompt."""
         return SnapCache(num_layers, self, [self.r])
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `CachePolicy.check`, window and kernel."""
-        super().check(num_layers, text_predictor)
-        count(self.name, "window", self.window)
-        count(self.name, "kernel", self.kernel)
-        if self.kernel % 2 == 0:
-            raise UserError(f"{self.name}: kernel={self.kernel} is not odd")
 
 
 class SnapTrack(ContextTrack):

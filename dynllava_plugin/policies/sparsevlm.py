@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, Gate
+from dynllava_plugin.policies.base import Choice, Gate, argument, fraction
 from dynllava_plugin.policies.staged import StagedPolicy
 from dynllava_plugin.sparsity.selection import select_image_tokens
 
@@ -35,13 +34,9 @@ class SparseVLM(StagedPolicy):
     rule = "image tokens that words about the image attend to most, fewer at each of three gates, and merged ones"
     source = "arXiv 2410.04417"
     depths = (3 / 32, 7 / 32, 16 / 32)
+    looks_at_attention = True
 
-    recycled: float = 0.3
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Return the layer before each gate."""
-        return tuple(layer - 1 for layer in self.layers)
+    recycled: float = argument(0.3, fraction)
 
     def watched(self, gate: Gate) -> torch.Tensor:
         """Return the raters, bool [B, L]; the last prompt token where a sample has no image."""
@@ -54,11 +49,6 @@ class SparseVLM(StagedPolicy):
         )
         average = mean.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
         return text & (mean > average * (1 - 1e-3))  # rounding decides nothing where all words are alike
-
-    def score(self, gate: Gate) -> torch.Tensor:
-        """Return `Gate.attention`, of the raters."""
-        assert gate.attention is not None
-        return gate.of_images(gate.attention)
 
     def keep_image(self, gate: Gate) -> Choice:
         """Return the tokens of the highest score, and merged ones in their centres' places."""
@@ -78,13 +68,6 @@ class SparseVLM(StagedPolicy):
         at = places.gather(1, centres)
         states = states.scatter(1, at[..., None].expand(-1, -1, states.shape[2]), mean.to(states))
         return Choice(keep.scatter(1, at, True), score, states, budget)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `StagedPolicy.check`, and the share that is recycled, 0 for none."""
-        super().check(num_layers, text_predictor)
-        value = self.recycled
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"{self.name}: recycled={value!r} is outside [0, 1]")
 
 
 def density_peaks(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

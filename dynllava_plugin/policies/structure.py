@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynllava_plugin.policies.base import Choice, Gate, OutputPolicy, count
+from dynllava_plugin.policies.base import Choice, Gate, OutputPolicy, argument, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Structure(OutputPolicy):
     rule = "every other output token"
     source = "arXiv 2412.00876, baselines"
 
-    period: int = 2
+    period: int = argument(2, count)
 
     @property
     def output_share(self) -> float:
@@ -25,8 +25,3 @@ class Structure(OutputPolicy):
     def keep_output(self, gate: Gate) -> Choice:
         """By the position id, so that every way to decode keeps the same tokens."""
         return Choice(gate.of_output(gate.position_ids.expand_as(gate.valid)) % self.period == 0)
-
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `Part.check`, and the period."""
-        super().check(num_layers, text_predictor)
-        count(self.name, "period", self.period)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, count
+from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, argument, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class VisionZip(PatchPolicy):
     rule = "dominant tokens by CLS attention and merged context tokens, before the LLM"
     source = "arXiv 2412.04467"
 
-    contextual: int | None = None
+    contextual: int | None = argument(None, count)
 
     def merged_tokens(self, kept: int) -> int:
         """How many of the `kept` tokens are contextual."""
@@ -67,13 +67,11 @@ class VisionZip(PatchPolicy):
         placed = in_places(hidden, torch.cat(tokens, 1), places, self.packed_positions)
         return Choice(keep, attention, placed)
 
-    def check(self, num_layers: int | None = None, text_predictor: bool = True) -> None:
-        """As `PatchPolicy.check`, and contextual."""
-        super().check(num_layers, text_predictor)
-        if self.contextual is not None:
-            count(self.name, "contextual", self.contextual)
-            if self.n is not None:
-                self.merged_tokens(self.n)
+    def check(self) -> None:
+        """As `PatchPolicy.check`, and that contextual leaves some of n."""
+        super().check()
+        if self.contextual is not None and self.n is not None:
+            self.merged_tokens(self.n)
 
 
 def in_places(hidden: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, packed: bool) -> torch.Tensor:

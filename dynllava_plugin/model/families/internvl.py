@@ -4,7 +4,8 @@ from transformers import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLForConditionalGeneration, InternVLModel
 
 from dynllava_plugin.model.families.registration import plain_family
+from dynllava_plugin.policies.base import SQUARE
 
 DynamicInternVLConfig, DynamicInternVLForConditionalGeneration = plain_family(
-    InternVLConfig, InternVLForConditionalGeneration, InternVLModel, __name__
+    InternVLConfig, InternVLForConditionalGeneration, InternVLModel, __name__, gives=frozenset({SQUARE})
 )

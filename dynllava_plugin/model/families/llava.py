@@ -18,7 +18,7 @@ from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.token_layout import MARKS
 from dynllava_plugin.policies import Policy
-from dynllava_plugin.policies.base import Patches
+from dynllava_plugin.policies.base import CLASS_TOKEN, SQUARE, Patches
 
 
 class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
@@ -110,7 +110,7 @@ class DynamicLlavaModel(LlavaModel):
             if index is not None
         ]
         heads = self.config.vision_config.num_attention_heads
-        reduced = chooser.reduce_patches(
+        reduced = policy.image.reduce_patches(
             Patches(hidden[:, 1:], hidden[:, 0], *projected[0], heads, *projected[1:])
         )
         features = self.multi_modal_projector(reduced.tokens[reduced.keep])  # only what stays
@@ -170,7 +170,7 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
     config: DynamicLlavaConfig
     config_class = DynamicLlavaConfig
     model_class = DynamicLlavaModel
-    has_class_token = True
+    gives = frozenset({CLASS_TOKEN, SQUARE})
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class's; placeholders stay the rows that they are."""

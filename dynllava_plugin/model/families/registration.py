@@ -17,8 +17,10 @@ from dynllava_plugin.model.modeling import SparseVLM
 FAMILIES: dict[str, Any] = {}  # stock model_type -> our class
 
 
-def plain_family(stock_config: Any, stock: Any, stock_model: Any, module: str) -> tuple[Any, Any]:
-    """Return our config and class, in `module`, of a family that needs nothing of its own; both are registered.
+def plain_family(
+    stock_config: Any, stock: Any, stock_model: Any, module: str, **facts: Any
+) -> tuple[Any, Any]:
+    """Return our config and class, in `module`, of a family that needs nothing of its own but `facts`; both are registered.
 
     Of Mistral3's they are called `DynamicMistral3Config` and `DynamicMistral3ForConditionalGeneration`.
     """
@@ -39,6 +41,7 @@ def plain_family(stock_config: Any, stock: Any, stock_model: Any, module: str) -
             "__module__": module,
             "config_class": config,
             "model_class": stock_model,
+            **facts,
         },
     )
     register_family(model, stock_config)

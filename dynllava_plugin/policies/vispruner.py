@@ -1,0 +1,51 @@
+"""VisPruner: patches by the class token's attention, and different ones beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, share
+
+AT_ONCE = 8  # duplicates that one round of matching removes
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisPruner(PatchPolicy):
+    """The share `important` of the n tokens by the class token's attention, and of the rest those that are different.
+
+    The others, the most attended first, are split into every first and every second one; of the first part the (at most
+    eight) tokens that are most like one of the second (cosine) go, and the rest, the least attended part last, is split anew,
+    until as many are left as are wanted.
+
+    Notes
+    -----
+    Where the first part has fewer tokens than must go, another round removes what is left to remove; the published code
+    takes for granted that it hasn't.
+    """
+
+    name = "vispruner"
+    rule = "patches by CLS attention and, of the others, different ones, before the LLM"
+    source = "arXiv 2412.01818"
+
+    important: float = argument(0.5, share)
+
+    def choose(self, patches: Patches, score: torch.Tensor, kept: int) -> torch.Tensor:
+        """Return the important patches and the different ones."""
+        important = int(kept * self.important)
+        rows = torch.arange(len(score), device=score.device)[:, None]
+        unit = torch.nn.functional.normalize(patches.hidden.float(), dim=-1)
+        ranked = score.argsort(dim=-1, descending=True, stable=True)
+        rest = ranked[:, important:]
+        while (surplus := rest.shape[1] - (kept - important)) > 0:
+            first, second = rest[:, ::2], rest[:, 1::2]
+            if second.shape[1] == 0:  # one is left, and none is wanted
+                rest = rest[:, :0]
+                continue
+            like = (unit[rows, first] @ unit[rows, second].transpose(1, 2)).amax(-1)
+            gone = min(AT_ONCE, surplus, first.shape[1])
+            different = like.argsort(dim=-1, descending=True, stable=True)[:, gone:]
+            rest = torch.cat([first[rows, different], second], 1)
+        keep = torch.zeros_like(score, dtype=torch.bool)
+        return keep.scatter_(1, torch.cat([ranked[:, :important], rest], 1), True)
