@@ -48,7 +48,7 @@ class SparseVLMConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the stock config's; takes the stock family's config.json too, and no other family's."""
+        """Return what the stock config's does, of the stock family's config.json too, and of no other family's."""
         found = config_dict.get("model_type", cls.model_type)
         if found not in (cls.model_type, cls.model_type.removeprefix(PREFIX)):
             raise UserError(
@@ -59,12 +59,12 @@ class SparseVLMConfig:
 
     @property
     def sparsity(self) -> SparsityConfig:
-        """The settings in force; change them through `model.set_sparsity(...)`."""
+        """Return the settings in force; change them through `model.set_sparsity(...)`."""
         return self.text_config.sparsity
 
     @property
     def placeholders(self) -> slice:
-        """The rows of the vocabulary that were never trained; no family but LLaVA-1.5 has any."""
+        """Return the rows of the vocabulary that were never trained; no family but LLaVA-1.5 has any."""
         return slice(0, 0)
 
 

@@ -37,12 +37,12 @@ class Tokens:
 
     @property
     def keep_counts(self) -> Sequence[int] | None:
-        """`keep`'s counts, where the host knows."""
+        """Return `keep`'s counts, where the host knows."""
         return self.counts if self.keep is self.valid else None
 
     @property
     def token_index(self) -> torch.Tensor:
-        """int64 [B, L]: the input column of each token, -1 on padding."""
+        """Return int64 [B, L], the input column of each token, -1 on padding."""
         if self.columns is not None:
             return self.columns
         columns = torch.arange(self.valid.shape[1], device=self.valid.device)
@@ -159,7 +159,7 @@ def at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torc
 
 
 def moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
-    """The tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
+    """Return the tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
     if cache is not None:
         cache.move_up(gone.sum(1, keepdim=True))
     less = gone.cumsum(1)
@@ -256,7 +256,7 @@ def present_tokens(
 
 
 def by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, length: int) -> Decision:
-    """A later gate's decision as one on the call's own columns."""
+    """Return a later gate's decision as one on the call's own columns."""
     if tokens.columns is None:
         return decision
     for name in ("text_keep", "text_score"):
@@ -271,7 +271,7 @@ def by_input_columns(decision: Decision, tokens: Tokens, layout: TokenLayout, le
 
 
 def whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -> Decision:
-    """One call's decisions over all gates: what the last gate that decided on a kind of token left."""
+    """Return one call's decisions over all gates: what the last gate that decided on a kind of token left."""
     found = Decision(keep=valid)
     for decision in decisions:
         found.keep = decision.keep
@@ -286,7 +286,7 @@ def whole(decisions: list[Decision], valid: torch.Tensor, layout: TokenLayout) -
 
 
 def in_order(groups: list[list[int]], values: list[torch.Tensor]) -> torch.Tensor:
-    """Values [M, N, ...] of each group's images -> [T, ...] in the order of places."""
+    """Return values [M, N, ...] of each group's images as [T, ...] in the order of places."""
     if len(groups) == 1:
         return values[0].flatten(0, 1)
     parts: dict[int, torch.Tensor] = {}

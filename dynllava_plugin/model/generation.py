@@ -38,13 +38,12 @@ class SparseGeneration(nn.Module):
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
     ) -> Any:
-        """transformers' `generate`; everything behind the given prompt is output text that the text predictor may drop.
+        """Return what transformers' `generate` does; all behind the given prompt is output text that the text predictor may drop.
 
         Greedy search, sampling, beam search, several return sequences and streaming work, with and without `use_cache`.
         `policy="fastv,k=3"` is this call's policy, whatever the model's is or becomes meanwhile.
         `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA, which is the
-        default there; "dynamic" doesn't. With
-        `compile_config` (transformers' `CompileConfig`) compiled, too.
+        default there, and compiled with `compile_config` (transformers' `CompileConfig`); "dynamic" doesn't.
 
         Raises
         ------
@@ -110,15 +109,10 @@ class SparseGeneration(nn.Module):
     def new_cache(
         self, implementation: str | None = None, compile_options: dict[str, Any] | None = None
     ) -> SparseContextCache:
-        """An empty KV cache, to hand to `forward` or `generate`.
+        """Return an empty KV cache, to hand to `forward` or `generate`.
 
-        Parameters
-        ----------
-        implementation : "dynamic" | "static", optional
-            Static: decode steps of one shape, replayed as CUDA graphs where there is CUDA. The default on CUDA, unless the
-            policy lets tokens go later; dynamic elsewhere.
-        compile_options : dict, optional
-            Arguments of `torch.compile` for a static cache's steps.
+        A "static" one, the default on CUDA unless the policy lets tokens go later, decodes in steps of one shape, replayed as CUDA
+        graphs where there is CUDA; `compile_options` are arguments of `torch.compile` for its steps. The other is "dynamic".
 
         Raises
         ------

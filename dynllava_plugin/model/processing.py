@@ -90,7 +90,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
         return super().__call__(pixels or None, text, *args, **kwargs)
 
     def prepare_image(self, image: Any, name: str = "image") -> Image.Image:
-        """`image` as RGB, made square where the checkpoint says so and resized for the vision tower.
+        """Return `image` as RGB, made square where the checkpoint says so and resized for the vision tower.
 
         `name` stands in the error message. What is left to `image_processor` is cropping and normalising.
         """
@@ -116,7 +116,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
         return picture if target == picture.size else picture.resize(target, resample=resample)
 
     def prepare_text(self, text: str) -> str:
-        """`text` with the spaces that make the tokenizer produce the original code's ids (see `spacing`).
+        """Return `text` with the spaces that make the tokenizer produce the original code's ids (see `spacing`).
 
         For callers that tokenize a prompt themselves (training labels); the processor's own call does this.
         """
@@ -135,7 +135,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """`image` centred on a square of the mean colour (`mean`: RGB in 0..1), as LLaVA-1.5 prepares images."""
+    """Return `image` centred on a square of the mean colour (`mean`: RGB in 0..1), as LLaVA-1.5 prepares images."""
     width, height = image.size
     if width == height:
         return image
@@ -184,7 +184,7 @@ def _middle_resized(
 
 
 def check_markers(samples: Sequence[str], groups: Sequence[Sequence[Any]], marker: str = IMAGE_TOKEN) -> None:
-    """`UserError` naming the first sample whose image markers and images differ in number."""
+    """Raise a `UserError` naming the first sample whose image markers and images differ in number."""
     for index, (sample, images) in enumerate(zip(samples, groups, strict=True)):
         if sample.count(marker) != len(images):
             found = f"{sample.count(marker)} {marker} marker(s) in the prompt but {len(images)} image(s)"
@@ -215,7 +215,7 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
 
 
 def fetched(address: str) -> Image.Image:
-    """An image behind an http(s) or data URL, its pixels as a local file's: not turned by EXIF, which LLaVA ignores."""
+    """Return an image behind an http(s) or data URL, its pixels as a local file's: not turned by EXIF, which LLaVA ignores."""
     with urllib.request.urlopen(address, timeout=60) as response:
         return Image.open(io.BytesIO(response.read()))
 

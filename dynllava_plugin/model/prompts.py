@@ -34,7 +34,7 @@ def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
 
 
 def with_images(question: str, count: int = 1) -> str:
-    """``question`` with ``count`` image markers put before it, one a line, as LLaVA does."""
+    """Return ``question`` with ``count`` image markers put before it, one a line, as LLaVA does."""
     return f"{IMAGE_TOKEN}\n" * count + question
 
 

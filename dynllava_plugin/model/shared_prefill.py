@@ -30,33 +30,16 @@ def share_prefill(
     pad_token_id: int = 0,
     least_saved: float = LEAST_SAVED,
 ) -> dict[str, Any] | None:
-    """Arguments for `model.generate` that stand for a batch of prompts; None where sharing isn't possible or saves little.
+    """Return arguments for `model.generate` that stand for a batch of prompts; None where sharing isn't possible or saves little.
 
-    Parameters
-    ----------
-    model : DynamicLlavaForConditionalGeneration
-    input_ids, attention_mask : int64 [B, L]
-        Padded on the left.
-    images : sequence of B hashable values
-        Equal for prompts with the same images.
-    encode : callable
-        Places of prompts in the batch -> ``mm_encoder_outputs`` of their images, in order.
-    tokens_per_image : int
-    pad_token_id : int
-        Stands on padding.
-    least_saved : float
-        Of the batch's tokens, layer by layer.
+    `input_ids` and `attention_mask` int64 [B, L] are padded on the left by `pad_token_id`. The B `images` are hashable, equal for
+    prompts with the same images; `encode` takes places of prompts in the batch to ``mm_encoder_outputs`` of their images, in
+    order. At least `least_saved` of the batch's tokens, layer by layer, must be saved.
 
-    Returns
-    -------
-    dict
-        ``input_ids`` and ``attention_mask`` [B, L'], a beginning's padding before it and the rest's padding behind it;
-        ``past_key_values`` with B samples and their beginnings in it; ``mm_encoder_outputs`` of the images behind them.
-
-    Notes
-    -----
-    Answers equal those of whole prompts up to the rounding of another matrix shape, as those of another batch size do.
-    Impossible where a prompt has no image or ends with one, or with a policy that `reads_question`.
+    What is returned are ``input_ids`` and ``attention_mask`` [B, L'], a beginning's padding before it and the rest's padding behind
+    it, ``past_key_values`` with B samples and their beginnings in it, and ``mm_encoder_outputs`` of the images behind them. Answers
+    equal those of whole prompts up to the rounding of another matrix shape, as those of another batch size do. Sharing is impossible
+    where a prompt has no image or ends with one, or with a policy that `reads_question`.
     """
     is_image = input_ids == model.config.image_token_id
     policy = model.model.language_model.policy
@@ -99,27 +82,17 @@ def share_prefill(
 
 @dataclass(frozen=True)
 class _Split:
-    """Where each prompt's beginning is, and which prompt's stands for it.
+    """Where each prompt's beginning is, and which prompt's stands for it."""
 
-    Attributes
-    ----------
-    starts, ends : list of int
-        Columns.
-    owners, chosen : list of int
-        Of each prompt the first one that begins like it; those that any begins like.
-    saved : float
-        Of the batch's costs.
-    """
-
-    starts: list[int]
+    starts: list[int]  # columns
     ends: list[int]
-    owners: list[int]
-    chosen: list[int]
-    saved: float
+    owners: list[int]  # of each prompt the first one that begins like it
+    chosen: list[int]  # those that any begins like
+    saved: float  # of the batch's costs
 
     @classmethod
     def of(cls, keys: Sequence[Hashable], starts: list[int], ends: list[int], costs: torch.Tensor) -> _Split:
-        """Prompts with equal `keys` begin alike; `costs` float [B, L] of each token."""
+        """Return the split of prompts, which begin alike where `keys` are equal; `costs` float [B, L] are each token's."""
         first: dict[Hashable, int] = {}
         owners = [first.setdefault(key, row) for row, key in enumerate(keys)]
         alike = [row for row, owner in enumerate(owners) if owner != row]
@@ -127,7 +100,7 @@ class _Split:
         return cls(starts, ends, owners, list(first.values()), saved)
 
     def apart(self, input_ids: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Ids and mask [B, width + rest], beginnings packed to the right of the first `width` columns, the rest behind."""
+        """Return ids and mask [B, width + rest], and the width: beginnings end where the first `width` columns do."""
         total = input_ids.shape[1]
         lengths = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
         width = max(lengths)

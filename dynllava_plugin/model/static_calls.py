@@ -40,7 +40,7 @@ class StaticCalls(nn.Module):
         cache: SparseContextCache,
         policy: Policy,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
+        """Do what `forward` does for one output token a sample behind a static cache, in tensor operations of fixed shape alone.
 
         It takes `inputs_embeds` [B, 1, d], `valid` bool [B, 1] (False on padding), `position_ids` int64 [B, 1] or [3, B, 1],
         `text_positions` int64 [B, 1] and `self.policy`, which is looked up outside what is compiled; it returns hidden states [B, 1,
@@ -67,7 +67,7 @@ class StaticCalls(nn.Module):
     def static_prefill(
         self, tokens: Tokens, lengths: torch.Tensor, cache: SparseContextCache, policy: Policy
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`forward` for whole prompts into an empty static cache, in tensor operations of fixed shape alone.
+        """Do what `forward` does for whole prompts into an empty static cache, in tensor operations of fixed shape alone.
 
         Padding stands behind each prompt: the causal order hides it, so that no layer needs a mask.
 

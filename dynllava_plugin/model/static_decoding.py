@@ -23,15 +23,7 @@ Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class StaticCache(SparseContextCache):
-    """A KV cache whose single-token steps can be captured and compiled.
-
-    Parameters
-    ----------
-    num_layers, splits, growth_step
-        As for `SparseContextCache`.
-    compile_options : dict, optional
-        Arguments of `torch.compile`; without them a step isn't compiled.
-    """
+    """A KV cache whose single-token steps can be captured, and compiled where there are `compile_options` of `torch.compile`."""
 
     def __init__(
         self,
@@ -48,7 +40,7 @@ class StaticCache(SparseContextCache):
         self._graph: tuple[Graph, Any] | None = None  # and the tensors it was captured over
 
     def is_step(self, input_ids: torch.Tensor | None, prompt_length: int | None) -> bool:
-        """Whether a call is one output token a sample; any other call goes the common way."""
+        """Return whether a call is one output token a sample; any other call goes the common way."""
         one = input_ids is not None and input_ids.shape[1] == 1 and self.seen > 0
         return one and (prompt_length is None or prompt_length <= self.seen)
 
@@ -85,16 +77,8 @@ class StaticCache(SparseContextCache):
     ) -> None:
         """Hold copies of a prefill's keys and values, computed elsewhere.
 
-        Parameters
-        ----------
-        fed : int64 [B, 1]
-            Real tokens of each sample.
-        lengths : sequence of int64 [B]
-            Of each track: the slots 0..lengths - 1 are held.
-        bounds : sequence of int
-            The longest of each track.
-        states : sequence of ([B', H_kv, n, D], [B', H_kv, n, D])
-            Keys and values of each layer, of B samples or more.
+        `fed` int64 [B, 1] are the real tokens of each sample; of each track the slots 0..`lengths` - 1 are held, int64 [B], at most
+        `bounds`; `states` are keys and values [B', H_kv, n, D] of each layer, of B samples or more.
         """
         batch = len(fed)
         for track, held, bound in zip(self.static_tracks(), lengths, bounds, strict=True):
@@ -125,14 +109,8 @@ class StaticCache(SparseContextCache):
 class Graph:
     """A call captured on CUDA, to be replayed on other values of its inputs.
 
-    Parameters
-    ----------
-    call : callable
-        Tensors -> a tuple of tensors, in operations of fixed shape that never wait for the device.
-    inputs : tuple of tensors
-        Of which the graph has its own copies.
-    undo : sequence of tensors
-        What the call changes in place and trial runs before the capture must not.
+    `call` takes tensors to a tuple of tensors, in operations of fixed shape that never wait for the device. The graph has its own
+    copies of `inputs`; `undo` are tensors that the call changes in place and trial runs before the capture must not.
     """
 
     def __init__(

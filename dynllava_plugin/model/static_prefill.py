@@ -50,15 +50,7 @@ def bucket(count: int, between: int) -> int:
 
 
 class StaticPrefill:
-    """A model's captured prefills.
-
-    Attributes
-    ----------
-    captured, replayed : int
-        Captures and replays so far.
-    plain : Counter
-        Why how many prefills behind a static cache went the common way.
-    """
+    """A model's captured prefills: how many were `captured` and `replayed`, and why how many went the common way (`plain`)."""
 
     def __init__(self) -> None:
         self.captured, self.replayed, self.plain = 0, 0, Counter[str]()
@@ -76,20 +68,9 @@ class StaticPrefill:
     def run(
         self, llm: Any, policy: Policy, tokens: Tokens, counts: Sequence[int], cache: StaticCache
     ) -> SparseDecoderOutput | None:
-        """Prefill an empty `cache`; None where the call has to go the common way.
+        """Prefill an empty `cache`, and return the last tokens' hidden states [B, 1, d]; None where the call has to go the common way.
 
-        Parameters
-        ----------
-        llm : SparseDecoder
-        tokens : Tokens
-            As they enter the decoder, padded at either end.
-        counts : sequence of int
-            Real tokens of each sample.
-
-        Returns
-        -------
-        SparseDecoderOutput
-            With the last token's hidden states [B, 1, d].
+        `tokens` are as they enter the decoder `llm`, padded at either end; `counts` are the real ones of each sample.
         """
         per_row = _images_of_each_row(tokens.layout, len(counts))
         reason = _why_not(policy, tokens, per_row)

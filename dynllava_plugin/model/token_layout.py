@@ -213,7 +213,7 @@ def token_positions(
 def position_offset(
     positions: torch.Tensor, valid: torch.Tensor, cache: SparseContextCache | None
 ) -> torch.Tensor:
-    """int64 [B, 1]: the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
+    """Return int64 [B, 1], the position id behind the call's last one, less the tokens fed until then; `positions` [3, B, L]."""
     last = positions.amax(0).masked_fill(~valid, -1).amax(1, keepdim=True)
     fed = valid.sum(1, keepdim=True)
     return last + 1 - (fed if cache is None or cache.fed is None else cache.fed + fed)

@@ -112,11 +112,11 @@ class RaggedLayer(CacheLayerMixin):
         return self.track.bound + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Slots in use by the longest sample (an upper bound on devices other than the CPU)."""
+        """Return the slots in use by the longest sample (an upper bound on devices other than the CPU)."""
         return self.track.bound
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
+        """Return -1, which stands for no limit."""
         return -1
 
 
@@ -181,14 +181,14 @@ class SparseContextCache(Cache):
         self.note(valid.shape[1], output_keep, image_keep)
 
     def next_positions(self) -> torch.Tensor:
-        """int64 [B, 1]: the position id of each sample's next token, as if all image tokens had entered."""
+        """Return int64 [B, 1], the position id of each sample's next token, as if all image tokens had entered."""
         assert self.fed is not None
         return self.fed if self.offset is None else self.fed + self.offset
 
     def note(
         self, columns: int, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
     ) -> None:
-        """Host-side end of a call: its columns and its decisions on output (bool [B, q]) and image tokens ([B, N_img])."""
+        """Take note, on the host, of a call's columns and decisions on output (bool [B, q]) and image tokens ([B, N_img])."""
         self.seen += columns
         if output_keep is not None:
             self._output_keep.append(output_keep)
@@ -197,7 +197,7 @@ class SparseContextCache(Cache):
             self.images_kept = kept if self.images_kept is None else self.images_kept + kept
 
     def reserve_step(self) -> None:
-        """Room for one more token in a static cache; before a step, outside any graph."""
+        """Make room for one more token in a static cache; before a step, outside any graph."""
         if any([track.reserve_step() for track in self.static_tracks()]):
             for layer in self.layers:
                 layer.grow()
@@ -210,42 +210,42 @@ class SparseContextCache(Cache):
         """See rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended; for caches that let tokens go."""
 
     def step_slots(self, layer_idx: int) -> torch.Tensor | None:
-        """int64 [B]: where a layer's new tokens lie during a single-token step; None during any other call."""
+        """Return int64 [B], where a layer's new tokens lie during a single-token step; None during any other call."""
         plan = self.layers[layer_idx].track.plan
         return plan.slots if isinstance(plan, Step) else None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that a decode step reads and writes."""
+        """Return every tensor that a decode step reads and writes."""
         buffers = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
         held = [track.lengths for track in self.tracks] + [self.fed]
         return [length for length in held if length is not None] + buffers
 
     def addresses(self) -> tuple[tuple[int, torch.Size], ...]:
-        """Where `tensors` lie, and their shapes; another answer ends a captured step's life."""
+        """Return where `tensors` lie, and their shapes; another answer ends a captured step's life."""
         return tuple((tensor.data_ptr(), tensor.shape) for tensor in self.tensors())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns processed so far, padding included; `kept_lengths` tells what is held."""
+        """Return the columns processed so far, padding included; `kept_lengths` tells what is held."""
         return self.seen
 
     def kept_lengths(self) -> torch.Tensor:
-        """int64 [L, B]: tokens held per layer and sample."""
+        """Return int64 [L, B], the tokens held per layer and sample."""
         if self.fed is None:
             return torch.zeros(len(self.layers), 0, dtype=torch.int64)
         return torch.stack([layer.track.lengths for layer in self.layers])
 
     def output_keep(self) -> torch.Tensor | None:
-        """bool [B, T]: the decision on each output token fed so far, in order; None before the first."""
+        """Return bool [B, T], the decision on each output token fed so far, in order; None before the first."""
         return torch.cat(self._output_keep, dim=1) if self._output_keep else None
 
     def num_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Return the bytes allocated for keys and values."""
         return sum(
             t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values)
         )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beam search: sample b continues from sample `beam_idx[b]`."""
+        """Let, for beam search, sample b continue from sample `beam_idx[b]`."""
         for part in (*self.tracks, *self.layers):
             part.index(beam_idx)
         self._output_keep = [chosen(keep, beam_idx) for keep in self._output_keep]
@@ -272,20 +272,20 @@ class SparseContextCache(Cache):
         self._forget()
 
     def crop(self, *args: int, **kwargs: int) -> None:
-        """Impossible: a skipped token is gone, so an earlier state can't be restored."""
+        """Raise NotImplementedError: a skipped token is gone, so an earlier state can't be restored."""
         raise NotImplementedError(
             "SparseContextCache can't be cropped (skipped tokens are gone); don't use assisted decoding with it"
         )
 
 
 def gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, D] states -> [B, H, n, D] at the columns `order` [B, n]."""
+    """Return states [B, H, L, D] at the columns `order` int64 [B, n]."""
     index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index)
 
 
 def zeros(like: torch.Tensor, slots: int) -> torch.Tensor:
-    """A zero buffer [B, H, slots, D] with the batch, heads, width, dtype and device of `like` [B, H, any, D]."""
+    """Return a zero buffer [B, H, slots, D] with the batch, heads, width, dtype and device of `like` [B, H, any, D]."""
     batch, heads, _, width = like.shape
     reserved = _reserved(like, (batch, heads, slots + RESERVE, width)) if like.device.type == "cpu" else None
     # Zeros, because an unused slot's weight of 0 times a stray NaN would still be NaN.
@@ -293,7 +293,7 @@ def zeros(like: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 def grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
-    """`buffer` made by `zeros` or contiguous, with `slots` slots: the same memory where there is room behind each row."""
+    """Return `buffer`, made by `zeros` or contiguous, with `slots` slots: the same memory where there is room behind each row."""
     batch, heads, held, width = buffer.shape
     if slots <= buffer.stride(1) // width:
         return buffer.as_strided((batch, heads, slots, width), buffer.stride())

@@ -21,14 +21,14 @@ MAX_EXPONENT = 8.0
 
 
 def context_matrix(keep: torch.Tensor) -> torch.Tensor:
-    """G of Eq. 7: [B, L] keep masks -> [B, 1, L, L], G[i, j] = keep[j] and G[i, i] = 1 (a token always sees itself)."""
+    """Return G of Eq. 7, [B, 1, L, L] of keep masks [B, L]: G[i, j] = keep[j] and G[i, i] = 1 (a token always sees itself)."""
     length = keep.shape[1]
     diagonal = torch.eye(length, dtype=torch.bool, device=keep.device)
     return torch.where(diagonal, torch.ones_like(keep)[:, None, :], keep[:, None, :])[:, None]
 
 
 def visible_matrix(valid: torch.Tensor) -> torch.Tensor:
-    """Causal order and padding: `valid` bool [B, L] -> bool [B, 1, L, L]."""
+    """Return bool [B, 1, L, L], what causal order and padding (`valid` bool [B, L] False) let each token see."""
     length = valid.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
 
@@ -76,7 +76,7 @@ class TrainingContext(NamedTuple):
 
 
 def training_context(keep: torch.Tensor, valid: torch.Tensor) -> TrainingContext:
-    """The context of [B, L] keep masks (float, 0 or 1) and `valid` bool [B, L] (False on padding, at either end or anywhere)."""
+    """Return the context of [B, L] keep masks (float, 0 or 1) and `valid` bool [B, L] (False on padding, anywhere)."""
     kept = valid & (keep.detach() > 0)
     kinds = torch.where(kept, KEPT, torch.where(valid, DROPPED, PADDING))
     order = kinds.argsort(dim=1, stable=True)
@@ -86,7 +86,7 @@ def training_context(keep: torch.Tensor, valid: torch.Tensor) -> TrainingContext
 def masked_softmax_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: TrainingContext, scaling: float
 ) -> torch.Tensor:
-    """out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij over j <= i, with G_ij = keep_j and G_ii = 1 (Eq. 7).
+    """Return out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij over j <= i, with G_ij = keep_j and G_ii = 1 (Eq. 7).
 
     The gradient of G_ij is p~_ij * (dO_i . (v_j - O_i)), nonzero for dropped tokens too; a bias of log(G) would lose it.
     A dropped token's e^{x_ij} counts there as at most e^8 times that of the row's best kept token. A row that sees
@@ -166,7 +166,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def implementation(query: torch.Tensor) -> ModuleType:
-    """The module that computes attention for such a tensor: Triton's on NVIDIA GPUs from Ampere on, where it takes dtype and width."""
+    """Return the module that computes attention for such a tensor, Triton's from Ampere on, where it takes dtype and width."""
     if query.is_cuda and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
         from dynllava_plugin.sparsity import masked_softmax_triton as triton_code
 

@@ -21,13 +21,13 @@ _SCORES_ELSEWHERE = 2**25
 
 
 def empty_output(query: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, D] laid out as [B, L, H, D], which the output projection reads without a copy."""
+    """Return an empty [B, H, L, D] laid out as [B, L, H, D], which the output projection reads without a copy."""
     batch, heads, length, dim = query.shape
     return query.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
 def empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the shape and, where its last dimension is dense, the layout of the given one."""
+    """Return an empty tensor of the shape and, where its last dimension is dense, the layout of the given one."""
     return torch.empty_like(tensor) if tensor.stride(-1) == 1 else tensor.new_empty(tensor.shape)
 
 
@@ -46,7 +46,7 @@ class Strip:
 
     @property
     def width(self) -> int:
-        """Columns: the kept tokens before it and its own tokens."""
+        """Return the number of columns: the kept tokens before it and its own tokens."""
         return self.kept_before + self.stop - self.start
 
 
@@ -58,13 +58,13 @@ class Packed:
         self.buffer = tokens.new_empty(len(tokens), kept + rows, tokens.shape[-1], dtype=dtype)
 
     def enter(self, strip: Strip) -> torch.Tensor:
-        """[H, width, D]."""
+        """Return [H, width, D], the strip's columns."""
         columns = self.buffer[:, : strip.width]
         columns[:, strip.kept_before :] = self.tokens[:, strip.start : strip.stop]
         return columns
 
     def leave(self, strip: Strip) -> None:
-        """Of the strip's own tokens the kept ones remain."""
+        """Keep, of the strip's own tokens, those that are kept."""
         _pack(self.buffer, strip)
 
 
@@ -130,7 +130,7 @@ def backward(
     scaling: float,
     need_keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value in their dtypes, and of the keep mask [B, L] (kept tokens' only, without `need_keep`)."""
+    """Return gradients of query, key and value in their dtypes and of the keep mask [B, L] (unless `need_keep` kept tokens' only)."""
     dtype = lse.dtype
     grad_query, grad_key, grad_value = (empty_gradient(x) for x in (query, key, value))
     grad_keep = lse.new_zeros(query.shape[0], query.shape[2])

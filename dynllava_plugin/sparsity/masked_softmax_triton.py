@@ -38,14 +38,13 @@ class Tiles:
 
 
 def takes(query: torch.Tensor) -> bool:
-    """Whether the kernels compute attention for such a CUDA tensor."""
+    """Return whether the kernels compute attention for such a CUDA tensor."""
     new_enough = torch.cuda.get_device_capability(query.device) >= (8, 0)
     return new_enough and query.dtype in _DTYPES and query.shape[-1] <= _MAX_HEAD_DIM
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Tiles that fit the shared memory and registers of an Ampere, Ada or Hopper GPU; those for 128 on Hopper are the fastest of
-    `bench.masked_check --tune` on an H100."""
+    """Return tiles that fit Ampere, Ada or Hopper GPUs; for 128 on Hopper they are the fastest of `bench.masked_check --tune`."""
     large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     if dtype == torch.float32:
         small = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)
@@ -68,7 +67,7 @@ def forward(
     max_exponent: float,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eq. 7 as `masked_softmax_blocks.forward`, with `lse` and `cap` in base 2."""
+    """Return Eq. 7 as `masked_softmax_blocks.forward`, with `lse` and `cap` in base 2."""
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     batch, heads, length, dim = query.shape
     out = empty_output(query)
@@ -98,7 +97,7 @@ def backward(
     need_keep: bool,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients as `masked_softmax_blocks.backward` gives them."""
+    """Return gradients as `masked_softmax_blocks.backward` gives them."""
     grad_query, grad_key, grad_value = (empty_gradient(x) for x in (query, key, value))
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     upstream, out = _unit_stride(upstream), _unit_stride(out)
@@ -131,7 +130,7 @@ def backward(
 
 
 def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
-    """The compile-time arguments of a kernel."""
+    """Return the compile-time arguments of a kernel."""
     return dict(
         D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),

@@ -145,7 +145,7 @@ class StaticTrack(ContextTrack):
     in_place = True
 
     def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
-        """As `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
+        """Plan as `ContextTrack.begin`, with a capacity that attention kernels take without padding the mask."""
         mask = super().begin(keep, counts)
         self.capacity = -(-self.capacity // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return mask

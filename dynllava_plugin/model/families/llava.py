@@ -48,7 +48,7 @@ class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
 
     @property
     def placeholders(self) -> slice:
-        """The rows of the vocabulary that were never trained."""
+        """Return the rows of the vocabulary that were never trained."""
         start, rows = self.placeholder_start, self.placeholder_tokens
         start = self.text_config.vocab_size - rows if start is None else start
         return slice(start, start + rows)
@@ -72,7 +72,7 @@ class DynamicLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlavaModel`; where the policy reduces patches, `pooler_output` is M tensors [N, d + MARKS]."""
+        """Return what `LlavaModel`'s does; where the policy reduces patches, `pooler_output` is M tensors [N, d + MARKS]."""
         policy = self.language_model.policy
         if self.config.projector_type == TOKENPACKER:
             if policy.reduces_patches:
@@ -173,7 +173,7 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
     gives = frozenset({CLASS_TOKEN, SQUARE})
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class's; placeholders stay the rows that they are."""
+        """Do what the stock class's does; placeholders stay the rows that they are."""
         if self.config.placeholder_tokens:
             self.config.placeholder_start = self.config.placeholders.start
         return super().resize_token_embeddings(*args, **kwargs)

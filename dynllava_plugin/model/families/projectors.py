@@ -54,7 +54,7 @@ class TokenPacker(nn.Module):
         self.mlp = _two_layers(width, hidden_size)
 
     def forward(self, single: torch.Tensor, multi: torch.Tensor) -> torch.Tensor:
-        """Patches [M, g * g, d] and [M, g * g, 4 d], row by row -> tokens [M, (g / s) ** 2, H], row by row."""
+        """Return tokens [M, (g / s) ** 2, H] of patches [M, g * g, d] and [M, g * g, 4 d], all row by row."""
         images, cells = len(single), self.grid // self.scale
         patches = single.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
         coarse = F.interpolate(patches.float(), (cells, cells), mode="bilinear").to(single.dtype)
@@ -76,7 +76,7 @@ class TokenPacker(nn.Module):
 
 
 def build_projector(config: Any) -> nn.Module:
-    """The projector that a `DynamicLlavaConfig` means, from the tower's width to the LLM's.
+    """Return the projector that a `DynamicLlavaConfig` means, from the tower's width to the LLM's.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def build_projector(config: Any) -> nn.Module:
 
 
 def check_projector(config: Any) -> None:
-    """`UserError` where a config's projector is unknown, or doesn't fit its tower or its LLM."""
+    """Raise `UserError` where a config's projector is unknown, or doesn't fit its tower or its LLM."""
     vision, kind = config.vision_config, config.projector_type
     if kind not in (LINEAR, IDENTITY, TOKENPACKER) and not _mlp_depth(kind):
         raise UserError(f"projector {kind!r} is unknown; known are {KNOWN}")
@@ -129,18 +129,18 @@ def check_projector(config: Any) -> None:
 
 
 def image_tokens(config: Any) -> int:
-    """How many tokens an image has for the LLM: one a patch, or one a TokenPacker's block; and the class token's."""
+    """Return how many tokens an image has for the LLM: one a patch, or one a TokenPacker's block; and the class token's."""
     tokens = (_grid(config.vision_config) // packed_side(config)) ** 2
     return tokens + (config.vision_feature_select_strategy == "full")
 
 
 def packed_side(config: Any) -> int:
-    """How many patches a side become one token: 1 without a TokenPacker."""
+    """Return how many patches a side become one token: 1 without a TokenPacker."""
     return config.tokenpacker_scale if config.projector_type == TOKENPACKER else 1
 
 
 def tower_states(hidden_states: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a `TokenPacker` reads of a tower's hidden states, `layer` being LLaVA's choice: single, multi."""
+    """Return what a `TokenPacker` reads of a tower's hidden states, `layer` being LLaVA's choice: single, multi."""
     multi = torch.cat([hidden_states[index][:, 1:] for index in PACKED_STATES], -1)
     return hidden_states[layer][:, 1:], multi
 

@@ -21,7 +21,7 @@ class TurnedPositions(SparseVLM):
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
     ) -> Any:
-        """As `SparseGeneration.generate`; prompts are padded on the left."""
+        """Return what `SparseGeneration.generate` does, of prompts that are padded on the left."""
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise UserError("attention_mask: prompts are padded on the right; pad them on the left")
