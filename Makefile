@@ -87,7 +87,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # The property tests with TIMES as many cases, drawn anew; a failing one is printed with the line that repeats it. FILES: of these
-# only; TIMES=28 FILES=tests/test_matrix.py draws 1,008 configurations of families, policies and batches (15 minutes on 2 cores).
+# only; TIMES=28 FILES=tests/test_matrix.py draws 1,008 configurations of families, policies and batches (five minutes).
 TIMES ?= 10
 FILES ?=
 fuzz: setup

@@ -181,6 +181,9 @@ def test_what_a_config_asks_for_counts_as_an_argument():
     batch = batch_of([random_sample(random.Random(0), 1, 3)])
     model.config.return_dict = False
     assert isinstance(model(**batch), tuple) and model(**batch, return_dict=True).logits is not None
+    for kind in ("dynamic", "static"):
+        out = model(**batch, past_key_values=model.new_cache(kind), return_dict=True)
+        assert isinstance(model(torch.tensor([[5]]), past_key_values=out.past_key_values), tuple), kind
     model.config.return_dict, model.config.output_hidden_states = True, True
     for call in (model, model.generate):
         with pytest.raises(UserError, match="output_hidden_states: layers hold different tokens"):

@@ -160,7 +160,7 @@ class SparseDecoder(StaticCalls):
         keep_rates: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
     ) -> SparseDecoderOutput:
-        """All tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
+        """Run all tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
         use_sparse_attention(self.config)
         batch, length, _ = inputs_embeds.shape
         valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
@@ -200,12 +200,12 @@ class SparseDecoder(StaticCalls):
 
     @property
     def sparse_layer(self) -> int:
-        """l, the first layer with a reduced context."""
+        """Return l, the first layer with a reduced context."""
         return self.policy.gate_layer
 
     @property
     def policy(self) -> Policy:
-        """Who decides what stays: by the settings of this call (`settings_of_call`), else the model's."""
+        """Return who decides what stays: by the settings of this call (`settings_of_call`), else the model's."""
         settings = (_OF_CALL.get() or {}).get(id(self)) or self.config.sparsity
         held = self._policy
         if held is None or held[0] != settings:

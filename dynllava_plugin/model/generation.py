@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,21 +58,6 @@ class SparseGeneration(nn.Module):
                 return self._generate(inputs, **kwargs)
         finally:
             self.train(training)
-
-    def policy_in_force(self, policy: str | None = None) -> AbstractContextManager[None]:
-        """Return a context in which this thread's calls of the model run under `policy`, the model's own where None.
-
-        Other threads, and `set_sparsity` meanwhile, change nothing in it.
-
-        Raises
-        ------
-        UserError
-            An unknown policy, or one that the model can't run.
-        """
-        settings = self.model.language_model.config.sparsity
-        if policy is not None:
-            settings = self.checked(settings, {"policy": policy})
-        return self.model.language_model.settings_of_call(copy.deepcopy(settings))
 
     def _generate(self, inputs: torch.Tensor | None, **kwargs: Any) -> Any:
         prompt = next(

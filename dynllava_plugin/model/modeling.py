@@ -15,6 +15,7 @@ from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
+from dynllava_plugin.model.settings import SparseSettings
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
@@ -25,24 +26,17 @@ from dynllava_plugin.model.token_layout import (
     valid_columns,
     with_checksum,
 )
-from dynllava_plugin.model.training import IGNORE_INDEX, labels_at, training_output
+from dynllava_plugin.model.training import labels_at, refuse_labels_of_no_text, training_output
 from dynllava_plugin.policies import Policy, TokenLayout
-from dynllava_plugin.policies.base import IMAGE, SQUARE
-from dynllava_plugin.policies.registry import check_policy, policy_changes
+from dynllava_plugin.policies.base import IMAGE
 from dynllava_plugin.sparsity.cache import SparseContextCache
-from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import keep_rates_at, last_answer
 
 FEW_TOKENS = 64
-# Settings that the loaded weights fix.
-FIXED = (
-    *("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor"),
-    *("later_gates", "vision_keep_range"),
-)
 
 
-class SparseVLM(SparseGeneration, SparseScoring):
+class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
     """To stand before a family's stock class in a class's bases (arXiv 2412.00876).
 
     `model.train()` runs the masked-softmax training of section 3.3.3; `model.eval()` the three inference modes of section
@@ -53,7 +47,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
     # What `get_image_features` takes of forward's arguments, and can't do without; what says how large images are comes second.
     image_inputs: ClassVar[tuple[str, ...]]
     image_needs: ClassVar[tuple[str, ...]]
-    gives: ClassVar[frozenset[str]] = frozenset()  # what policies may need of a family (`Part.needs`)
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
 
@@ -140,7 +133,8 @@ class SparseVLM(SparseGeneration, SparseScoring):
         if cache is not None:
             llm.check_cache(cache, policy)
             if isinstance(cache, StaticCache) and cache.is_step(input_ids, prompt_length):
-                return self._static_step(input_ids, attention_mask, position_ids, cache, policy)
+                result = self._static_step(input_ids, attention_mask, position_ids, cache, policy)
+                return result if return_dict else result.to_tuple()
         self._check_policy(policy, labels)
         output = None
         if labels is not None:
@@ -156,7 +150,9 @@ class SparseVLM(SparseGeneration, SparseScoring):
             )
         if self.training:
             if labels is not None:
-                self._refuse_labels_of_no_text(labels, attention_mask)
+                refuse_labels_of_no_text(
+                    labels, attention_mask, self.config.image_token_id, self.placeholders
+                )
             if keep_rates is None and self.config.sparsity.vision_keep_range is not None:
                 uniform = torch.rand(len(embeds), device=embeds.device)
                 keep_rates = keep_rates_at(uniform, *self.config.sparsity.vision_keep_range)
@@ -197,32 +193,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
         )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
-    def set_sparsity(self, **changes: Any) -> SparsityConfig:
-        """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
-
-        Raises
-        ------
-        UserError
-            An unknown setting or policy, a value out of range, a policy that this family can't run, or a predictor size,
-            which the weights fix.
-        """
-        settings = self.checked(self.config.sparsity, changes)
-        self.config.text_config.sparsity = settings
-        return settings
-
-    def checked(self, current: SparsityConfig, changes: dict[str, Any]) -> SparsityConfig:
-        """Return `current` settings with `changes`, which fit this model, or raise `UserError`."""
-        for name in FIXED:
-            if name in changes and changes[name] != getattr(current, name):
-                raise UserError(
-                    f"{name}: the loaded predictors have {getattr(current, name)}; it can't be changed"
-                )
-        settings = current.replace(**policy_changes(changes))
-        policy = check_policy(settings, self.config.text_config.num_hidden_layers)
-        self.check_family(policy)
-        self.check_images(policy, self.config)
-        return settings
-
     @classmethod
     def check_family(cls, policy: Policy) -> None:
         """Raise `UserError` for a policy that needs what this family hasn't got."""
@@ -233,14 +203,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 f"policy: {policy.name} needs {' and '.join(sorted(missing))}, which {family} doesn't give; "
                 "choose another policy"
             )
-
-    @classmethod
-    def check_images(cls, policy: Policy, config: Any) -> None:
-        """Raise `UserError` for a budget of image tokens that no image can have, where all have one number of tokens."""
-        if SQUARE in cls.gives:
-            policy.check_image(config.image_seq_length)
-            if policy.reduces_patches:
-                policy.image.first.earlier_layer(config.vision_config.num_hidden_layers)  # type: ignore[union-attr]
 
     def positions(
         self,
@@ -256,17 +218,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
     def deepstack(self, encoded: Any, embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, ...]:
         """Return what is added behind the first layers, [B, L, d] each; nothing where a family has no such thing."""
         return ()
-
-    def extra_repr(self) -> str:
-        """Return the policy in force, the layers of its gates and its keep rate, for `print(model)`."""
-        policy = self._llm.policy
-        gates = ", ".join(map(str, policy.layers)) or "none"
-        total = self.config.image_seq_length if SQUARE in self.gives else 576
-        try:
-            kept = f"{policy.kept_tokens(total) / total:.3g}"
-        except UserError:  # a number of tokens that not every image has
-            kept = "by the image"
-        return f"policy={policy.name}, gates at layers: {gates}, keep rate of image tokens: {kept}"
 
     @property
     def _llm(self) -> SparseDecoder:
@@ -307,20 +258,6 @@ class SparseVLM(SparseGeneration, SparseScoring):
                 f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
             )
         self.check_family(policy)
-
-    def _refuse_labels_of_no_text(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Raise `UserError` for labels that are image tokens, placeholders or padding: their loss would be without bound."""
-        masked = self.placeholders
-        wrong = labels == self.config.image_token_id
-        wrong |= (labels >= masked.start) & (labels < masked.stop)
-        if attention_mask is not None:
-            wrong |= (labels != IGNORE_INDEX) & (attention_mask == 0)
-        rows = wrong.any(1).tolist()
-        if any(rows):
-            raise UserError(
-                f"labels: sample {rows.index(True)} of the batch has labels on image tokens or padding; "
-                f"set them to {IGNORE_INDEX}"
-            )
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """`lm_head`; for a few tokens on a CPU as matrix times tokens, which reads the large matrix at nearly twice the speed."""

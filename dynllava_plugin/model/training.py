@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.gate import in_order
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.policies import Gate, TokenLayout
@@ -92,7 +93,7 @@ def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None
 
 
 def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, ...] values of the T True places of `mask` [B, L] -> ([B, n, ...] right padded with 0, valid bool [B, n])."""
+    """Return values [T, ...] of the True places of `mask` [B, L] as [B, n, ...], right padded with 0, and bool [B, n], the real."""
     counts = mask.sum(1)
     valid = torch.arange(int(counts.max()), device=mask.device) < counts[:, None]
     rows = values.new_zeros(*valid.shape, *values.shape[1:])
@@ -107,7 +108,7 @@ def training_output(
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> DynamicLlavaOutput:
-    """[B, L, V] logits with the objective: lm_loss + lambda * (image_keep_loss + text_keep_loss), Eq. 8 to 10."""
+    """Return logits [B, L, V] with the objective: lm_loss + lambda * (image_keep_loss + text_keep_loss), Eq. 8 to 10."""
     result = DynamicLlavaOutput(logits=logits)
     masks = outputs.masks
     for values, valid, share in (
@@ -130,8 +131,24 @@ def training_output(
 
 
 def labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
-    """[B, L] labels -> [B, L'] labels of the tokens that are still there."""
+    """Return, of labels [B, L], those [B, L'] of the tokens that are still there."""
     nothing_before = pad(token_index[:, :-1] < 0, (1, 0))  # what padding "predicts" is no loss
     return labels.gather(1, token_index.clamp(min=0)).masked_fill(
         (token_index < 0) | nothing_before, IGNORE_INDEX
     )
+
+
+def refuse_labels_of_no_text(
+    labels: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int, masked: slice
+) -> None:
+    """Raise `UserError` for labels that are image tokens, `masked` rows or padding: their loss would be without bound."""
+    wrong = labels == image_token_id
+    wrong |= (labels >= masked.start) & (labels < masked.stop)
+    if attention_mask is not None:
+        wrong |= (labels != IGNORE_INDEX) & (attention_mask == 0)
+    rows = wrong.any(1).tolist()
+    if any(rows):
+        raise UserError(
+            f"labels: sample {rows.index(True)} of the batch has labels on image tokens or padding; "
+            f"set them to {IGNORE_INDEX}"
+        )

@@ -155,12 +155,12 @@ class SparsityConfig:
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
+        """Return all fields, JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparsityConfig:
-        """Inverse of `to_dict`; an unknown key is a `UserError` that names it."""
+        """Return the inverse of `to_dict`; an unknown key is a `UserError` that names it."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(
@@ -169,7 +169,7 @@ class SparsityConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> SparsityConfig:
-        """A validated copy with `changes` applied; the latest choice counts, of `policy` or of `mode` and `image_policy`."""
+        """Return a validated copy with `changes` applied; the latest choice counts, of `policy` or of `mode` and `image_policy`."""
         if "policy" in changes:
             changes = {"policy_args": {}, **changes}
         elif "mode" in changes or "image_policy" in changes:
