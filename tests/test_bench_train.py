@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from dynllava_plugin.bench import train, train_memory
+from dynllava_plugin.bench import train, train_memory, train_report
 from dynllava_plugin.bench.masked_cases import AttentionShape, training_keep
 from dynllava_plugin.bench.shapes import SHAPES
 from dynllava_plugin.bench.train_attention import model_attention
@@ -69,6 +71,26 @@ def test_rows_table_and_chart(measured, tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert "0.100x" in text and "A CUDA GPU: not measured" in text
     assert (tmp_path / "chart.png").stat().st_size > 1000 and (tmp_path / "machine.json").exists()
+
+
+def test_each_devices_chart_is_of_its_own_lengths(tmp_path, monkeypatch):
+    """The committed rows: no title cut, no axis beyond what was measured, SDPA as one line of all its lengths."""
+    drawn = []
+    monkeypatch.setattr(train_report, "write_figure", lambda path, figure: drawn.append(figure))
+    table = pd.read_csv(Path(__file__).parents[1] / "results/training/table.csv")
+    table = table[table["phase"] == "attention"]
+    train_report.draw(table, tmp_path / "chart.png")
+    drawn[0].draw_without_rendering()
+    for number, axis in enumerate(drawn[0].axes):
+        lengths = sorted(
+            set(table[table["device"] == list(dict.fromkeys(table["device"]))[number // 2]]["length"])
+        )
+        assert axis.get_xticks().tolist() == lengths and axis.get_xlim()[1] < 1.3 * lengths[-1]
+        box = axis.title.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= drawn[0].bbox.x1
+        (sdpa,) = [line for line in axis.lines if line.get_label().startswith("SDPA")]
+        assert sdpa.get_xdata().tolist() == lengths
+    assert drawn[0].axes[1].title.get_window_extent().x0 > drawn[0].axes[0].title.get_window_extent().x1
 
 
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(measured, tmp_path, monkeypatch, capsys):

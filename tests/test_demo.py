@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from dynllava_plugin.demo import chart
 from dynllava_plugin.demo.__main__ import main, parse_arguments
 from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
 from dynllava_plugin.demo.runs import LONG, SETTINGS, SHORT, evaluate, plan
@@ -89,3 +91,31 @@ def test_only_the_full_table_is_written_over_the_committed_one():
     assert parse_arguments([]).output == Path("results/demo_1000")
     assert parse_arguments(["--full"]).output == Path("results/demo")
     assert parse_arguments([]).work == parse_arguments(["--full"]).work == Path("results/demo_work")
+
+
+def test_the_chart_has_each_figure_once_with_the_tables_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One label where the harnesses agree, four digits of a perplexity, and what was not run says so."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(chart, "write_figure", lambda path, figure: drawn.append(figure))
+    rows = [
+        row(harness, mode, benchmark, metric, value)
+        for harness in (LMMS_EVAL, VLMEVALKIT)
+        for mode, benchmark, metric, value in (
+            ("full", "easy_vqa", "accuracy", 99.98),
+            ("image", "easy_vqa", "accuracy", 98.0 if harness == LMMS_EVAL else 97.0),
+            ("full", "easy_vqa_describe", "ppl", 1.0038),
+        )
+    ]
+    chart.draw(pd.DataFrame(rows), tmp_path / "chart.png")
+    accuracy, ppl = drawn[0].axes
+    assert [text.get_text() for text in accuracy.texts] == ["100.0", "98.0 / 97.0"]
+    assert [text.get_text() for text in ppl.texts] == ["1.0038", "not run"]
+    drawn[0].draw_without_rendering()
+    for axis in (accuracy, ppl):
+        low, high = axis.get_xlim()
+        points = [x for dots in axis.collections for x, _ in dots.get_offsets()]
+        assert low < min(points) <= max(points) < high and 4 <= len(points) + (axis is ppl) * 2
+        right = axis.title.get_window_extent().x1
+        assert right <= drawn[0].bbox.x1

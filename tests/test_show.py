@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from PIL import Image
 from dynllava_plugin import explain, load_model
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.visualize.explain import Explanation
+from dynllava_plugin.visualize.explain import Explanation, _pieces
 from dynllava_plugin.visualize.page import page
 from dynllava_plugin.visualize.picture import draw, greyed
 from tests.browser import Browser, find_browser
@@ -164,7 +168,7 @@ def test_page_in_a_browser(tiny: tuple[Any, Any], picture: Path, tmp_path: Path)
     try:
         browser.open(file)
         assert browser.value("document.querySelectorAll('section').length") == 2
-        assert browser.value("document.querySelectorAll('img')[0].naturalWidth") == 128
+        assert browser.value("document.querySelectorAll('img')[0].naturalWidth") == 448
         assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "none"
         for number, found in enumerate(explanations):
             section = f"section:nth-of-type({number + 1})"
@@ -177,10 +181,6 @@ def test_page_in_a_browser(tiny: tuple[Any, Any], picture: Path, tmp_path: Path)
                 expected = f"row {row + 1}, column {column + 1}: {word}, score {score}"
                 assert browser.value("document.getElementById('tip').textContent") == expected
                 assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "block"
-            color = browser.value(
-                f"getComputedStyle(document.querySelectorAll('{section} .patch')[{dropped[0]}]).backgroundColor"
-            )
-            assert color.startswith("rgba(128, 128, 128")
             browser.hover(f"{section} .token", 1)
             state = "kept" if found.text_keep[1] else "dropped"
             assert (
@@ -188,12 +188,46 @@ def test_page_in_a_browser(tiny: tuple[Any, Any], picture: Path, tmp_path: Path)
             )
             text = browser.value(f"document.querySelector('{section} .answer').textContent")
             assert text.strip() == found.answer
+        metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        browser.call("Emulation.setDeviceMetricsOverride", **metrics)
+        assert browser.value("document.documentElement.scrollWidth") <= 390
+        assert browser.value("document.querySelector('.image').getBoundingClientRect().right") <= 390
         browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
         assert browser.value("getComputedStyle(document.getElementById('tip')).display") == "none"
         assert browser.problems == []
         assert all(url.startswith(("file:", "data:")) for url in browser.requests)
     finally:
         browser.close()
+
+
+def test_the_pages_image_is_the_pictures(tiny: tuple[Any, Any], picture: Path) -> None:
+    """The same greys, and no width that a telephone hasn't got."""
+    found = explained(tiny, picture, "fastv,k=2,keep=0.25")
+    html = page([found])
+    encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in encoded]
+    assert len(shown) == 1 and np.array_equal(np.asarray(shown[0]), np.asarray(greyed(found)))
+    assert 'name="viewport"' in html and "background: rgba" not in html
+    assert [float(width) for width in re.findall(r"[{; ]width: (\d+)px", html)] == []
+
+
+def test_untrained_predictors_are_told(tiny: tuple[Any, Any], picture: Path) -> None:
+    assert tiny[0].fresh_predictors
+    for policy, said in (("image", True), ("fastv", False)):
+        found = explained(tiny, picture, policy, tokens=1)
+        assert ("untrained" in page([found])) == found.untrained == said
+        assert draw([found]).height == draw([replace(found, untrained=False)]).height + 22 * said
+
+
+@pytest.mark.parametrize("text", ["a \u2713 \u65e5\u672c\u00e9 x", "\U0001f600\U0001f600 ok"])
+def test_a_character_of_several_tokens_stands_with_its_last(tiny: tuple[Any, Any], text: str) -> None:
+    tokenizer = tiny[1].tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = _pieces(tokenizer, ids)
+    assert len(pieces) == len(ids) > len(text) and "".join(pieces) == tokenizer.decode(ids) == text
+    assert {len(piece) for piece in pieces} == {0, 1}  # the bundled tokenizer has no longer one for these
+    broken = _pieces(tokenizer, ids[:4])
+    assert "".join(broken) == tokenizer.decode(ids[:4])
 
 
 def test_command(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

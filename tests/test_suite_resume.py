@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from dynllava_plugin.evaluation.suite.report import report
 from dynllava_plugin.evaluation.suite.runner import WRITER, Outcome, Runner, read_state
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.model.checkpoints import sources
+from tests.suite_time import children
 from tests.test_paper import write_run
 from tests.test_suite import ROOT, config, fake, run_all
 
@@ -251,13 +251,3 @@ def test_killed_anywhere_and_nothing_is_lost(tmp_path: Path) -> None:
         asked = (run.folder / "asked").read_text().split()
         # An answer is asked for again only where the process died between hearing it and writing it down.
         assert set(asked) == set(said) and len(asked) <= 6 + 5
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            facts = path.read_text().rpartition(")")[2].split()
-            found += [int(path.parent.name)] if int(facts[1]) == pid else []
-    return found

@@ -104,7 +104,10 @@ def _hours(row: dict[str, Any]) -> str:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Time and peak memory of one attention over N, a row of panels for each device."""
+    """Write a PNG: time and peak memory of one attention over N, a row of panels for each device.
+
+    SDPA has no masks, so that its rows of either `kept` are one line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,26 +116,31 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     devices = list(dict.fromkeys(table["device"]))
     figure, axes = plt.subplots(len(devices), 2, figsize=(9, 3.6 * len(devices)), squeeze=False)
     for line, device in zip(axes, devices, strict=True):
+        here = table[table["device"] == device].sort_values(["implementation", "length", "kept"])
+        here.loc[here["implementation"] == "sdpa", "kept"] = "all"
+        here = here.drop_duplicates(["implementation", "length", "kept"])
+        lengths = sorted(set(here["length"]))
         for axis, column, scale, title in (
             (line[0], "median_s", 1e3, "time [ms]"),
             (line[1], "peak_bytes", 2**-20, "peak memory [MiB]"),
         ):
-            for (name, kept), rows in table[table["device"] == device].groupby(["implementation", "kept"]):
+            for (name, kept), rows in here.groupby(["implementation", "kept"]):
                 # Per sample: a length whose full matrix doesn't fit is measured with fewer of them.
                 values = rows[column] * scale / rows["batch"]
-                if (name == "sdpa" and kept != "all") or values.isna().all():
+                if values.isna().all():
                     continue
                 label = NAMES[name] if name == "sdpa" else f"{NAMES[name]}, kept: {KEPT[kept]}"
                 style = "--" if kept == "all" and name != "sdpa" else "-"
                 axis.plot(rows["length"], values, style, marker="o", color=COLORS[name], label=label, ms=4)
-            axis.set(xscale="log", yscale="log", xlabel="N", title=f"{device}: {title} a sample")
-            lengths = sorted(set(table["length"]))
+            axis.set(xscale="log", yscale="log", xlabel="sequence length N [tokens]")
+            axis.set_title(f"{device}\n{title} a sample", fontsize=10)
             axis.set_xticks(lengths, [str(n) for n in lengths])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
-    figure.suptitle("Training attention, forward and backward", fontsize=11)
+    title = "Training attention, forward and backward"
+    figure.suptitle(f"{title} (behind the end of a line: not measured)", fontsize=11)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     write_figure(path, figure)

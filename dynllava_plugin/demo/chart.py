@@ -1,4 +1,4 @@
-"""The demo's chart: short answers and long answers of every mode, harness beside harness."""
+"""The demo's chart: a panel a benchmark and metric, a line a mode, both harnesses as one point where they agree."""
 
 from __future__ import annotations
 
@@ -6,58 +6,58 @@ from pathlib import Path
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.benchmarks import unit_of
+from dynllava_plugin.demo.summary import COLUMNS, benchmark_rows, cell
 from dynllava_plugin.files import write_figure
 
-HARNESS_COLORS = {"lmms-eval": "#33658a", "vlmevalkit": "#f6ae2d"}
-TITLES = {
-    "easy_vqa": "single images",
-    "easy_vqa_scenes": "scenes of four",
-    "easy_vqa_describe": "descriptions",
+# VLMEvalKit's ring stands around lmms-eval's dot where both give the same.
+MARKERS = {
+    "lmms-eval": {"s": 26, "color": "#33658a"},
+    "vlmevalkit": {"s": 90, "facecolors": "none", "edgecolors": "#e08e0b", "linewidths": 1.6},
 }
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Write a PNG with one panel for each benchmark and metric.
-
-    Parameters
-    ----------
-    table : DataFrame
-        As `read_results` gives it.
-    path : Path
-        Appears whole or not at all.
-    """
+    """Write a PNG of `read_results`' rows, whole or not at all: every figure of `summary`, with the same digits."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys(zip(table["benchmark"], table["metric"], strict=True)))
-    panels.sort(key=lambda panel: ([*TITLES].index(panel[0]) if panel[0] in TITLES else 9, panel[1]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 3.6 * len(panels), 4.2), squeeze=False)
-    for axis, (benchmark, metric) in zip(axes[0], panels, strict=True):
-        rows = table[(table["benchmark"] == benchmark) & (table["metric"] == metric)]
-        modes = list(dict.fromkeys(rows["mode"]))
-        harnesses = [name for name in HARNESS_COLORS if name in set(rows["harness"])]
-        width = 0.8 / max(1, len(harnesses))
-        for offset, harness in enumerate(harnesses):
-            values = rows[rows["harness"] == harness].set_index("mode")["value"]
-            places = [index + (offset - (len(harnesses) - 1) / 2) * width for index in range(len(modes))]
-            heights = [float(values.get(mode, 0.0)) for mode in modes]
-            bars = axis.bar(places, heights, width * 0.94, label=harness, color=HARNESS_COLORS[harness])
-            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=1, rotation=90)
-        unit = unit_of(metric)
-        axis.set_title(
-            f"{TITLES.get(benchmark, benchmark)}: {metric}" + (f" [{unit}]" if unit else ""), fontsize=10
-        )
-        axis.set_xticks(range(len(modes)), modes, rotation=35, ha="right", fontsize=8)
-        axis.margins(y=0.16)
+    panels = [key for key in COLUMNS if not benchmark_rows(table, key).empty]
+    modes = list(dict.fromkeys(table["mode"]))
+    shape = (2.4 + 2.9 * len(panels), 1.7 + 0.42 * len(modes))
+    figure, axes = plt.subplots(1, len(panels), figsize=shape, squeeze=False, sharey=True)
+    for axis, key in zip(axes[0], panels, strict=True):
+        rows = benchmark_rows(table, key)
+        for harness, marker in MARKERS.items():
+            here = rows[rows["harness"] == harness]
+            axis.scatter(here["value"], [modes.index(mode) for mode in here["mode"]], label=harness, **marker)
+        for place, mode in enumerate(modes):
+            text, values = cell(rows[rows["mode"] == mode]), rows[rows["mode"] == mode]["value"]
+            if len(values):
+                axis.annotate(text, (values.min(), place), (-9, 0), textcoords="offset points",
+                    fontsize=8, ha="right", va="center")  # fmt: skip
+            else:
+                axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), fontsize=8,
+                    color="#8a8a8a", ha="center", va="center")  # fmt: skip
+        axis.set_title(COLUMNS[key], fontsize=10)
+        axis.set_yticks(range(len(modes)), modes)
+        axis.margins(x=0.12)
+        low, high = axis.get_xlim()
+        percent = "%" in COLUMNS[key]
+        axis.set_xlim(*((0, 106) if percent else (low - 0.8 * (high - low), high)))
+        axis.ticklabel_format(axis="x", useOffset=False)
+        axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5 if percent else 2)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylim(len(modes) - 0.5, -0.5)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=8, loc="lower right", ncols=len(names))
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="lower center", ncols=2)
     figure.suptitle(
         "Dynamic-LLaVA on easy-VQA: what is kept of the image, chosen by the predictor or at random",
         fontsize=11,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     write_figure(path, figure)

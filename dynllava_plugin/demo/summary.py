@@ -16,18 +16,18 @@ COLUMNS = {
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Markdown of `read_results`' rows.
+    """Return `read_results`' rows as Markdown.
 
     A cell holds one figure where both harnesses give the same to the printed digit, else "lmms-eval / VLMEvalKit"; "-" where the
     mode was not run.
     """
-    shown = {key: title for key, title in COLUMNS.items() if not _rows(table, key).empty}
+    shown = {key: title for key, title in COLUMNS.items() if not benchmark_rows(table, key).empty}
     lines = []
     for mode in dict.fromkeys(table["mode"]):
         rows = table[table["mode"] == mode]
         cells = {"mode": mode, "image tokens": _image_tokens(rows)}
         for key, title in shown.items():
-            cells[title] = _cell(_rows(rows, key))
+            cells[title] = cell(benchmark_rows(rows, key))
         cells["output tokens kept [%]"] = _output_kept(rows)
         lines.append(cells)
     counts = table.groupby("benchmark")["n"].max()
@@ -38,11 +38,13 @@ def summary(table: pd.DataFrame) -> str:
     )
 
 
-def _rows(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
+def benchmark_rows(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
+    """Return the rows of one of `COLUMNS`."""
     return table[(table["benchmark"] == key[0]) & (table["metric"] == key[1])]
 
 
-def _cell(rows: pd.DataFrame) -> str:
+def cell(rows: pd.DataFrame) -> str:
+    """Return one mode's figure: both where the harnesses differ in a printed digit, "-" where it was not run."""
     by_harness = {
         row["harness"]: figure_text(row["metric"], row["value"], 1) for row in rows.to_dict("records")
     }

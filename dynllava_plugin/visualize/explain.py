@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 @dataclass(frozen=True)
 class Explanation:
-    """What stayed.
+    """What a policy kept of one image and one answer.
 
     Attributes
     ----------
@@ -33,12 +34,15 @@ class Explanation:
     image_score : float32 [rows * columns] or None
         How much each token spoke for staying, on the policy's own scale; None where it has none.
     tokens : list of str, T
-        The answer, piece by piece; the end token is left out.
+        The answer, piece by piece; the end token is left out. A character that is several tokens stands with the last
+        of them, the others are empty.
     text_keep : bool [T]
         Whether later tokens could see it. The last token is never looked back at and counts as kept.
     text_score : float32 [T] or None
     equivalent_tokens : float
         Mean over layers of the image tokens present in prefill.
+    untrained : bool
+        Whether predictors chose that nobody trained: the checkpoint has none.
     """
 
     policy: str
@@ -52,6 +56,7 @@ class Explanation:
     text_keep: np.ndarray
     text_score: np.ndarray | None
     equivalent_tokens: float
+    untrained: bool = False
 
 
 @torch.inference_mode()
@@ -63,7 +68,7 @@ def explain(
     max_new_tokens: int = 256,
     policy_name: str | None = None,
 ) -> Explanation:
-    """Answer `question` about `image` greedily under the model's policy and say what it kept.
+    """Answer `question` about `image` greedily under the model's policy and return what it kept.
 
     Parameters
     ----------
@@ -74,6 +79,11 @@ def explain(
     max_new_tokens : int
     policy_name : str, optional
         What to call the policy; its own name where None.
+
+    Returns
+    -------
+    Explanation
+        For a picture or a page of it, as `dynllava show` makes them: `visualize.picture.draw`, `visualize.page.page`.
 
     Notes
     -----
@@ -115,6 +125,7 @@ def explain(
         equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
             "equivalent_tokens"
         ],
+        untrained=bool(policy.predictors) and model.fresh_predictors,
         **decisions,
     )
 
@@ -212,17 +223,17 @@ def _without_end(ids: list[int], model: Any, processor: Any) -> list[int]:
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's text: what it adds to the text before it."""
-    pieces, before = [], ""
+    """Return each token's part of the text: up to where the tokens so far, decoded by themselves, agree with all of it."""
+    whole, pieces, place = tokenizer.decode(ids), [], 0
     for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count])
-        pieces.append(text[len(before) :] if text.startswith(before) else text)
-        before = text
+        agreed = len(commonprefix([whole, tokenizer.decode(ids[:count])]))  # noqa: RUF071  (of characters, no paths)
+        pieces.append(whole[place:agreed])
+        place = max(place, agreed)
     return pieces
 
 
 def _as_seen(pixels: torch.Tensor, image_processor: Any) -> np.ndarray:
-    """Normalised [3, H, W] pixels -> uint8 [H, W, 3]."""
+    """Return normalised pixels, [3, H, W], as uint8 [H, W, 3]."""
     mean = torch.tensor(image_processor.image_mean)[:, None, None]
     std = torch.tensor(image_processor.image_std)[:, None, None]
     values = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -11,16 +11,15 @@ import numpy as np
 from PIL import Image
 
 from dynllava_plugin.visualize.explain import Explanation
-from dynllava_plugin.visualize.picture import summary
+from dynllava_plugin.visualize.picture import greyed, summary
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; color: #141414; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: min(24px, 3vw); color: #141414; overflow-wrap: anywhere; }
 .policies { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
-section { width: 384px; } h2 { font-size: 16px; margin: 0; } .note { color: #5a5a5a; font-size: 13px; margin: 0 0 6px; }
-.image { position: relative; width: 384px; }
+section { width: min(384px, 100%); } h2 { font-size: 16px; margin: 0; } .note { color: #5a5a5a; font-size: 13px; margin: 0 0 6px; }
+.image { position: relative; }
 .image img { position: absolute; width: 100%; height: 100%; image-rendering: auto; }
 .patch { position: absolute; box-sizing: border-box; }
-.patch.dropped { background: rgba(128, 128, 128, 0.88); }
 .patch:hover, .token:hover { outline: 2px solid #d1495b; z-index: 2; }
 .token { white-space: pre-wrap; } .token.dropped { color: #b2b2b2; }
 #tip { position: fixed; display: none; background: #141414; color: white; font-size: 13px; padding: 3px 8px; border-radius: 4px;
@@ -40,11 +39,12 @@ document.addEventListener("mousemove", event => {
 
 
 def page(explanations: Sequence[Explanation]) -> str:
-    """HTML text."""
+    """Return HTML: a section an explanation, as wide as the window at most; its image is the picture's, with the same greys."""
     sections = "\n".join(_section(explanation) for explanation in explanations)
     question = escape(explanations[0].question)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{question}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{question}</title>\n'
         f"<style>{_STYLE}</style></head>\n<body><h1>{question}</h1>\n"
         f'<div class="policies">\n{sections}\n</div>\n<div id="tip"></div>\n'
         f"<script>{_SCRIPT}</script></body></html>\n"
@@ -76,7 +76,7 @@ def _section(explanation: Explanation) -> str:
     return (
         f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
         f'<div class="image" style="aspect-ratio:{width}/{height}">'
-        f'<img alt="the image as the model saw it" src="{_data_url(explanation.image)}">'
+        f'<img alt="the image as the model saw it" src="{_data_url(greyed(explanation))}">'
         f'{"".join(patches)}</div>\n<p class="answer">{"".join(words)}</p></section>'
     )
 
@@ -90,7 +90,7 @@ def _score(scores: np.ndarray | None, index: int) -> float | None:
     return None if scores is None else float(scores[index])
 
 
-def _data_url(image: np.ndarray) -> str:
+def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -15,7 +15,7 @@ KEPT, DROPPED, NOTE = (20, 20, 20), (178, 178, 178), (90, 90, 90)
 
 
 def greyed(explanation: Explanation, size: int = 448) -> Image.Image:
-    """The image at `size` pixels on its longer side, patches that were dropped greyed."""
+    """Return the image at `size` pixels on its longer side, patches that were dropped greyed."""
     height, width = explanation.image.shape[:2]
     longer = max(height, width)
     shape = round(size * width / longer), round(size * height / longer)
@@ -31,8 +31,9 @@ def greyed(explanation: Explanation, size: int = 448) -> Image.Image:
 
 
 def draw(explanations: Sequence[Explanation], size: int = SIZE) -> Image.Image:
-    """One panel an explanation, side by side: title, image, question and answer."""
-    panels = [_panel(explanation, size) for explanation in explanations]
+    """Return one panel an explanation, side by side: title, image, question and answer."""
+    notes = max(len(summary(explanation)) for explanation in explanations)
+    panels = [_panel(explanation, size, notes) for explanation in explanations]
     height = max(panel.height for panel in panels)
     picture = Image.new("RGB", (sum(panel.width for panel in panels), height), "white")
     left = 0
@@ -42,20 +43,19 @@ def draw(explanations: Sequence[Explanation], size: int = SIZE) -> Image.Image:
     return picture
 
 
-def _panel(explanation: Explanation, size: int) -> Image.Image:
+def _panel(explanation: Explanation, size: int, notes: int) -> Image.Image:
+    """Return one panel with room for so many notes, so that images side by side stand level."""
     font, small = _font(15), _font(13)
     width = size + 2 * MARGIN
     words = _wrapped(explanation.tokens, explanation.text_keep, font, size)
     asked = _wrapped([f" {word}" for word in explanation.question.split()], None, small, size)
-    notes = summary(explanation)
-    height = 4 * MARGIN + LINE * (1 + len(notes) + len(words) + len(asked)) + size
+    height = 4 * MARGIN + LINE * (1 + notes + len(words) + len(asked)) + size
     panel = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(panel)
     pen.text((MARGIN, MARGIN), explanation.policy, fill=KEPT, font=font)
-    top = MARGIN + LINE
-    for note in notes:
-        pen.text((MARGIN, top), note, fill=NOTE, font=small)
-        top += LINE
+    for number, note in enumerate(summary(explanation), 1):
+        pen.text((MARGIN, MARGIN + number * LINE), note, fill=NOTE, font=small)
+    top = MARGIN + (1 + notes) * LINE
     image = greyed(explanation, size)
     panel.paste(image, (MARGIN + (size - image.width) // 2, top + (size - image.height) // 2))
     top += size + MARGIN
@@ -69,19 +69,21 @@ def _panel(explanation: Explanation, size: int) -> Image.Image:
 
 
 def summary(explanation: Explanation) -> list[str]:
-    """How much stayed, in lines that fit above an image."""
+    """Return how much stayed, in lines that fit above an image."""
     kept, total = int(explanation.image_keep.sum()), len(explanation.image_keep)
     dropped = int((~explanation.text_keep).sum())
+    untrained = ["the predictors are untrained: what they keep says nothing"] if explanation.untrained else []
     return [
         f"image tokens: {kept} of {total} kept, {explanation.equivalent_tokens:.1f} equivalent",
         f"output tokens: {dropped} of {len(explanation.tokens)} dropped",
+        *untrained,
     ]
 
 
 def _wrapped(
     tokens: Sequence[str], keep: np.ndarray | None, font: Any, width: int
 ) -> list[list[tuple[str, bool, float]]]:
-    """Lines of (text, kept, left edge); a word that is several tokens stays in one line where it fits."""
+    """Return lines of (text, kept, left edge); a word that is several tokens stays in one line where it fits."""
     lines: list[list[tuple[str, bool, float]]] = [[]]
     left = 0.0
     for index, token in enumerate(tokens):
