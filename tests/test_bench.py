@@ -336,9 +336,11 @@ def test_full_context_is_always_there_to_compare_with():
 
 
 def test_a_list_of_modes_may_name_policies():
-    modes = modes_named("image_text,h2o,r=0.5,downsample,fastv+h2o,fastv.r=0.5")
+    modes = modes_named(
+        "image_text,h2o,r=0.5,downsample,schedule,2:fastv:0.5,3:random:0.3,fastv+h2o,fastv.r=0.5"
+    )
     assert [mode.name for mode in modes] == [
-        "full", "image_text", "h2o,r=0.5", "downsample", "fastv+h2o,fastv.r=0.5",
+        "full", "image_text", "h2o,r=0.5", "downsample", "schedule,2:fastv:0.5,3:random:0.3", "fastv+h2o,fastv.r=0.5",
     ]  # fmt: skip
     for wrong, why in (("visionzip", "dynllava compare"), ("h2o,r=2", "r=2"), ("half", "choose one of")):
         with pytest.raises(UserError, match=f"--mode {wrong}: .*{why}"):
@@ -347,7 +349,8 @@ def test_a_list_of_modes_may_name_policies():
 
 @pytest.mark.parametrize(
     "policy", ["full", "image", "image_text", "fastv", "random", "downsample", "divprune", "h2o,r=0.5",
-               "fastv+h2o,fastv.r=0.5,h2o.r=0.25", "image+structure"]
+               "fastv+h2o,fastv.r=0.5,h2o.r=0.25", "image+structure", "pyramiddrop", "sparsevlm", "v2drop,ratio=0.6", "dart",
+               "snapkv", "pyramidkv", "schedule,1:fastv:0.5,3:random:0.3", "schedule,0:divprune:0.5,2:image:0.3"]
 )  # fmt: skip
 @torch.inference_mode()
 def test_a_policys_context_is_what_its_cache_holds(subject, policy):

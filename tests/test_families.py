@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,6 +332,45 @@ def test_what_a_family_cannot_do_is_one_line(family):
         if need not in model.gives:
             with pytest.raises(UserError, match=f"^policy: {text.partition(',')[0]} needs {need}, which "):
                 model.set_sparsity(policy=text)
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "policies.md"
+CLIP = {"llava_llama", "llava_mistral"}  # llava_qwen2's tower is a SigLIP
+WHERE = {"all": {*FAMILIES}, "LLaVA-1.5": CLIP, "LLaVA-1.5, InternVL": {*CLIP, "llava_qwen2", "internvl"}}
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    """The page's table: families and source of each policy."""
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in PAGE.read_text().splitlines()
+    ]
+    return {row[0].strip("`"): (row[4], row[6]) for row in rows if len(row) == 7 and row[0].startswith("`")}
+
+
+@every_family
+@torch.no_grad()
+def test_every_policy_runs_on_the_families_that_the_page_names(family):
+    model = model_of(family)
+    batch, alone, _ = batch_for(family, SIZES)
+    page = documented()
+    assert {*page} == {*POLICIES, "learned"} - {"two_gates"}
+    for name, (where, source) in page.items():
+        policy = POLICIES.get(name)
+        assert (
+            policy is None
+            or not (number := re.search(r"arXiv (\d+\.\d+)", policy.source))
+            or (number[1] in source or number[1] == "2412.00876")
+        ), name
+        if name == "schedule":
+            continue
+        if family not in WHERE[where]:
+            with pytest.raises(UserError, match=rf"{re.escape(name)}:? needs [^\n]*$"):
+                model.set_sparsity(policy=name)
+            continue
+        model.set_sparsity(policy=name)
+        together = model(**batch, logits_to_keep=1).logits[1, -1]
+        torch.testing.assert_close(together, model(**alone[1], logits_to_keep=1).logits[0, -1], **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen3_vl"])

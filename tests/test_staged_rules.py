@@ -371,3 +371,11 @@ def test_a_family_without_a_class_token_is_told_so(name):
     with pytest.raises(UserError, match="needs the class token of a CLIP vision tower, which Qwen") as error:
         model_of(family).set_sparsity(policy=name)
     assert "\n" not in str(error.value)
+
+
+def test_a_class_token_is_asked_of_the_checkpoint_too():
+    """LLaVA's class with a SigLIP tower, which has none: told when the policy is chosen, not at the first image."""
+    with pytest.raises(
+        UserError, match=r"^visionzip: needs the class token of a CLIP .*, not of a siglip_vision_model$"
+    ):
+        model_of("llava_qwen2").set_sparsity(policy="visionzip")

@@ -153,10 +153,9 @@ def test_the_processor_makes_as_many_places_as_there_are_tokens(scale, tokenizer
         assert answer.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_policy_that_reduces_patches_is_refused(golden, scale):
-    model = load_without_processor(PACKED / f"scale{scale}", policy="visionzip")
+def test_a_policy_that_reduces_patches_is_refused(scale):
     with pytest.raises(UserError, match="visionzip: drops patches before the projector") as error:
-        model(prompt(model, golden), pixel_values=golden["pixel_values"])
+        load_without_processor(PACKED / f"scale{scale}", policy="visionzip")
     assert "\n" not in str(error.value)
 
 

@@ -79,7 +79,7 @@ def _texts(names: str) -> list[str]:
     """``"a,b,k=3,c"`` -> ["a", "b,k=3", "c"]."""
     texts: list[str] = []
     for part in (part.strip() for part in names.split(",")):
-        if "=" in part and texts:
+        if ("=" in part or ":" in part) and texts:  # an argument, or a step of a schedule
             texts[-1] += f",{part}"
         elif part:
             texts.append(part)

@@ -53,7 +53,7 @@ class Subject:
         torch.manual_seed(seed)
         with torch.device(device):
             self.model = DynamicLlavaForConditionalGeneration._from_config(
-                _config(shape, vision_keep_rate), dtype=dtype
+                _config(shape, vision_keep_rate, images), dtype=dtype
             ).eval()
         self.model.requires_grad_(False)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -216,7 +216,7 @@ def check_rates(vision: float, text: float, images: int) -> None:
         raise UserError(f"--vision-keep-rate: {vision} keeps none of {images} image tokens")
 
 
-def _config(shape: DecoderShape, vision_keep_rate: float) -> DynamicLlavaConfig:
+def _config(shape: DecoderShape, vision_keep_rate: float, images: int) -> DynamicLlavaConfig:
     text: dict[str, Any] = dict(
         model_type="dynamic_llama", vocab_size=shape.vocab, hidden_size=shape.hidden,
         intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
@@ -232,4 +232,6 @@ def _config(shape: DecoderShape, vision_keep_rate: float) -> DynamicLlavaConfig:
         model_type="clip_vision_model", hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         image_size=28, patch_size=14, intermediate_size=8, projection_dim=8,
     )  # fmt: skip
-    return DynamicLlavaConfig(vision_config=vision, text_config=text, image_token_index=1)
+    return DynamicLlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=1, image_seq_length=images
+    )

@@ -74,11 +74,12 @@ class DynamicLlavaModel(LlavaModel):
     ) -> Any:
         """Return what `LlavaModel`'s does; where the policy reduces patches, `pooler_output` is M tensors [N, d + MARKS]."""
         policy = self.language_model.policy
+        layer: Any = (
+            self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        )
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        _check_patches(policy, self.config, layer, strategy)
         if self.config.projector_type == TOKENPACKER:
-            if policy.reduces_patches:
-                raise UserError(
-                    f"{policy.name}: drops patches before the projector, but a TokenPacker needs all of them"
-                )
             return self._packed_features(pixel_values, **kwargs)
         if not policy.reduces_patches:
             return super().get_image_features(
@@ -87,15 +88,9 @@ class DynamicLlavaModel(LlavaModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        if not isinstance(layer, int) or strategy != "default":
-            raise UserError(
-                f"{policy.name}: needs the patches of one vision layer without the class token, "
-                f"not vision_feature_layer={layer}, vision_feature_select_strategy={strategy!r}"
-            )
         kwargs.pop("return_dict", None)
-        encoder_layers = _encoder_layers(self.vision_tower, policy)
+        tower: Any = self.vision_tower
+        encoder_layers = getattr(tower, "vision_model", tower).encoder.layers
         depth, chooser = len(encoder_layers), policy.image.first
         watched = depth - 1
         if chooser.vision_layer == "selected":
@@ -132,14 +127,21 @@ class DynamicLlavaModel(LlavaModel):
         return outputs
 
 
-def _encoder_layers(tower: Any, policy: Policy) -> Any:
-    encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
-    layers = getattr(encoder, "layers", None)
-    if not layers or not hasattr(layers[0].self_attn, "q_proj") or not hasattr(layers[0].self_attn, "k_proj"):
+def _check_patches(policy: Policy, config: Any, layer: Any, strategy: str) -> None:
+    """Raise `UserError` for a policy that chooses patches of a tower or for a projector that can't do with those."""
+    if not policy.reduces_patches:
+        return
+    if config.projector_type == TOKENPACKER:
         raise UserError(
-            f"{policy.name}: needs the attention of a CLIP vision tower, not {type(tower).__name__}"
+            f"{policy.name}: drops patches before the projector, but a TokenPacker needs all of them"
         )
-    return layers
+    if config.vision_config.model_type != "clip_vision_model":
+        raise UserError(f"{policy.name}: needs {CLASS_TOKEN}, not of a {config.vision_config.model_type}")
+    if not isinstance(layer, int) or strategy != "default":
+        raise UserError(
+            f"{policy.name}: needs the patches of one vision layer without the class token, "
+            f"not vision_feature_layer={layer}, vision_feature_select_strategy={strategy!r}"
+        )
 
 
 @contextmanager
@@ -171,6 +173,12 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
     config_class = DynamicLlavaConfig
     model_class = DynamicLlavaModel
     gives = frozenset({CLASS_TOKEN, SQUARE})
+
+    @classmethod
+    def check_images(cls, policy: Policy, config: Any) -> None:
+        """As `SparseVLM.check_images`, and what the policy needs of vision tower and projector."""
+        _check_patches(policy, config, config.vision_feature_layer, config.vision_feature_select_strategy)
+        super().check_images(policy, config)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the stock class's does; placeholders stay the rows that they are."""
