@@ -17,7 +17,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
 from train.arguments import AdapterArguments
 
-PREDICTORS = ("image_predictor", "text_predictor")
+PREDICTORS = ("image_predictor", "text_predictor", "prompt_predictor")
 ADAPTER_PARTS = ("lora_", ".modules_to_save")  # of a state dict's names: what is trained
 DECODER = "model.language_model.layers"
 
@@ -70,7 +70,8 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
 def trained_predictors(model: Any) -> list[str]:
     """The predictors that a model's mode uses; one that never runs gets no gradient, and learns nothing."""
     sparsity = model.config.sparsity
-    used = PREDICTORS[:1] if sparsity.mode == "image" else PREDICTORS
+    used: tuple[str, ...] = PREDICTORS[:1] if sparsity.mode == "image" else PREDICTORS[:2]
+    used += PREDICTORS[2:] if sparsity.drops_prompt else ()
     used = (*used, *(f"image_predictor_{layer}" for layer, _ in sparsity.later_gates))
     return [name for name in used if getattr(model.model.language_model, name) is not None]
 

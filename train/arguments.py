@@ -67,6 +67,16 @@ class ModelArguments:
     min_text_length: int = field(
         default=50, metadata={"help": "LEN_OT: shorter answers are kept whole (tokens)."}
     )
+    prompt_keep_rate: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the last question's tokens to keep, in (0, 1], by a predictor of its own (LLaVA-1.5's prompts); 1, "
+            "as in the paper's method: prompt text is never dropped."
+        },
+    )
+    min_prompt_length: int = field(
+        default=10, metadata={"help": "Shorter questions are kept whole (tokens)."}
+    )
     keep_loss_weight: float = field(
         default=100.0, metadata={"help": "lambda: weight of the two keep losses."}
     )
@@ -91,6 +101,8 @@ class ModelArguments:
         """The given `SparsityConfig` fields."""
         known = {item.name for item in fields(SparsityConfig)}
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+        if self.prompt_keep_rate < 1:
+            given["prompt_predictor"] = True
         low, colon, high = str(self.vision_keep_rate).partition(":")
         try:
             given["vision_keep_rate"] = float(low)

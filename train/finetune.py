@@ -27,6 +27,7 @@ from train.agreement import from_the_first, gather, together
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.checkpoints import saying_what_is_left
 from train.command_line import parse
+from train.conversation import ConversationEncoder
 from train.data import Collator, ConversationDataset, encoder_of
 from train.held_out import HeldOut, readable
 from train.images import missing_images
@@ -232,6 +233,8 @@ def build_model(
                 f"--model_name_or_path {model_args.model_name_or_path}: {name} has values that are not finite"
             )
     make_savable(model)
+    if model.config.sparsity.drops_prompt:
+        model.config.sparsity.question_marks = question_marks(encoder_of(model, processor))
     if not adapter_args.lora_rank:
         freeze(model, args.train_projector, adapter_args.train == "llm")
         if adapter_args.frozen and not deepspeed:
@@ -258,6 +261,17 @@ class Data:
     bad: list[Entry]
     allowed: int
     identity: str
+
+
+def question_marks(encode: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids of vicuna_v1's "USER:" and "ASSISTANT:", or raise `UserError` for another template."""
+    if not isinstance(encode, ConversationEncoder):
+        raise UserError(
+            "--prompt_keep_rate: the question is found by LLaVA-1.5's USER: and ASSISTANT:; leave it out"
+        )
+    texts = ("x</s>", "x</s>USER:", "x", "x ASSISTANT:")  # as they stand behind something
+    ids = [encode.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return tuple(ids[1][len(ids[0]) :]), tuple(ids[3][len(ids[2]) :])
 
 
 def read_data(data_args: DataArguments, args: RecipeArguments) -> Data:

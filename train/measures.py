@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.selection import last_answer
 
 GIB = 2**30
@@ -20,12 +21,13 @@ class Measures:
 
     Parameters
     ----------
-    min_text_length : int
-        Shorter answers don't count towards the text keep rate.
+    sparsity : SparsityConfig
+        Answers shorter than its `min_text_length` don't count towards the text keep rate, nor questions below
+        `min_prompt_length` towards theirs.
     """
 
-    def __init__(self, min_text_length: int) -> None:
-        self.min_text_length = min_text_length
+    def __init__(self, sparsity: SparsityConfig) -> None:
+        self.sparsity = sparsity
         self._sums: dict[str, torch.Tensor] = {}
         self._since, self._step = time.monotonic(), 0
 
@@ -51,6 +53,7 @@ class Measures:
         labels: torch.Tensor,
         tokens: torch.Tensor,
         lm_loss: tuple[torch.Tensor, torch.Tensor],
+        question: torch.Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
@@ -65,6 +68,8 @@ class Measures:
             Tokens that are no padding.
         lm_loss : (scalar, scalar)
             The cross entropy summed over what it is a mean of, and how many those are.
+        question : bool [B, L], optional
+            Text of the last question, where it may be dropped.
         """
         number = torch.tensor(float(len(samples)), device=labels.device)
         parts = {
@@ -79,7 +84,13 @@ class Measures:
         if outputs.text_keep is not None:
             parts["text_keep_loss"] = outputs.text_keep_loss * number
             answers = last_answer(labels).sum(1)
-            parts |= _rates("text_keep_rate", outputs.text_keep, answers, max(self.min_text_length, 1))
+            parts |= _rates(
+                "text_keep_rate", outputs.text_keep, answers, max(self.sparsity.min_text_length, 1)
+            )
+        if outputs.prompt_keep is not None and question is not None:
+            parts["prompt_keep_loss"] = outputs.prompt_keep_loss * number
+            shortest = max(self.sparsity.min_prompt_length, 1)
+            parts |= _rates("prompt_keep_rate", outputs.prompt_keep, question.sum(1), shortest)
         for name, part in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + part.double()
 
@@ -92,10 +103,10 @@ class Measures:
         sums = dict(zip(names, values.tolist(), strict=True))
         self._sums = {}
         logs = {"lm_loss": sums["lm_loss"] / max(sums["lm_weight"], 1)}
-        for name in ("image_keep_loss", "text_keep_loss"):
+        for name in ("image_keep_loss", "text_keep_loss", "prompt_keep_loss"):
             if name in sums:
                 logs[name] = sums[name] / sums["samples"]
-        for name in ("image_keep_rate", "text_keep_rate"):
+        for name in ("image_keep_rate", "text_keep_rate", "prompt_keep_rate"):
             if count := sums.get(f"{name} count"):
                 mean = sums[name] / count
                 logs[name] = mean

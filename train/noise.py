@@ -15,7 +15,8 @@ def gumbel_noise(
     image_tokens: torch.Tensor,
     labels: torch.Tensor,
     gates: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    question: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Noise for the predictors' logits of one micro-batch.
 
     Parameters
@@ -29,28 +30,35 @@ def gumbel_noise(
     labels : int64 [B, L]
     gates : int
         Gates of the image tokens.
+    question : bool [B, L], optional
+        Text of the last question, where it may be dropped.
 
     Returns
     -------
-    (image [B, N_img, 2 * gates], text [B, longest last answer, 2]) : float32 on the inputs' device, right padded
+    (image [B, N_img, 2 * gates], text [B, longest last answer, 2], question [B, longest, 2] where there is one)
+        float32 on the inputs' device, right padded
     """
     numbers_of_images = image_tokens.sum(1).tolist()
     lengths = last_answer(labels).sum(1).tolist()
+    asked = [0] * len(lengths) if question is None else question.sum(1).tolist()
     image = torch.zeros(len(samples), max(numbers_of_images), 2 * gates)
-    text = torch.zeros(len(samples), max(lengths), 2)
+    text, prompt = (torch.zeros(len(samples), max(counts), 2) for counts in (lengths, asked))
     for row, sample in enumerate(samples.tolist()):
         random = np.random.default_rng([seed, step, sample])
-        first, output, later = (
+        first, output, later, words = (
             torch.from_numpy(random.gumbel(size=size))
             for size in (
                 (numbers_of_images[row], 2),
                 (lengths[row], 2),
                 (numbers_of_images[row], 2 * (gates - 1)),
+                (asked[row], 2),
             )
         )
         image[row, : numbers_of_images[row]] = torch.cat([first, later], 1)
         text[row, : lengths[row]] = output
-    return image.to(labels.device), text.to(labels.device)
+        prompt[row, : asked[row]] = words
+    drawn = (image, text) if question is None else (image, text, prompt)
+    return tuple(noise.to(labels.device) for noise in drawn)
 
 
 def keep_rates(seed: int, step: int, samples: torch.Tensor, low: float, high: float) -> torch.Tensor:

@@ -28,6 +28,7 @@ LAST = "config.json"  # without it a folder is no checkpoint
 TRAINING_COLUMNS = (
     *("step", "epoch", "seconds", "loss", "lm_loss", "image_keep_loss", "text_keep_loss"),
     *("image_keep_rate", "image_keep_rate_std", "text_keep_rate", "text_keep_rate_std", "tau"),
+    *("prompt_keep_loss", "prompt_keep_rate", "prompt_keep_rate_std"),
     *("lr_llm", "lr_predictor", "grad_norm", "samples_per_second", "tokens_per_second"),
     *("peak_memory_gib", "hours_left"),
 )

@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerCallback
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.modeling import SparseVLM
+from dynllava_plugin.model.token_layout import question_mask
 from dynllava_plugin.sparsity.objective import lm_loss
-from dynllava_plugin.sparsity.selection import tau_at
+from dynllava_plugin.sparsity.selection import last_answer, tau_at
 from train import checkpoints
 from train.adapters import PREDICTORS, is_adapted, trained_predictors
 from train.arguments import RecipeArguments
@@ -68,7 +69,7 @@ class DynamicLlavaTrainer(Trainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.interruption = interruption or Interruption()
         self.evaluation = evaluation
-        self.measures = Measures(self.dynamic.config.sparsity.min_text_length)
+        self.measures = Measures(self.dynamic.config.sparsity)
         self.stopping = False
         self._batch_samples = self._micro_batches = torch.zeros(())
         self._rates: list[float] = []
@@ -137,7 +138,14 @@ class DynamicLlavaTrainer(Trainer):
         labels = inputs["labels"]
         image_tokens = inputs["input_ids"] == self.dynamic.config.image_token_id
         sparsity, drawn = self.dynamic.config.sparsity, (self.args.seed, self.state.global_step, samples)
-        inputs["gumbel_noise"] = gumbel_noise(*drawn, image_tokens, labels, len(sparsity.image_gates))
+        question = None
+        if sparsity.drops_prompt:
+            valid, answer = inputs["attention_mask"].bool(), last_answer(labels)
+            question = question_mask(
+                inputs["input_ids"], valid, image_tokens, answer, sparsity.question_marks
+            )
+        gates = len(sparsity.image_gates)
+        inputs["gumbel_noise"] = gumbel_noise(*drawn, image_tokens, labels, gates, question)
         if sparsity.vision_keep_range:
             inputs["keep_rates"] = keep_rates(*drawn, *sparsity.vision_keep_range)
         # The model divides by the labels of the whole global batch, so that micro-batches add up; else by its own.
@@ -146,8 +154,8 @@ class DynamicLlavaTrainer(Trainer):
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch if over_labels else None)
         share = len(samples) / self._batch_samples
         loss = outputs.lm_loss if over_labels else outputs.lm_loss / self._micro_batches
-        for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss):
-            if keep_loss is not None:  # mode "image" has none for text
+        for keep_loss in (outputs.image_keep_loss, outputs.text_keep_loss, outputs.prompt_keep_loss):
+            if keep_loss is not None:  # mode "image" has none for text, most runs none for the prompt
                 loss = loss + sparsity.keep_loss_weight * share * keep_loss
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         tokens = inputs["attention_mask"].sum()
@@ -155,7 +163,7 @@ class DynamicLlavaTrainer(Trainer):
         weight = count_labels(labels) if over_labels else torch.ones_like(lm_sum)
         if not (torch.isfinite(loss) & (lm_sum < ABSURD * weight.clamp(min=1))):
             raise UserError(self._spoiled(loss, outputs.logits, labels, samples))
-        self.measures.add(outputs, samples, image_tokens, labels, tokens, (lm_sum, weight))
+        self.measures.add(outputs, samples, image_tokens, labels, tokens, (lm_sum, weight), question)
         # Gradients are averaged over processes; the parts must be added.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

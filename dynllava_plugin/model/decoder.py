@@ -34,7 +34,7 @@ from dynllava_plugin.model.gate import (
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.model.static_calls import StaticCalls
 from dynllava_plugin.model.token_layout import position_offset, read_layout, token_positions, valid_columns
-from dynllava_plugin.model.training import mask_images, mask_output
+from dynllava_plugin.model.training import mask_images, mask_output, mask_question
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -64,6 +64,9 @@ class SparseDecoder(StaticCalls):
         self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
         self.text_predictor = (
             TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
+        )
+        self.prompt_predictor = (
+            TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.prompt_predictor else None
         )
         for layer, _ in config.sparsity.later_gates:
             setattr(self, f"image_predictor_{layer}", ImagePredictor(config.hidden_size, config.sparsity))
@@ -156,7 +159,7 @@ class SparseDecoder(StaticCalls):
         position_ids: torch.Tensor | None,
         layout: TokenLayout,
         tau: float,
-        gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None],
+        gumbel_noise: tuple[torch.Tensor | None, ...],
         keep_rates: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
     ) -> SparseDecoderOutput:
@@ -179,7 +182,7 @@ class SparseDecoder(StaticCalls):
             tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
             return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
         masks = TrainingMasks(torch.ones(batch, length, dtype=torch.float32, device=inputs_embeds.device))
-        image_noise, text_noise = gumbel_noise
+        image_noise, text_noise, prompt_noise = (*gumbel_noise, None)[:3]
         share: float | torch.Tensor = 1.0
         start, call = 0, SparseCall()
         for index, (layer, rate) in enumerate(settings.image_gates):
@@ -189,6 +192,9 @@ class SparseDecoder(StaticCalls):
             mask_images(masks, tokens.hidden, layout, self._image_predictor(layer), share, tau, noise)
             if not index:
                 mask_output(masks, tokens.hidden, layout, settings, self.text_predictor, tau, text_noise)
+                mask_question(
+                    masks, tokens.hidden, layout, settings, self.prompt_predictor, tau, prompt_noise
+                )
             start, call = layer, SparseCall(context=training_context(masks.keep, valid))
         tokens = self._run(start, layers, tokens, None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
@@ -261,7 +267,7 @@ class SparseDecoder(StaticCalls):
         positions = tokens.text_positions.expand(tokens.valid.shape)
         return Gate(
             tokens.hidden, tokens.valid, positions, tokens.layout, self._image_predictor(layer), self.text_predictor,
-            attention, layer, tokens.entered,
+            attention, layer, tokens.entered, self.prompt_predictor,
         )  # fmt: skip
 
     def _mask(

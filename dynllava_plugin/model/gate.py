@@ -182,6 +182,8 @@ def decide(policy: Policy, gate: Gate, keep: torch.Tensor, counts: Sequence[int]
     """
     layout = gate.layout
     decision = Decision(keep=keep, counts=counts)
+    if layout.question is not None and policy.prompt is not None and gate.layer in policy.prompt.layers:
+        decision.keep, decision.counts = keep & policy.prompt.keep_prompt(gate), None
     if layout.image_lengths:
         _decide_images(policy, gate, decision)
     if layout.output_mask is not None:

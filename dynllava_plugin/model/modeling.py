@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
     output_columns,
     place_images,
+    question_mask,
     read_layout,
     split_features,
     valid_columns,
@@ -80,7 +82,7 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        gumbel_noise: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+        gumbel_noise: tuple[torch.Tensor | None, ...] | None = None,
         keep_rates: torch.Tensor | None = None,
         prompt_length: int | None = None,
         output_mask: torch.Tensor | None = None,
@@ -108,10 +110,10 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
         `output_mask` bool [B, prompt] (at inference: earlier answers of a conversation, no context for later rounds where
         they are dropped; in place of the labels' last run), and a single token behind a cache.
 
-        `gumbel_noise` is training noise of images [B, N_img, 2] and text [B, longest answer, 2], right padded, drawn where None (of
-        several gates, the images' is [B, N_img, 2 * gates]). `keep_rates` float [B] is the share of each sample's image tokens that
-        is to stay behind the first gate, drawn from `vision_keep_range` where that is set. `num_items_in_batch` is the divisor of
-        lm_loss, the labels of the whole accumulated batch.
+        `gumbel_noise` is training noise of images [B, N_img, 2] (of several gates [B, N_img, 2 * gates]), text [B, longest answer, 2]
+        and, where prompt text may be dropped, the last question [B, longest, 2], right padded, drawn where None. `keep_rates`
+        float [B] is the share of each sample's image tokens that is to stay behind the first gate, drawn from `vision_keep_range`
+        where that is set. `num_items_in_batch` is the divisor of lm_loss, the labels of the whole accumulated batch.
 
         Raises
         ------
@@ -312,10 +314,33 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
         if image_mask is not None and output[0] is not None and not self.training:
             image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
         layout = read_layout(valid, image_mask, features, output, policy, self.training, marks)
+        if policy.prompt is not None:
+            question = self._question(input_ids, valid, seen, output)
+            layout = replace(layout, question=question)
         if features is None:
             return inputs_embeds, layout, (), None
         embeds = place_images(inputs_embeds, features, layout)
         return embeds, layout, self.deepstack(found, embeds, layout), features
+
+    def _question(
+        self,
+        input_ids: torch.Tensor | None,
+        valid: torch.Tensor,
+        seen: int,
+        output: tuple[torch.Tensor | None, int],
+    ) -> torch.Tensor | None:
+        """Return bool [B, L], the last question's text; None where a call has output text alone."""
+        if seen and output[1] == 0:
+            return None
+        if seen or input_ids is None:
+            why = "a prompt that goes on behind a cache" if seen else "inputs_embeds"
+            raise UserError(
+                f"prompt_keep_rate: the last question can't be found in {why}; pass the whole prompt's input_ids, or set "
+                "prompt_keep_rate=1"
+            )
+        settings = self.config.sparsity
+        images = input_ids == self.config.image_token_id
+        return question_mask(input_ids, valid, images, output[0], settings.question_marks)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """Return what the family's method does, each image's features with the channels that the policy needs behind them."""

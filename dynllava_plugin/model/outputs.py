@@ -36,6 +36,8 @@ class TrainingMasks:
     images: list[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] = field(default_factory=list)
     text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
     text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
+    prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest question], valid
+    prompt_counted: torch.Tensor | None = None  # [B] questions of at least `min_prompt_length` tokens
 
 
 @dataclass
@@ -55,19 +57,21 @@ class SparseDecoderOutput(BaseModelOutputWithPast):
 class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     """Logits, losses and decisions of one call.
 
-    `loss` is lm_loss + lambda * (image_keep_loss + text_keep_loss) in training, where alone the keep losses (without lambda) are
-    set; lm_loss else. `logits` [B, L', V] have L' = L in training; at inference they are without the dropped image tokens,
-    packed to the right, and `token_index` int64 [B, L'] is the input column of each, -1 on padding (of the last columns only where
-    `logits_to_keep` asked for few). `image_keep` bool [B, N_img] tells the image tokens that stay, right padded over samples,
-    None without images or in mode "full"; `text_keep` bool [B, T] the output tokens that stay as context, at inference from the
-    first output column of the batch on. `image_score` and `text_score`, of the same shapes, are at inference how much each
-    token spoke for staying, on the policy's own scale; None where it has none.
+    `loss` is lm_loss + lambda * (image_keep_loss + text_keep_loss + prompt_keep_loss) in training, where alone the keep losses
+    (without lambda) are set; lm_loss else. `logits` [B, L', V] have L' = L in training; at inference they are without the
+    dropped image tokens, packed to the right, and `token_index` int64 [B, L'] is the input column of each, -1 on padding (of
+    the last columns only where `logits_to_keep` asked for few). `image_keep` bool [B, N_img] tells the image tokens that stay,
+    right padded over samples, None without images or in mode "full"; `text_keep` bool [B, T] the output tokens that stay as
+    context, at inference from the first output column of the batch on. `image_score` and `text_score`, of the same shapes, are
+    at inference how much each token spoke for staying, on the policy's own scale; None where it has none.
     """
 
     lm_loss: torch.Tensor | None = None
     image_keep_loss: torch.Tensor | None = None
     text_keep_loss: torch.Tensor | None = None
+    prompt_keep_loss: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
+    prompt_keep: torch.Tensor | None = None  # training: bool [B, longest question]
     image_keep: torch.Tensor | None = None
     text_keep: torch.Tensor | None = None
     image_score: torch.Tensor | None = None

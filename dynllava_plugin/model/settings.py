@@ -17,7 +17,7 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 # Settings that the loaded weights fix.
 FIXED = (
     *("predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers", "text_predictor"),
-    *("later_gates", "vision_keep_range"),
+    *("later_gates", "vision_keep_range", "prompt_predictor"),
 )
 
 

@@ -96,6 +96,36 @@ def output_columns(
     return mask, start
 
 
+def question_mask(
+    input_ids: torch.Tensor,
+    valid: torch.Tensor,
+    image_mask: torch.Tensor,
+    output_mask: torch.Tensor | None,
+    marks: tuple[tuple[int, ...], tuple[int, ...]],
+) -> torch.Tensor:
+    """Return bool [B, L], the text of each prompt's last question: behind the last "USER:" or image, before the last "ASSISTANT:".
+
+    Columns that are padding or output text don't count; `marks` are the token ids of the two words.
+    """
+    prompt = valid if output_mask is None else valid & ~output_mask
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    user, assistant = (_starts(input_ids, prompt, mark) for mark in marks)
+    end = torch.where(assistant, columns, -1).amax(1, keepdim=True)
+    asked = torch.where(user & (columns < end), columns + len(marks[0]), 0).amax(1, keepdim=True)
+    shown = torch.where(image_mask & (columns < end), columns + 1, 0).amax(1, keepdim=True)
+    return prompt & (columns >= torch.maximum(asked, shown)) & (columns < end) & ~image_mask
+
+
+def _starts(input_ids: torch.Tensor, prompt: torch.Tensor, mark: tuple[int, ...]) -> torch.Tensor:
+    """bool [B, L]: where the token ids `mark` begin, all of them in the prompt."""
+    found = torch.zeros_like(prompt)
+    if 0 < len(mark) <= input_ids.shape[1]:
+        wanted = torch.tensor(mark, device=input_ids.device)
+        same = (input_ids.unfold(1, len(mark), 1) == wanted) & prompt.unfold(1, len(mark), 1)
+        found[:, : same.shape[1]] = same.all(-1)
+    return found
+
+
 def read_layout(
     valid: torch.Tensor,
     image_mask: torch.Tensor | None,

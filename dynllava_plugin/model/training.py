@@ -51,14 +51,44 @@ def mask_output(
     """Add the Gumbel masks of the output text; `noise` is [B, longest answer, 2], drawn where None."""
     if layout.output_mask is None or sparsity.mode != "image_text" or predictor is None:
         return
-    lengths = layout.output_mask.sum(1)
-    masks.text_counted = (lengths >= sparsity.min_text_length) & (lengths > 0)
-    flat = _gumbel(predictor(hidden[layout.output_mask]), layout.output_mask, noise, tau)
-    # Short answers are kept whole; the product keeps the predictor in the graph, which DDP asks for.
-    counted = masks.text_counted[:, None].expand_as(layout.output_mask)[layout.output_mask]
-    flat = torch.where(counted, flat, flat * 0 + 1)
-    masks.keep = masks.keep.masked_scatter(layout.output_mask, flat)
-    masks.text = right_padded(flat, layout.output_mask)
+    masks.text, masks.text_counted = _mask_text(
+        masks, hidden, layout.output_mask, sparsity.min_text_length, predictor, tau, noise
+    )
+
+
+def mask_question(
+    masks: TrainingMasks,
+    hidden: torch.Tensor,
+    layout: TokenLayout,
+    sparsity: SparsityConfig,
+    predictor: TextPredictor | None,
+    tau: float,
+    noise: torch.Tensor | None,
+) -> None:
+    """Add the Gumbel masks of the last question's text; `noise` is [B, longest question, 2], drawn where None."""
+    if layout.question is None or predictor is None:
+        return
+    masks.prompt, masks.prompt_counted = _mask_text(
+        masks, hidden, layout.question, sparsity.min_prompt_length, predictor, tau, noise
+    )
+
+
+def _mask_text(
+    masks: TrainingMasks,
+    hidden: torch.Tensor,
+    places: torch.Tensor,
+    shortest: int,
+    predictor: TextPredictor,
+    tau: float,
+    noise: torch.Tensor | None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    lengths = places.sum(1)
+    counted = (lengths >= shortest) & (lengths > 0)
+    flat = _gumbel(predictor(hidden[places]), places, noise, tau)
+    # Short texts are kept whole; the product keeps the predictor in the graph, which DDP asks for.
+    flat = torch.where(counted[:, None].expand_as(places)[places], flat, flat * 0 + 1)
+    masks.keep = masks.keep.masked_scatter(places, flat)
+    return right_padded(flat, places), counted
 
 
 def _image_logits(
@@ -121,10 +151,14 @@ def training_output(
         values, valid = masks.text
         result.text_keep = values.detach() > 0.5
         result.text_keep_loss = keep_loss(values, valid, masks.text_counted, sparsity.text_keep_rate)
+    if masks is not None and masks.prompt is not None:
+        values, valid = masks.prompt
+        result.prompt_keep = values.detach() > 0.5
+        result.prompt_keep_loss = keep_loss(values, valid, masks.prompt_counted, sparsity.prompt_keep_rate)
     if labels is not None:
         result.lm_loss = lm_loss(logits, labels, num_items_in_batch)
         result.loss = result.lm_loss
-        for term in (result.image_keep_loss, result.text_keep_loss):
+        for term in (result.image_keep_loss, result.text_keep_loss, result.prompt_keep_loss):
             if term is not None:
                 result.loss = result.loss + sparsity.keep_loss_weight * term
     return result

@@ -22,6 +22,7 @@ __all__ = [
     "CACHE",
     "IMAGE",
     "OUTPUT",
+    "PROMPT",
     "CachePolicy",
     "Choice",
     "Gate",
@@ -36,7 +37,7 @@ __all__ = [
     "number",
     "top_tokens",
 ]
-IMAGE, OUTPUT, CACHE = "image", "output", "cache"
+IMAGE, OUTPUT, PROMPT, CACHE = "image", "output", "prompt", "cache"
 # What a method may need of a family, as an error names it.
 CLASS_TOKEN, SQUARE = "the class token of a CLIP vision tower", "images of one square grid of tokens"
 P = TypeVar("P", bound="Part")

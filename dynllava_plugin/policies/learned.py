@@ -10,6 +10,7 @@ import torch
 from dynllava_plugin.policies.base import (
     IMAGE,
     OUTPUT,
+    PROMPT,
     Choice,
     Gate,
     ImagePolicy,
@@ -116,6 +117,31 @@ class LearnedText(OutputPolicy):
         """Eq. 6."""
         score = keep_score(gate.text_predictor(gate.of_output(gate.hidden)))
         return Choice(select_text_tokens(score), score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPrompt(Part):
+    """The tokens of the prompt's last question that the prompt predictor keeps, and that question's last token.
+
+    Not part of the method (Table 9 drops 0.3 of the prompt's text by it); settings turn it on, not a policy's name.
+    """
+
+    name = "prompt"
+    rule = "tokens of the last question by the prompt predictor"
+    source = _PAPER
+    decides = frozenset({PROMPT})
+    learned = True
+    static_prefill = False  # how many stay is known behind the gate
+
+    layer: int = 2
+
+    def keep_prompt(self, gate: Gate) -> torch.Tensor:
+        """Return bool [B, L], False on the tokens that go: the decision of Eq. 6, before the first output token."""
+        question = gate.layout.question
+        assert question is not None
+        columns = torch.arange(question.shape[1], device=question.device)
+        last = columns == torch.where(question, columns, -1).amax(1, keepdim=True)
+        return select_text_tokens(keep_score(gate.prompt_predictor(gate.hidden))) | ~question | last
 
 
 class LearnedImageText(Part):

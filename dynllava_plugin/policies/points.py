@@ -28,7 +28,7 @@ class TokenLayout:
     image_index : int64 [T], optional
         Where the image tokens are in the flattened [B * L] columns.
     output_mask : bool [B, L], optional
-        Output text, the only text that may be dropped; None where the call has none.
+        Output text, the only text that may be dropped, save `question`; None where the call has none.
     output_start : int
         First column that holds output text in any sample.
     counts : tuple of int, optional
@@ -39,6 +39,8 @@ class TokenLayout:
         One an image, for policies that use chance.
     image_marks : [T, 2], optional
         What the vision side decided of each image token: 1 where it stays, and its score.
+    question : bool [B, L], optional
+        Text of the prompt's last question, where it may be dropped.
     watched : bool [B, L], optional
         Tokens whose attention the policy looks at; None means the last prompt token's.
     """
@@ -55,6 +57,7 @@ class TokenLayout:
     image_marks: torch.Tensor | None = None
     image_totals: tuple[int, ...] = ()
     watched: torch.Tensor | None = None
+    question: torch.Tensor | None = None
 
     def before_output(self, columns: torch.Tensor) -> torch.Tensor:
         """bool [L] or [B, L]: which of the call's `columns` int64 [L] come before each sample's first output token."""
@@ -107,7 +110,7 @@ class Gate:
         The place of each token in its text, as in the input: the same token has the same one alone, in a batch, with and
         without a cache.
     layout : TokenLayout
-    image_predictor, text_predictor : modules
+    image_predictor, text_predictor, prompt_predictor : modules
         The checkpoint's.
     attention : float32 [B, L], optional
         The attention of the last prompt token, or of `TokenLayout.watched`, in a layer of `attention_layers` before this gate, mean
@@ -129,6 +132,7 @@ class Gate:
     attention: torch.Tensor | None = None
     layer: int = 0
     entered: torch.Tensor | None = None
+    prompt_predictor: Any = None
     group: list[int] | None = None
 
     def of_group(self, images: list[int]) -> Gate:

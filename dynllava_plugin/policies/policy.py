@@ -11,6 +11,7 @@ from dynllava_plugin.policies.base import (
     CACHE,
     IMAGE,
     OUTPUT,
+    PROMPT,
     CachePolicy,
     Choice,
     Gate,
@@ -19,9 +20,15 @@ from dynllava_plugin.policies.base import (
     Part,
     mean_tokens,
 )
+from dynllava_plugin.policies.learned import LearnedPrompt
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
-_WHAT = {IMAGE: "image tokens", OUTPUT: "output tokens", CACHE: "what leaves the cache"}
+_WHAT = {
+    IMAGE: "image tokens",
+    OUTPUT: "output tokens",
+    PROMPT: "prompt text",
+    CACHE: "what leaves the cache",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Policy:
     image: ImagePolicy | None = None
     output: OutputPolicy | None = None
     cache: CachePolicy | None = None
+    prompt: LearnedPrompt | None = None
 
     @classmethod
     def of(cls, name: str, parts: list[Part]) -> Policy:
@@ -68,7 +76,7 @@ class Policy:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Return the methods that it is made of."""
-        return tuple(part for part in (self.image, self.output, self.cache) if part is not None)
+        return tuple(part for part in (self.image, self.output, self.prompt, self.cache) if part is not None)
 
     def of_depth(self, num_layers: int) -> Policy:
         """Return the same policy in a model of `num_layers` layers."""

@@ -18,7 +18,7 @@ from dynllava_plugin.policies.fastv import FastV
 from dynllava_plugin.policies.h2o import H2O
 from dynllava_plugin.policies.hiprune import HiPrune
 from dynllava_plugin.policies.holov import HoloV
-from dynllava_plugin.policies.learned import Full, LearnedImage, LearnedImageText, LearnedText
+from dynllava_plugin.policies.learned import Full, LearnedImage, LearnedImageText, LearnedPrompt, LearnedText
 from dynllava_plugin.policies.policy import Policy
 from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.pyramiddrop import PyramidDrop
@@ -92,7 +92,8 @@ def policy_of(sparsity: SparsityConfig) -> Policy:
     learned_text = sparsity.mode != "image" and sparsity.text_predictor
     if any(isinstance(value, (list, dict)) for value in sparsity.policy_args.values()):
         raise UserError(f"{name}: its arguments must be numbers or text, not {sparsity.policy_args}")
-    return _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
+    made = _policy(name, tuple(sparsity.policy_args.items()), settings, learned_text)
+    return replace(made, prompt=LearnedPrompt(layer=sparsity.sparse_layer)) if sparsity.drops_prompt else made
 
 
 @lru_cache(maxsize=64)  # asked for in every decoding step

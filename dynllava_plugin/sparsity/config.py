@@ -16,7 +16,7 @@ _LEAST = {
     **dict.fromkeys(
         ("sparse_layer", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"), 1
     ),
-    **dict.fromkeys(("random_seed", "min_text_length"), 0),
+    **dict.fromkeys(("random_seed", "min_text_length", "min_prompt_length"), 0),
 }
 
 
@@ -47,6 +47,15 @@ class SparsityConfig:
         Width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c.
     text_predictor : bool
         Whether the checkpoint has an output-text predictor; without one `mode` is "full" or "image".
+    prompt_predictor : bool
+        Whether the checkpoint has a predictor for the text of the prompt's last question.
+    prompt_keep_rate : float in (0, 1]
+        Its target in training; 1 leaves prompt text alone, the paper's method (0.7 is its Table 9). At inference a rate below 1
+        says that the predictor decides, token by token, in the modes "image" and "image_text".
+    min_prompt_length : int
+        Shorter questions are kept whole in training (tokens).
+    question_marks : (tuple of int, tuple of int)
+        The token ids of "USER:" and "ASSISTANT:", between which the last question stands: Vicuna's.
     later_gates : tuple of (layer, rate)
         Further gates of the image tokens, each with a predictor of its own: which share of what reaches it stays. The first
         gate is at `sparse_layer`, its share `vision_keep_rate`.
@@ -75,6 +84,13 @@ class SparsityConfig:
     predictor_ffn_dim: int = 2048
     predictor_layers: int = 2
     text_predictor: bool = True
+    prompt_predictor: bool = False
+    prompt_keep_rate: float = 1.0
+    min_prompt_length: int = 10
+    question_marks: tuple[tuple[int, ...], tuple[int, ...]] = (
+        (11889, 29901),
+        (319, 1799, 9047, 13566, 29901),
+    )
     later_gates: tuple[tuple[int, float], ...] = ()
     vision_keep_range: tuple[float, float] | None = None
 
@@ -99,7 +115,7 @@ class SparsityConfig:
             raise UserError(
                 "mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'"
             )
-        for name in ("vision_keep_rate", "text_keep_rate"):
+        for name in ("vision_keep_rate", "text_keep_rate", "prompt_keep_rate"):
             if not 0.0 < self._number(name, Real, "outside (0, 1]") <= 1.0:
                 raise UserError(f"{name}: {getattr(self, name)!r} is outside (0, 1]")
         if not 0.0 <= self._number("keep_loss_weight", Real, "not a number") < math.inf:
@@ -115,22 +131,38 @@ class SparsityConfig:
         self._check_gates(num_layers)
 
     @property
+    def drops_prompt(self) -> bool:
+        """Return whether text of the prompt's last question may be dropped."""
+        return (
+            self.prompt_predictor
+            and self.prompt_keep_rate < 1
+            and self.mode != "full"
+            and self.policy is None
+        )
+
+    @property
     def image_gates(self) -> tuple[tuple[int, float], ...]:
         """Return (layer, rate) of every gate of the image tokens: which share of what reaches it stays."""
         return ((self.sparse_layer, self.vision_keep_rate), *self.later_gates)
 
     def _check_gates(self, num_layers: int | None) -> None:
-        """Check the later gates and the range of keep rates; JSON has both as lists."""
+        """Check the later gates, the range of keep rates and the question's marks; JSON has them as lists."""
         try:
+            user, assistant = self.question_marks
+            self.question_marks = tuple(map(int, user)), tuple(map(int, assistant))
             self.later_gates = tuple((int(layer), float(rate)) for layer, rate in self.later_gates)
             if self.vision_keep_range is not None:
                 low, high = self.vision_keep_range
                 self.vision_keep_range = float(low), float(high)
         except (TypeError, ValueError):
             raise UserError(
-                f"later_gates: {self.later_gates!r}, vision_keep_range: {self.vision_keep_range!r}: must be pairs of "
-                "(layer, rate), and (low, high)"
+                f"later_gates: {self.later_gates!r}, vision_keep_range: {self.vision_keep_range!r}, question_marks: "
+                f"{self.question_marks!r}: must be pairs of (layer, rate), (low, high), and two lists of token ids"
             ) from None
+        if self.prompt_keep_rate < 1 and not self.prompt_predictor:
+            raise UserError(
+                f"prompt_keep_rate: {self.prompt_keep_rate} needs a predictor for prompt text, which this checkpoint lacks"
+            )
         layers = [layer for layer, _ in self.image_gates]
         if layers != sorted(set(layers)) or not all(0.0 < rate <= 1.0 for _, rate in self.later_gates):
             raise UserError(

@@ -39,11 +39,13 @@ PUBLISHED_NAMES = (
     (r"(?<=_predictor)(\.transformer\.\d+)\.qkv_proj\.", r"\1.attn.qkv."),
     (r"(?<=_predictor)(\.transformer\.\d+)\.out_proj\.", r"\1.attn.proj."),
     (r"(?<=_predictor)(\.transformer\.\d+)\.fc(\d)\.", r"\1.mlp.fc\2."),
-    (r"^model\.language_model\.text_predictor\.norm\.", "model.output_text_score_predictor.output_mlp.0."),
-    (r"^model\.language_model\.text_predictor\.in_proj\.", "model.output_text_score_predictor.output_mlp.1."),
-    (r"^model\.language_model\.text_predictor\.head\.0\.", "model.output_text_score_predictor.output_mlp.3."),
-    (r"^model\.language_model\.text_predictor\.head\.2\.", "model.output_text_score_predictor.output_mlp.5."),
-    (r"^model\.language_model\.text_predictor\.head\.4\.", "model.output_text_score_predictor.output_mlp.7."),
+    (r"^model\.language_model\.text_predictor\.", "model.output_text_score_predictor."),
+    (r"^model\.language_model\.prompt_predictor\.", "model.instruct_score_predictor."),
+    (r"(?<=_score_predictor)\.norm\.", ".output_mlp.0."),
+    (r"(?<=_score_predictor)\.in_proj\.", ".output_mlp.1."),
+    (r"(?<=_score_predictor)\.head\.0\.", ".output_mlp.3."),
+    (r"(?<=_score_predictor)\.head\.2\.", ".output_mlp.5."),
+    (r"(?<=_score_predictor)\.head\.4\.", ".output_mlp.7."),
     (r"^model\.language_model\.", "model."),
 )
 TEXT_FIELDS = (
@@ -207,11 +209,14 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
         "tokenizer_model_max_length": 2048,
         "tokenizer_padding_side": "right",
         "sparse_config": {
-            **{theirs: getattr(sparsity, ours) for ours, theirs in PUBLISHED_SETTINGS.items()},
+            **{
+                theirs: getattr(sparsity, ours)
+                for ours, theirs in PUBLISHED_SETTINGS.items()
+                if sparsity.prompt_predictor or "prompt" not in ours or ours == "prompt_predictor"
+            },
             "use_vision_predictor": True,
             "use_text_predictor": sparsity.text_predictor,
             "use_output_text_predictor": sparsity.text_predictor,
-            "use_instruct_predictor": False,
         },
     }
 

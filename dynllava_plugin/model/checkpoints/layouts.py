@@ -13,7 +13,6 @@ published  the same or dynamic_llava_llama, with a   Osilly/Dynamic-LLaVA-7B
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,11 @@ from dynllava_plugin.model.families.projectors import check_projector, image_tok
 from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-logger = logging.getLogger(__name__)
-
 OWN, LLAVA_HF, ORIGINAL, PUBLISHED = "own", "llava-hf", "original", "published"
 FAMILY = "family"  # another family's, stock or our own
 
 # Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*,
-# similar_postive_num, instruct_*, ...) belongs to experiments that the method does not use.
+# similar_postive_num, ...) belongs to experiments that the method does not use.
 PUBLISHED_SETTINGS = {
     "predictor_dim": "d_model",
     "predictor_heads": "nhead",
@@ -43,6 +40,9 @@ PUBLISHED_SETTINGS = {
     "text_keep_rate": "output_text_keep_rate",
     "min_text_length": "output_text_len_for_training",
     "keep_loss_weight": "mask_loss_weight",
+    "prompt_predictor": "use_instruct_predictor",
+    "prompt_keep_rate": "instruct_keep_rate",
+    "min_prompt_length": "instruct_len_for_training",
 }
 LLAMA_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -186,8 +186,8 @@ def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig
     settings = {ours: published[theirs] for ours, theirs in PUBLISHED_SETTINGS.items() if theirs in published}
     if not published.get("use_vision_predictor", True):
         raise UserError(f"{file}: sparse_config has no vision predictor, which this package needs")
-    if published.get("use_instruct_predictor", False):
-        logger.warning("%s: its predictor for prompt text is left out: prompt text is never dropped", file)
+    if not published.get("use_instruct_predictor", False):
+        settings["prompt_keep_rate"] = 1.0
     text = bool(
         published.get("use_text_predictor", True) and published.get("use_output_text_predictor", True)
     )

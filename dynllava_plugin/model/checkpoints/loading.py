@@ -33,6 +33,7 @@ from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.stock import read_family_model, read_family_processor
 from dynllava_plugin.model.checkpoints.weights import (
     PREDICTORS,
+    PROMPT_PREDICTOR,
     VISION,
     check_weights,
     is_added,
@@ -186,6 +187,8 @@ class _Checkpoint:
         if not is_adapter(self.directory):
             read_ahead(self.directory)
         tensors = self._weights(dtype)
+        if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
+            tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
         number_type = self._dtype(dtype, tensors)
         model = self.empty(number_type, attn_implementation)
         expected = model.state_dict()

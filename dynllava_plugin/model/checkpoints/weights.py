@@ -30,6 +30,7 @@ RENAMES = (
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
     (r"^model\.image_score_predictor\.", "model.language_model.image_predictor."),
     (r"^model\.output_text_score_predictor\.output_mlp\.", "model.language_model.text_predictor."),
+    (r"^model\.instruct_score_predictor\.output_mlp\.", "model.language_model.prompt_predictor."),
     # inside the published predictors: Sequential positions -> names
     (r"(?<=\.image_predictor\.)down_mlp\.0\.", "norm."),
     (r"(?<=\.image_predictor\.)down_mlp\.1\.", "in_proj."),
@@ -39,18 +40,18 @@ RENAMES = (
     (r"(?<=\.image_predictor\.)transformer\.(\d+)\.attn\.proj\.", r"blocks.\1.out_proj."),
     (r"(?<=\.image_predictor\.)transformer\.(\d+)\.norm2\.", r"blocks.\1.ffn_norm."),
     (r"(?<=\.image_predictor\.)transformer\.(\d+)\.mlp\.", r"blocks.\1."),
-    (r"(?<=\.text_predictor\.)0\.", "norm."),
-    (r"(?<=\.text_predictor\.)1\.", "in_proj."),
-    (r"(?<=\.text_predictor\.)3\.", "head.0."),
-    (r"(?<=\.text_predictor\.)5\.", "head.2."),
-    (r"(?<=\.text_predictor\.)7\.", "head.4."),
+    (r"\.(text|prompt)_predictor\.0\.", r".\1_predictor.norm."),
+    (r"\.(text|prompt)_predictor\.1\.", r".\1_predictor.in_proj."),
+    (r"\.(text|prompt)_predictor\.3\.", r".\1_predictor.head.0."),
+    (r"\.(text|prompt)_predictor\.5\.", r".\1_predictor.head.2."),
+    (r"\.(text|prompt)_predictor\.7\.", r".\1_predictor.head.4."),
     # `save_pretrained` of a model that was built, not loaded, goes back to LLaVA's older names
     (r"^model\.language_model\.model\.", "model.language_model."),
     (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
-# Buffers that are computed, and the published code's predictor for prompt text, which its method leaves off.
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.instruct_score_predictor\.")
-PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|image_predictor(_\d+)?)\.")
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # buffers that are computed
+PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|prompt_predictor|image_predictor(_\d+)?)\.")
+PROMPT_PREDICTOR = "model.language_model.prompt_predictor."
 VISION = "model.vision_tower."
 # Of a full CLIP repository only the vision half is wanted.
 NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
@@ -70,8 +71,10 @@ def is_added(name: str, before: SparsityConfig) -> bool:
     if found is None:
         return False
     gates = {f"_{layer}" for layer, _ in before.later_gates}
-    return (found[2] is not None and found[2] not in gates) or (
-        before.vision_keep_range is None and ".rate_proj." in name
+    return (
+        (found[2] is not None and found[2] not in gates)
+        or (before.vision_keep_range is None and ".rate_proj." in name)
+        or (not before.prompt_predictor and name.startswith(PROMPT_PREDICTOR))
     )
 
 
