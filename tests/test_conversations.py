@@ -9,12 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynllava_plugin.evaluation.engine.costs import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.flops import CachedDecoder, DecoderShape, OutputCost, output_cost
 from tests.property_tests import examples
 from tests.tiny_random import EOS, PAD, batch_of, random_model, random_sample
 

@@ -19,7 +19,6 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation import judges
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
-from dynllava_plugin.evaluation.engine.costs import OutputCost
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.results.footer import footer
 from dynllava_plugin.evaluation.results.journal import Journal, entry_key
@@ -29,6 +28,7 @@ from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.progress import clock
 from dynllava_plugin.evaluation.suite.runner import Runner, read_state
 from dynllava_plugin.evaluation.suite.runs import Run, plan
+from dynllava_plugin.flops import OutputCost
 
 ROOT = Path(__file__).resolve().parents[1]
 

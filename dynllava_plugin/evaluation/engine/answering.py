@@ -2,20 +2,87 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dynllava_plugin.evaluation.engine.answers import Answer
-from dynllava_plugin.evaluation.engine.calls import Calls
-from dynllava_plugin.evaluation.engine.histories import History, read_histories
-from dynllava_plugin.evaluation.engine.prefetch import Prepared
+from dynllava_plugin.evaluation.engine.encoding import Encoder, Prepared
 from dynllava_plugin.evaluation.engine.requests import Generation
+from dynllava_plugin.flops import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.model.shared_prefill import share_prefill
+from dynllava_plugin.policies import Policy
+
+
+class Calls:
+    """What a batch's calls of the model have in common: its inputs, its images, the clock.
+
+    Parameters
+    ----------
+    model, processor
+        As `load_model` gives them.
+    encoder : Encoder
+        Theirs.
+
+    Attributes
+    ----------
+    seconds : float
+        Inside the model so far.
+    shared_prompts : int
+        Prompts so far of batches that prefilled what they begin with alike once.
+    eos_ids : int64 [E]
+        Tokens that end an answer.
+    """
+
+    def __init__(self, model: Any, processor: Any, encoder: Encoder) -> None:
+        self.model, self.processor, self.encoder = model, processor, encoder
+        self.seconds, self.shared_prompts = 0.0, 0
+        self._decoder = CachedDecoder.of(model)
+        eos = model.generation_config.eos_token_id
+        eos = processor.tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Count what happens inside as the model's seconds."""
+        started = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.seconds += time.perf_counter() - started
+
+    def inputs(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """Return the batch as arguments of the model, its images encoded where that is done apart."""
+        with self.clock():
+            return self.encoder.batch(batch)
+
+    @property
+    def policy(self) -> Policy:
+        """Return who decides what stays, by the settings in force."""
+        return self.model.model.language_model.policy
+
+    def columns(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return character spans as token spans, counted from the end (negative; 0 is the end itself).
+
+        Counted from the end because images, which stand before them, become many tokens, and padding is left.
+        """
+        count = self.encoder.token_count
+        total = count(text)
+        return [(count(text[:start]) - total, count(text[:end]) - total) for start, end in spans]
+
+    def cost(self, dense: int, sparse: int, keep: list[bool]) -> OutputCost | None:
+        """Return `output_cost`; None under a policy whose cache isn't split at one layer for good."""
+        if self.policy.sequential or self.policy.at_input or len(self.policy.splits) > 1:
+            return None
+        return output_cost(replace(self._decoder, sparse_layer=self.policy.gate_layer), dense, sparse, keep)
 
 
 def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) -> list[Answer]:
-    """Answers in the batch's order; what its prompts begin with alike is prefilled once."""
+    """Return answers in the batch's order; what its prompts begin with alike is prefilled once."""
     inputs = calls.inputs(batch)
     earlier = _earlier_answers(calls, inputs["input_ids"], batch)
     one_history = _setting(calls, generation, "num_beams") in (None, 1)
@@ -134,3 +201,52 @@ def _truncate(text: str, until: tuple[str, ...]) -> str:
     text = text.strip()
     ends = [position for position in (text.find(stop) for stop in until) if position >= 0]
     return text[: min(ends)].strip() if ends else text
+
+
+@dataclass(frozen=True)
+class History:
+    """What a sample's KV cache says about a finished `generate` call.
+
+    Attributes
+    ----------
+    context : int
+        Tokens of the prompt that layers >= l hold.
+    dropped_answers : int
+        Tokens of earlier answers in the prompt that they don't.
+    keep : list of bool
+        For each token that was fed back, whether they hold it; goes on behind the sample's end token.
+    """
+
+    context: int
+    dropped_answers: int
+    keep: list[bool]
+
+
+def read_histories(cache: Any, steps: int, earlier: torch.Tensor | None) -> list[History] | None:
+    """Return one history a sample; None without a cache of ours.
+
+    Parameters
+    ----------
+    cache : SparseContextCache
+    steps : int
+        Decoding steps after the prompt.
+    earlier : bool [B, prompt], optional
+        The prompt's own output text.
+    """
+    if cache is None or not hasattr(cache, "kept_lengths"):
+        return None
+    held = cache.kept_lengths()[-1].tolist()
+    decisions = cache.output_keep()
+    if decisions is None:
+        return [History(length, 0, []) for length in held]
+    decisions = decisions.cpu()
+    columns = decisions.shape[1] - steps  # of the prompt, where it has output text
+    dropped = [0] * len(held)
+    if columns and earlier is not None:
+        dropped = (earlier.cpu() & ~decisions[:, :columns]).sum(1).tolist()
+    generated = decisions[:, columns:]
+    kept = generated.sum(1).tolist()
+    return [
+        History(length - count, lost, keep)
+        for length, count, lost, keep in zip(held, kept, dropped, generated.tolist(), strict=True)
+    ]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynllava_plugin.evaluation.engine.costs import OutputCost
+from dynllava_plugin.flops import OutputCost
 
 
 @dataclass(frozen=True)

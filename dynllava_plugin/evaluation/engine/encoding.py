@@ -6,19 +6,59 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.features import ImageFeatures
 from dynllava_plugin.evaluation.engine.images import load_image
-from dynllava_plugin.evaluation.engine.prefetch import Prepared, PreparedImage
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 _REMEMBERED = 64  # images whose tensors are kept for the questions that follow
+_CAPACITY = 256 * 2**20  # bytes of image features kept: 54 images of LLaVA-1.5 7B in bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the vision tower takes it.
+
+    Attributes
+    ----------
+    key : bytes
+        Equal for images with equal pixels after resizing.
+    pixels : float32 [3, H, W]
+    """
+
+    key: bytes
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request as the model takes it.
+
+    Attributes
+    ----------
+    index : int
+        Its place in the caller's sequence.
+    request : Request
+    images : tuple of PreparedImage
+        Those that are encoded apart; their questions share batches.
+    ids : list of int
+        Tokens of the text that the model is given; of an image that is encoded apart one, else all.
+    tensors : dict
+        The images as arguments of the model, where it encodes them itself.
+    """
+
+    index: int
+    request: Request
+    images: tuple[PreparedImage, ...]
+    ids: list[int]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def encoder_of(model: Any, processor: Any) -> Encoder:
@@ -156,6 +196,47 @@ class LlavaEncoder(Encoder):
 
     def _tokens(self, text: str) -> list[int]:
         return super()._tokens(self._processor.prepare_text(text))
+
+
+class ImageFeatures:
+    """The vision tower's output, computed once for an image that several questions are about; the latest ones kept.
+
+    Parameters
+    ----------
+    model : DynamicLlavaForConditionalGeneration
+    capacity : int
+        Bytes.
+    """
+
+    def __init__(self, model: Any, capacity: int = _CAPACITY) -> None:
+        self._model, self._capacity = model, capacity
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._settings: Any = None
+        self.computed = 0  # images that went through the vision tower
+
+    def of(self, images: Sequence[PreparedImage]) -> dict[str, Any]:
+        """Return ``{"image": features [M, N, d]}`` of M images in order, as the model takes them; empty without images."""
+        if not images:
+            return {}
+        settings = self._model.config.text_config.sparsity
+        if settings != self._settings:  # some policies reduce the patches themselves
+            self._kept.clear()
+            self._bytes, self._settings = 0, settings
+        missing = {image.key: image.pixels for image in images if image.key not in self._kept}
+        if missing:
+            pixels = torch.stack(list(missing.values())).to(self._model.device, self._model.dtype)
+            encoded = self._model.get_image_features(pixel_values=pixels, return_dict=True)
+            for key, features in zip(missing, encoded.pooler_output, strict=True):
+                self._kept[key] = features
+                self._bytes += features.nbytes
+            self.computed += len(missing)
+        for image in images:
+            self._kept.move_to_end(image.key)
+        stacked = torch.stack([self._kept[image.key] for image in images])
+        while self._bytes > self._capacity and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return {"image": BaseModelOutputWithPooling(pooler_output=stacked)}
 
 
 class ProcessorEncoder(Encoder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -13,11 +15,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.answering import answer_batch
+from dynllava_plugin.evaluation.engine.answering import Calls, answer_batch
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
-from dynllava_plugin.evaluation.engine.calls import Calls
-from dynllava_plugin.evaluation.engine.encoding import encoder_of, limit_pixels
-from dynllava_plugin.evaluation.engine.prefetch import Preparation, Prepared
+from dynllava_plugin.evaluation.engine.encoding import Prepared, encoder_of, limit_pixels
 from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.engine.scoring import score_batch
@@ -75,13 +75,12 @@ class Engine:
         self.model, self.processor, self.batch_size = model, processor, size
         self.style, self.encoder = style_of(model, processor, system_prompt), encoder_of(model, processor)
         self.calls = Calls(model, processor, self.encoder)
-        self._preparation = Preparation(self.encoder.prepare)
         self.seconds = 0.0
         self.started: float | None = None
 
     @classmethod
     def load(cls, settings: ModelSettings, batch_size: int | str = DEFAULT_BATCH_SIZE) -> Engine:
-        """Load what `settings` names."""
+        """Return an engine around what `settings` names."""
         from dynllava_plugin import load_model
 
         with torch.random.fork_rng(devices=[]):
@@ -101,12 +100,12 @@ class Engine:
 
     @property
     def shared_prompts(self) -> int:
-        """Prompts so far of batches that prefilled what they begin with alike once."""
+        """Return the prompts so far of batches that prefilled what they begin with alike once."""
         return self.calls.shared_prompts
 
     @property
     def model_seconds(self) -> float:
-        """Of `seconds`, those inside the model."""
+        """Return those of `seconds` that were inside the model."""
         return self.calls.seconds
 
     @torch.no_grad()
@@ -116,7 +115,7 @@ class Engine:
         generation: Generation | None = None,
         on_batch: Callable[[list[int], list[Answer]], None] | None = None,
     ) -> list[Answer]:
-        """Answers in request order.
+        """Return answers in request order.
 
         Parameters
         ----------
@@ -146,7 +145,7 @@ class Engine:
         requests: Sequence[Request],
         on_batch: Callable[[list[int], list[Score]], None] | None = None,
     ) -> list[Score]:
-        """Scores of each request's continuation, and of its earlier answers, in request order.
+        """Return scores of each request's continuation, and of its earlier answers, in request order.
 
         One parallel pass a batch. Where a request has earlier answers, each is a round of its score.
 
@@ -170,7 +169,7 @@ class Engine:
         self.started = self.started or started
         results: list[Result | None] = [None] * len(requests)
         size = max(self.batch_size, min(self.encoder.window_batches * self.batch_size, _WINDOW))
-        for window in self._preparation.windows(requests, text_of, size, self.batch_size):
+        for window in _windows(self.encoder.prepare, requests, text_of, size, self.batch_size):
             for batch in self._batches(window):
                 found = self._worked(work, batch)
                 for item, result in zip(batch, found, strict=True):
@@ -223,3 +222,41 @@ def largest_batch(model: Any) -> int:
         file=sys.stderr,
     )
     return size
+
+
+def _windows(
+    prepare: Callable[[int, Request, str], Prepared],
+    requests: Sequence[Request],
+    text_of: Callable[[Request], str],
+    size: int,
+    first: int,
+) -> Iterator[list[Prepared]]:
+    """Yield all of `requests` prepared, `size` at a time, the next window in the making while one is worked on.
+
+    Nothing is worked on while the first window is made, so that it has `first` requests only; each has twice as many as the
+    one before, up to `size`. `text_of` is what the model is given of a request. `requests` may build an item when it is
+    indexed; that happens in the background thread too, in order.
+    """
+
+    def window(indices: range) -> list[Prepared]:
+        found = ((index, requests[index]) for index in indices)
+        return [prepare(index, request, text_of(request)) for index, request in found]
+
+    ranges = _growing_ranges(len(requests), first, size)
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead = pool.submit(window, next(ranges, range(0)))
+        for following in chain(ranges, (range(0),)):
+            found = ahead.result()
+            ahead = pool.submit(window, following)  # of none, behind the last
+            try:
+                yield found
+            except GeneratorExit:
+                ahead.cancel()
+                raise
+
+
+def _growing_ranges(total: int, first: int, most: int) -> Iterator[range]:
+    start, length = 0, min(first, most)
+    while start < total:
+        yield range(start, min(start + length, total))
+        start, length = start + length, min(2 * length, most)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.answering import Calls
 from dynllava_plugin.evaluation.engine.answers import Score
-from dynllava_plugin.evaluation.engine.calls import Calls
-from dynllava_plugin.evaluation.engine.prefetch import Prepared
+from dynllava_plugin.evaluation.engine.encoding import Prepared
 
 
 def score_batch(calls: Calls, batch: list[Prepared]) -> list[Score]:
-    """Scores of the batch's continuations, and of the earlier answers in its prompts.
+    """Return scores of the batch's continuations, and of the earlier answers in its prompts.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def score_batch(calls: Calls, batch: list[Prepared]) -> list[Score]:
 
 
 def _joined(rounds: list[Score]) -> Score:
-    """A conversation's score from its rounds'."""
+    """Return a conversation's score from its rounds'."""
     costs = [score.cost for score in rounds if score.cost is not None]
     return Score(
         logprob=sum(score.logprob for score in rounds),

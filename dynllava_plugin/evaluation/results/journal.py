@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
-from dynllava_plugin.evaluation.engine.costs import OutputCost
 from dynllava_plugin.files import write_json
+from dynllava_plugin.flops import OutputCost
 
 VARIABLE = "DYNLLAVA_JOURNAL"
 PROGRESS = "progress"
