@@ -300,6 +300,10 @@ def test_right_padding_and_eager_attention(family):
                 right[name] = torch.nn.functional.pad(sample[name], (0, 3))
         expected = model(**sample, logits_to_keep=1).logits[:, -1]
         torch.testing.assert_close(model(**right, logits_to_keep=1).logits[:, -1], expected, **CLOSE)
+        options = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
+        answer = model.generate(**sample, **options)[0, -4:]
+        for more in ({}, {"use_cache": False}):
+            assert torch.equal(model.generate(**right, **options, **more)[0, -4:], answer), more
         eager = model_of(family, "eager")
         eager.set_sparsity(policy=text)
         torch.testing.assert_close(eager(**sample, logits_to_keep=1).logits[:, -1], expected, **CLOSE)

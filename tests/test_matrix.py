@@ -74,10 +74,10 @@ def test_a_drawn_configuration_is_one_thing(family, policy, shapes, right, eager
         torch.testing.assert_close(static, together, **CLOSE)
     options = dict(do_sample=False, max_new_tokens=3, min_new_tokens=3)
     width = batch["input_ids"].shape[1]
-    greedy = model.generate(**batch, **options)[:, width:]
-    beams = model.generate(**batch, **options, num_beams=2)[:, width:]
+    greedy = model.generate(**given_batch, **options)[:, width:]
+    beams = model.generate(**given_batch, **options, num_beams=2)[:, width:]
     if not sequential:
-        assert torch.equal(model.generate(**batch, **options, use_cache=False)[:, width:], greedy)
+        assert torch.equal(model.generate(**given_batch, **options, use_cache=False)[:, width:], greedy)
     for row, sample in enumerate(alone):
         own, own_cache = step_by_step(model, sample, answers[row : row + 1])
         torch.testing.assert_close(together[row], own[0], **CLOSE)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerationMixin
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.modeling import SparseVLM
@@ -17,15 +16,6 @@ class TurnedPositions(SparseVLM):
     """A family whose images turn on three axes: positions come from the images' grids, later ones from the cache's offset."""
 
     image_needs = ("pixel_values", "image_grid_thw")
-
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
-    ) -> Any:
-        """Return what `SparseGeneration.generate` does, of prompts that are padded on the left."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise UserError("attention_mask: prompts are padded on the right; pad them on the left")
-        return super().generate(inputs, generation_config, **kwargs)
 
     def pixels_of_images(self, pixel_values: torch.Tensor, images: dict[str, Any]) -> Sequence[torch.Tensor]:
         """Return each image's patches of `pixel_values` [patches of all images, d]."""
@@ -63,15 +53,20 @@ class TurnedPositions(SparseVLM):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """Return int64 [4, B, L], places in the text first; behind a cache by its offset, not by the module's last call's."""
+        """Return int64 [4, B, L], places in the text first; behind a cache by its offset, not by the module's last call's.
+
+        On padding behind a prompt stands its last position, from which `generate` counts on.
+        """
         cache: Any = model_kwargs.get("past_key_values")
-        text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
-        ids, grid = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("image_grid_thw")
+        mask, grid = model_kwargs["attention_mask"], model_kwargs.get("image_grid_thw")
+        text = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        ids = model_kwargs.get("input_ids", inputs_tensor)
         if grid is not None and not ids.is_floating_point():  # cached columns are sliced away again
             seen, images = (0 if cache is None else cache.seen), {"image_grid_thw": grid}
-            new: Any = self.positions(ids[:, seen:], model_kwargs.get("attention_mask"), cache, images, True)
+            new: Any = self.positions(ids[:, seen:], mask, cache, images, True)
             turned = torch.nn.functional.pad(new, (seen, 0))
+            turned = turned.where(mask.bool(), turned.amax((0, 2), keepdim=True))
         else:
             offset = getattr(cache, "offset", None)
             turned = (text if offset is None else text + offset).expand(3, -1, -1)
-        return torch.cat([text.expand(turned.shape[1:])[None], turned])
+        return torch.cat([text[None], turned])
