@@ -9,6 +9,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from dynllava_plugin.bench import loading, measuring, timing
 from dynllava_plugin.bench.command import main
@@ -22,6 +23,7 @@ from dynllava_plugin.bench.subject import Subject
 from dynllava_plugin.cli import main as dynllava
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape, cache_bytes
+from tests.families.checkpoints import write_checkpoint
 
 TINY = [
     "--shape",
@@ -307,9 +309,95 @@ def test_rows_of_another_machine_are_not_gone_on_from(tmp_path, capsys):
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     file = tmp_path / "rows.json"
     file.write_text('{"a": 1}')
-    assert main(["prefill", *TINY, "--json", str(file), "--resume"]) == 2
-    assert "not a list of benchmark rows" in capsys.readouterr().err
+    for more in ([], ["--resume"]):
+        assert main(["prefill", *TINY, "--json", str(file), *more]) == 2
+        assert "not a list of benchmark rows" in capsys.readouterr().err
     assert file.read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("phase", ["all", "load", "serve", "train", "harness"])
+def test_a_place_that_takes_no_rows_is_one_line_before_any_work(phase, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "rows.json"):
+        assert main([phase, "--json", str(place)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --json {place}: ") and error.count("\n") == 1
+
+
+def test_policies_by_chance_run_in_every_phase():
+    """Their seeds come from the pixels: features are encoded under the policy that is in force."""
+    arguments = ["all", *TINY, "--only", "prefill,decode,nocache,score", "--batch", "2", "--at", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynllava_plugin.bench.score.ANSWER", 4)
+        assert main([*arguments, "--mode", "random"]) == 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(64, 48), (40, 90)]):
+        Image.new("RGB", size, (40 * number, 90, 200)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_checkpoint_is_asked_about_pictures(pictures, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    arguments = [
+        "all",
+        "--pretrained",
+        "tiny",
+        "--images",
+        str(pictures),
+        "--device",
+        "cpu",
+        "--json",
+        str(file),
+    ]
+    arguments += ["--only", "prefill,decode,nocache,score,memory", "--batch", "2", "--at", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynllava_plugin.bench.score.ANSWER", 4)
+        assert main([*arguments, "--repeats", "1", "--warmup", "0", "--mode", "random"]) == 0
+    rows = json.loads(file.read_text())
+    assert {row["phase"] for row in rows} == {"prefill", "decode", "nocache", "score", "memory"}
+    assert {row["mode"] for row in rows} == {"full", "random"}
+    assert all(row["shape"] == "tiny" and row["image_tokens"] == 64 for row in rows)
+    (full,) = (row for row in rows if row["phase"] == "memory" and row["mode"] == "full")
+    held = full["needed_bytes"] / (2 * 6 * 2 * 192 * 4)  # samples, layers, keys and values, width, float32
+    assert held == 64 + full["text_tokens"] + 1
+    assert main(["prefill", *arguments[1:7], "--batch", "1", "--mode", "image", "--repeats", "1"]) == 0
+    assert "tiny has no predictors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_a_checkpoint_of_another_family(family, pictures, tmp_path):
+    """Images of other sizes have other numbers of tokens: the batch is padded."""
+    folder = str(write_checkpoint(family, tmp_path / family))
+    arguments = [
+        "prefill",
+        "--pretrained",
+        folder,
+        "--images",
+        str(pictures),
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+    ]
+    assert (
+        main([*arguments, "--batch", "2", "--mode", "fastv,k=2", "--json", str(tmp_path / "rows.json")]) == 0
+    )
+
+
+def test_pictures_that_are_not_there_are_one_line(tmp_path, capsys):
+    for flags, message in (
+        (["--pretrained", "tiny"], "--pretrained: goes with --images DIR"),
+        (["--images", str(tmp_path)], "--pretrained: goes with --images DIR"),
+        (["--pretrained", "tiny", "--images", str(tmp_path)], f"--images {tmp_path}: no picture in it"),
+        (["--pretrained", "tiny", "--images", str(tmp_path), "--shape", "7b"], "without --shape"),
+    ):
+        assert main(["prefill", "--device", "cpu", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_rows_replace_older_ones_about_the_same():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import socket
 import threading
@@ -19,6 +20,7 @@ from PIL import Image
 
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
+from tests.property_tests import TIMES
 from tests.server import Server
 
 pytest.importorskip("uvicorn")
@@ -214,13 +216,16 @@ def test_clients_that_leave_free_the_server(client: Any) -> None:
 
 
 def test_memory_stays_flat(server: Server, client: Any) -> None:
+    """200 requests; `DYNLLAVA_FUZZ=5 pytest -s tests/test_serve.py -k memory` makes it 1,000 and says how much it grew."""
     question = turn("What is this?", data_url(boxes()))
     for _ in range(40):
         text_of(client, question, max_tokens=1)
     before = server.resident()
-    for _ in range(200):
+    for _ in range(200 * max(TIMES, 1)):
         text_of(client, question, max_tokens=1)
-    assert server.resident() - before < 8 << 20
+    grown = server.resident() - before
+    print(f"grown by {grown / 2**20:.1f} of {before / 2**20:.0f} MiB")
+    assert grown < 8 << 20
 
 
 def test_another_family(tmp_path: Path) -> None:
@@ -272,3 +277,61 @@ def test_what_the_page_types(server: Server, capsys: pytest.CaptureFixture[str])
     assert code and "dynllava serve tiny --port 8000 --policy full" in page
     exec(code[1].replace("http://127.0.0.1:8000/v1", server.url), {"IMAGE": data_url(boxes())})
     assert capsys.readouterr().out.strip()
+
+
+def test_untrained_predictors_are_said_once(server: Server, client: Any) -> None:
+    for _ in range(2):
+        text_of(
+            client, turn("What is this?", data_url(boxes())), max_tokens=1, extra_body={"policy": "image"}
+        )
+    assert server.text.count("a request asks for image: the checkpoint has no predictors, untrained") == 1
+
+
+def test_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes().save(tmp_path / "boxes.png")
+    command = [
+        "bench",
+        "serve",
+        "--pretrained",
+        "tiny",
+        "--images",
+        str(tmp_path),
+        "--clients",
+        "1,3",
+        "--requests",
+        "2",
+    ]
+    command += [
+        "--new-tokens",
+        "4",
+        "--repeats",
+        "1",
+        "--mode",
+        "fastv,k=2",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert [(row["mode"], row["batch"], row["requests"]) for row in rows] == [
+        ("full", 1, 2), ("fastv,k=2", 1, 2), ("full", 3, 3), ("fastv,k=2", 3, 3)
+    ]  # fmt: skip
+    for row in rows:
+        assert (
+            0 < row["first_token_s"] and 1 / row["requests_per_s"] > row["first_token_s"] / row["batch"] / 2
+        )
+        full = next(other for other in rows if other["mode"] == "full" and other["batch"] == row["batch"])
+        assert row["speedup"] == pytest.approx(row["requests_per_s"] / full["requests_per_s"])
+    assert "Serving over HTTP" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        main([*command, "--resume"]) == 0 and json.loads((tmp_path / "out" / "rows.json").read_text()) == rows
+    )
+    assert (
+        main(["bench", "serve", "--clients", "0"]) == 2 and main(["bench", "serve", "--requests", "0"]) == 2
+    )
+    assert main(["bench", "serve", "--pretrained", "no/such/folder"]) == 2
+    errors = capsys.readouterr().err.splitlines()[-3:]
+    assert (
+        errors[0].startswith("error: --clients: '0'") and errors[1] == "error: --requests: 0 is less than 1"
+    )
+    assert errors[2].startswith("error: no/such/folder")

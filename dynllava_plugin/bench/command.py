@@ -27,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
         from dynllava_plugin.bench.harness import run_harness
 
         return run_harness(args)
+    if args.phase == "serve":
+        from dynllava_plugin.bench.serving import run_serve
+
+        return run_serve(args)
     from dynllava_plugin.bench.measuring import measure
 
     return measure(args)

@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from dynllava_plugin.bench.flags import chosen, numbers
-from dynllava_plugin.bench.report import report
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import HARNESSES, LMMS_EVAL, find_benchmark
@@ -60,34 +59,23 @@ def run_harness(args: argparse.Namespace) -> int:
     for harness in harnesses:
         if len(benchmark.tasks(harness)) != 1:
             raise UserError(f"--benchmark: {args.benchmark} isn't one task in {harness}; take another")
-    path = args.json or (args.output / "rows.json" if args.output else None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    rows = HarnessRows(
-        path,
-        args.resume,
-        {
-            "phase": "harness", "device": device, "benchmark": args.benchmark, "limit": args.limit,
-            "policy": args.policy or OWN, "checkpoint": Path(args.pretrained).name,
-            "checkpoint_hash": resolve_checkpoint(args.pretrained), "threads": torch.get_num_threads(),
-        },
+    rows = HarnessRows.of(
+        args, phase="harness", device=device, benchmark=args.benchmark, limit=args.limit, policy=args.policy or OWN,
+        checkpoint=Path(args.pretrained).name, checkpoint_hash=resolve_checkpoint(args.pretrained),
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     plan = [(r, h, b) for r in range(args.repeats) for h in harnesses for b in batches]
-    status = 0
-    try:
+
+    def work() -> None:
         with tempfile.TemporaryDirectory(prefix="dynllava-bench-") as folder:
             for repeat, harness, batch in tqdm(plan, desc="harness runs", unit="run"):
                 about = {"harness": harness, "batch": batch, "repeat": repeat}
                 if not rows.has([about]):
                     target = Path(folder) / f"{harness}_{batch}_{repeat}"
                     rows.add(**about, **_measure(args, harness, batch, benchmark.tasks(harness)[0], target))
-    except KeyboardInterrupt:
-        print("interrupted: the rows so far are kept", file=sys.stderr)
-        status = 130
-    if args.output and path and rows.rows:
-        report([path], args.output)
-    elif path is None:
-        print(json.dumps(rows.rows, indent=1))
-    return status
+
+    return rows.carry_out(work, args.output)
 
 
 def _measure(
@@ -96,11 +84,9 @@ def _measure(
     folder.mkdir(parents=True)
     settings = ModelSettings.from_dict({"pretrained": args.pretrained, "policy": args.policy})
     asked = module_and_arguments(harness, settings, [task], batch, folder, args.limit)
-    log, started = folder / "log.txt", time.perf_counter()
+    log, started, command = folder / "log.txt", time.perf_counter(), [sys.executable, "-m", *asked]
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            [sys.executable, "-m", *asked], stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     seconds = time.perf_counter() - started
     manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
     if code or not manifests:

@@ -26,10 +26,15 @@ def load(run: Run) -> None:
     if run.rows.has([{"phase": "load"}]):
         return
     require_disk(run.subject.weight_bytes, Path(tempfile.gettempdir()))
+    processor = (
+        run.subject.loaded.processor
+        if run.subject.loaded
+        else load_model("tiny", device="cpu", mode="full")[1]
+    )
     with tempfile.TemporaryDirectory(prefix="dynllava-bench-") as name:
         folder = Path(name)
         run.subject.model.save_pretrained(folder)
-        load_model("tiny", device="cpu", mode="full")[1].save_pretrained(folder)
+        processor.save_pretrained(folder)
         for path, cold in (("cold", True), ("warm", False)):
             found: dict[str, list[dict[str, float]]] = {READ: [], LOAD: []}
             for _ in range(max(run.repeats // 2, 2)):

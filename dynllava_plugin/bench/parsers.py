@@ -59,13 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
     _add_train(phases)
     _add_harness(phases)
+    _add_serve(phases)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     default = "(default: %(default)s)"
     parser.add_argument(
-        "--shape", default="cpu-medium", help=f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS {default}"
+        "--shape",
+        help=f"random weights of {', '.join(SHAPES)} or LAYERSxWIDTHxHEADS (default: cpu-medium)",
     )
+    parser.add_argument("--pretrained", metavar="CKPT", help="a checkpoint instead, asked about --images")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for --pretrained")
     parser.add_argument(
         "--mode",
         default=",".join(MODES),
@@ -179,4 +183,30 @@ def _add_harness(phases: Any) -> None:
     flag("--repeats", type=int, default=3, help=f"runs of each {default}")
     flag("--json", type=Path, metavar="FILE", help="rows, whole after every run")
     flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md, chart.png, machine.json")
+    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+
+
+def _add_serve(phases: Any) -> None:
+    """The phase `serve` and its flags."""
+    text = "requests a second and time to the first token of `dynllava serve`, for so many clients at once"
+    parser = phases.add_parser("serve", help=text, description=text)
+    default = "(default: %(default)s)"
+    flag = parser.add_argument
+    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {default}")
+    flag("--images", type=Path, metavar="DIR", help="pictures to ask about (default: one of noise)")
+    flag(
+        "--mode",
+        default="image_text",
+        help=f"comma-separated, against full context: as of other phases {default}",
+    )
+    flag("--clients", default="1,4,16,32", help=f"comma-separated {default}")
+    flag(
+        "--requests", type=int, default=32, help=f"of a burst, or one a client where those are more {default}"
+    )
+    flag("--new-tokens", type=int, default=32, help=f"of every answer {default}")
+    flag("--device", help="(default: cuda where there is a GPU, else cpu)")
+    flag("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    flag("--repeats", type=int, default=3, help=f"bursts of each {default}")
+    flag("--json", type=Path, metavar="FILE", help="rows, whole after every number of clients")
+    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md and machine.json")
     flag("--resume", action="store_true", help="go on from the rows already in --json or --output")

@@ -50,7 +50,9 @@ def _uncached(run: Run, prompts: Prompts, length: int) -> Any:
     ids = torch.cat([prompts.ids, prompts.answers[:, :length]], 1)
     return run.subject.model(
         ids,
+        attention_mask=prompts.mask_with(length) if prompts.mixed else None,
         mm_encoder_outputs=prompts.encoded,
+        **prompts.more,
         use_cache=False,
         logits_to_keep=1,
         prompt_length=prompts.width,

@@ -55,12 +55,17 @@ SECTIONS = {
             "fits",
         ),
     ),
+    "serve": (
+        "Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens",
+        ("requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests"),
+    ),
     "load": (
         "Loading a checkpoint against reading it with safetensors alone",
         ("path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes"),
     ),
 }
 HEADINGS = {
+    "requests_per_s": "requests/s", "first_token_s": "ms to the first token", "first_token_speedup": "speed-up to the first",
     "median_s": "ms", "baseline_s": "baseline ms", "tokens_per_s": "tokens/s", "speedup": "speed-up", "ideal_speedup": "ideal",
     "of_ideal": "measured/ideal", "tflops_paper": "TFLOPs (Eq. 13)", "tflops_exact": "TFLOPs (exact)",
     "kept_share": "text kept", "max_difference": "largest difference", "cache_bytes": "cache MiB", "resident_bytes": "in memory MiB",
@@ -153,8 +158,8 @@ def _cell(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if name.endswith("_bytes"):
         return f"{value / 2**20:.1f}"
-    if name in ("median_s", "baseline_s"):
+    if name in ("median_s", "baseline_s", "first_token_s"):
         return f"{value * 1e3:.2f}"
-    if name in ("speedup", "ideal_speedup", "of_ideal"):
+    if name in ("speedup", "ideal_speedup", "of_ideal", "first_token_speedup"):
         return f"{value:.2f}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

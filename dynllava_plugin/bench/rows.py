@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.results.manifest import read_json
-from dynllava_plugin.files import write_json, write_text
+from dynllava_plugin.files import check_file, write_json, write_text
 
 # What a row is about; everything else is what was measured.
 KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")
 NEEDED = ("phase", "mode", "batch", "length")
 COLUMNS = (
     *KEYS, "median_s", "min_s", "max_s", "iqr_s", "repeats", "tokens_per_s", "speedup", "ideal_speedup", "of_ideal",
-    "tflops_paper", "tflops_exact", "read_bytes", "kept_share", "cache_bytes", "resident_bytes",
+    "tflops_paper", "tflops_exact", "read_bytes", "requests", "requests_per_s", "first_token_s", "first_token_speedup",
+    "kept_share", "cache_bytes", "resident_bytes",
     "needed_bytes", "growth_bytes", "peak_bytes",
     "weight_bytes", "fits", "baseline_s", "max_difference", "image_tokens", "text_tokens", "vision_keep_rate",
     "text_keep_rate", "threads",
@@ -50,12 +55,53 @@ class Rows:
     def __init__(self, path: Path | None, resume: bool, common: dict[str, Any]) -> None:
         self.path, self.common = path, common
         self.rows: list[dict[str, Any]] = []
-        if path is not None and resume and path.is_file():
-            self.rows = read_rows(path, self.needed)
+        if path is None:
+            return
+        check_file("--json", path)
+        if path.is_file():  # what isn't of rows isn't written over
+            before = read_rows(path, self.needed if resume else ("phase",))
+            self.rows = before if resume else []
+        if resume:
             _check_machine(path)
-        if path is not None:
-            self._write()  # a folder that can't be written to shows now, not after the first hour
-            write_json(machine_file(path), {"host": host(), "versions": versions()})
+        self._write()
+        write_json(machine_file(path), {"host": host(), "versions": versions()})
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, **common: Any) -> Rows:
+        """Return the rows that a command line's `--json`, `--output` and `--resume` ask for."""
+        path = args.json or (args.output / "rows.json" if args.output else None)
+        return cls(path, args.resume, common)
+
+    def carry_out(self, work: Callable[[], None], output: Path | None) -> int:
+        """Do the work that adds rows, then write the report into `output`, or print rows that no file holds.
+
+        Returns
+        -------
+        int
+            0, or 130 where the user interrupts: the rows so far are kept.
+
+        Raises
+        ------
+        UserError
+            The device ran out of memory.
+        """
+        status = 0
+        try:
+            work()
+        except KeyboardInterrupt:
+            print("interrupted: the rows so far are kept", file=sys.stderr)
+            status = 130
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "--batch, --new-tokens: the device ran out of memory; take less (the rows so far are kept)"
+            ) from None
+        if self.path is None:
+            print(json.dumps(self.rows, indent=1))
+        elif output and self.rows:
+            from dynllava_plugin.bench.report import report
+
+            report([self.path], output)
+        return status
 
     def has(self, wanted: Iterable[dict[str, Any]]) -> bool:
         """Whether every one of these rows (given by its own `KEYS`) is there already."""
@@ -73,10 +119,7 @@ class Rows:
         return row
 
     def _write(self) -> None:
-        try:
-            write_text(self.path, json.dumps(self.rows, indent=1) + "\n")  # type: ignore[arg-type]
-        except OSError as error:
-            raise UserError(f"--json {self.path}: can't be written ({error.strerror})") from None
+        write_text(self.path, json.dumps(self.rows, indent=1) + "\n")  # type: ignore[arg-type]
 
 
 def machine_file(path: Path) -> Path:

@@ -42,7 +42,9 @@ def in_one_pass(prompts: Prompts) -> torch.Tensor:
     labels = ids.clone()
     labels[:, : prompts.width] = -100
     mask = torch.cat([prompts.mask, torch.ones_like(prompts.answers)], 1) if prompts.mixed else None
-    scores = prompts.subject.model.score(ids, mask, labels=labels, mm_encoder_outputs=prompts.encoded)
+    scores = prompts.subject.model.score(
+        ids, mask, labels=labels, mm_encoder_outputs=prompts.encoded, **prompts.more
+    )
     return scores[:, prompts.width :]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,12 +18,15 @@ from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.selection import KEEP
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
 
+if TYPE_CHECKING:
+    from dynllava_plugin.bench.pictures import Loaded
+
 PREDICTOR_HEAD = 64  # width of the image predictor's heads at any width of its own: the paper's, 512 / 8
 FILL_CHUNK = 128  # tokens fed at once between two measured lengths
 
 
 class Subject:
-    """A random model on its device.
+    """A model on its device, of a shape with random weights or a checkpoint's.
 
     Parameters
     ----------
@@ -34,6 +37,8 @@ class Subject:
         Image and text tokens of a prompt.
     vision_keep_rate, text_keep_rate : float
         Shares that stay.
+    loaded : Loaded, optional
+        A checkpoint instead of random weights, asked about pictures.
     """
 
     def __init__(
@@ -45,16 +50,20 @@ class Subject:
         text: int,
         vision_keep_rate: float,
         text_keep_rate: float,
-        seed: int = 0,
+        loaded: Loaded | None = None,
     ) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.images, self.text = images, text
+        self.images, self.text, self.loaded = images, text, loaded
         self.vision_keep_rate, self.text_keep_rate = vision_keep_rate, text_keep_rate
-        torch.manual_seed(seed)
-        with torch.device(device):
-            self.model = DynamicLlavaForConditionalGeneration._from_config(
-                _config(shape, vision_keep_rate, images), dtype=dtype
-            ).eval()
+        torch.manual_seed(0)
+        if loaded is not None:
+            self.model: Any = loaded.model
+            self.model.set_sparsity(vision_keep_rate=vision_keep_rate)
+        else:
+            with torch.device(device):
+                self.model = DynamicLlavaForConditionalGeneration._from_config(
+                    _config(shape, vision_keep_rate, images), dtype=dtype
+                ).eval()
         self.model.requires_grad_(False)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
@@ -80,7 +89,8 @@ class Subject:
 
     def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
         """A batch of prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to one and a half times the length."""
-        return Prompts(self, batch, new_tokens, mixed)
+        kind = Prompts if self.loaded is None else self.loaded.prompts
+        return kind(self, batch, new_tokens, mixed)
 
 
 class Prompts:
@@ -109,6 +119,11 @@ class Prompts:
         self.features = list(features.to(subject.dtype))
 
     @property
+    def more(self) -> dict[str, Any]:
+        """Return what else the model takes of the images."""
+        return {}
+
+    @property
     def encoded(self) -> dict[str, Any]:
         """Return the images' features as the model would encode them under the policy that is in force."""
         seeded = self.subject.model.model.language_model.policy.image_seed is not None
@@ -118,7 +133,7 @@ class Prompts:
     @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's `forward` for the prompts; the images are encoded already."""
-        inputs: dict[str, Any] = {"input_ids": self.ids, "mm_encoder_outputs": self.encoded}
+        inputs: dict[str, Any] = {"input_ids": self.ids, "mm_encoder_outputs": self.encoded, **self.more}
         return {**inputs, "attention_mask": self.mask} if self.mixed else inputs
 
     def prefill(self, cache: SparseContextCache | None) -> Any:
@@ -127,17 +142,17 @@ class Prompts:
             **self.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
         )
 
+    def mask_with(self, answered: int) -> torch.Tensor:
+        """int64 [B, L] attention mask of the prompts and `answered` tokens behind each."""
+        return torch.cat([self.mask, self.mask.new_ones(self.batch, answered)], 1)
+
     def feed(self, cache: SparseContextCache, first: int, last: int) -> None:
         """Feed answer tokens first..last-1 behind `cache`, many at once: the same decisions as one by one."""
         for start in range(first, last, FILL_CHUNK):
             ids = self.answers[:, start : min(start + FILL_CHUNK, last)]
-            mask = torch.cat([self.mask, self.mask.new_ones(self.batch, start + ids.shape[1])], 1)
+            mask = self.mask_with(start + ids.shape[1]) if self.mixed else None
             self.subject.model(
-                ids,
-                attention_mask=mask if self.mixed else None,
-                past_key_values=cache,
-                prompt_length=self.width,
-                logits_to_keep=1,
+                ids, attention_mask=mask, past_key_values=cache, prompt_length=self.width, logits_to_keep=1
             )
 
     def step(self, cache: SparseContextCache, column: int) -> Any:

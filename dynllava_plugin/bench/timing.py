@@ -36,6 +36,23 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
+    """Return a data type by name; by default float32 on a CPU and bfloat16 elsewhere."""
+    name = name or ("float32" if device.type == "cpu" else "bfloat16")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype: {name!r} is not one of float32, bfloat16, float16")
+    return getattr(torch, name)
+
+
+def about_here(device: torch.device, dtype: str | None) -> dict[str, Any]:
+    """Return what every row of a run says of where it was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype_named(dtype, device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long `call` takes, by CUDA events or the monotonic clock."""
     if device.type != "cuda":

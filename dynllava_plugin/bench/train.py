@@ -17,6 +17,8 @@ from dynllava_plugin.bench.parsers import KEPT, PARTS
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import shape_named
 from dynllava_plugin.bench.timing import (
+    about_here,
+    dtype_named,
     find_device,
     interleaved,
     release,
@@ -47,17 +49,18 @@ def run_train(args: argparse.Namespace) -> int:
     """Measure; 130 where the user interrupts, with the rows so far kept."""
     device = find_device(args.device)
     name = args.shape or ("cpu-medium" if device.type == "cpu" else "llava-1.5-7b")
-    shape = shape_named(name)
+    shape, common = shape_named(name), about_here(device, args.dtype)
     checkpointing = device.type != "cpu" if args.checkpointing is None else args.checkpointing
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtype = dtype_named(args.dtype, device)
     parts, kept = chosen("--only", args.only, PARTS), chosen("--kept", args.kept, KEPT)
     lengths, devices = numbers("--lengths", args.lengths), numbers("--devices", args.devices)
     for flag, value, least in (
         ("--repeats", args.repeats, 1),
-        ("--batch", args.batch or 1, 1),
+        ("--batch", args.batch, 1),
         ("--text-tokens", args.text_tokens, 4),
+        ("--peak-tflops", args.peak_tflops, 1e-6),
     ):
-        if value < least:
+        if value is not None and not value >= least:
             raise UserError(f"{flag}: {value} is less than {least}")
     settings = StepSettings(
         shape, str(device), dtype, args.batch or (4 if device.type == "cpu" else 8), args.text_tokens,
@@ -65,19 +68,9 @@ def run_train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if "step" in parts:
         require_memory(settings.needed_bytes, device, f"--shape {name} --optimizer {args.optimizer}")
-    path = args.json or (args.output / "rows.json" if args.output else None)
-    rows = TrainRows(
-        path,
-        args.resume,
-        {
-            "shape": name,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
-    )
-    status = 0
-    try:
+    rows = TrainRows.of(args, shape=name, **common)
+
+    def work() -> None:
         if "attention" in parts:
             batch = args.batch or (1 if device.type == "cpu" else 8)
             for length in lengths:
@@ -85,18 +78,8 @@ def run_train(args: argparse.Namespace) -> int:
                     _attention(rows, attention_shape(shape, length, batch, dtype), what, device, args.repeats)
         if "step" in parts:
             _step(rows, settings, device, args.repeats, devices, args.peak_tflops)
-    except KeyboardInterrupt:
-        print("interrupted: the rows so far are kept", file=sys.stderr)
-        status = 130
-    if args.output and path:
-        from dynllava_plugin.bench.report import report
 
-        report([path], args.output)
-    elif path is None:
-        import json
-
-        print(json.dumps(rows.rows, indent=1))
-    return status
+    return rows.carry_out(work, args.output)
 
 
 def attention_shape(shape: DecoderShape, length: int, batch: int, dtype: torch.dtype) -> AttentionShape:
@@ -141,19 +124,14 @@ def _step(
     if rows.has({**about, "implementation": name} for name in names):
         return
     release(device)
-    try:
-        peak, peak_from = peak_flops(device, settings.dtype, peak_tflops)
-        step = Step(settings)
-        times = interleaved({name: partial(step, name) for name in names}, device, repeats)
-        here = step if device.type == "cuda" else None
-        if here is None:
-            del step
-            release(device)
-        peaks = {name: step_peak(settings, name, here) for name in names}
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--batch {settings.batch}: {device} ran out of memory; take less, or --checkpointing (rows so far are kept)"
-        ) from None
+    peak, peak_from = peak_flops(device, settings.dtype, peak_tflops)
+    step = Step(settings)
+    times = interleaved({name: partial(step, name) for name in names}, device, repeats)
+    here = step if device.type == "cuda" else None
+    if here is None:
+        del step
+        release(device)
+    peaks = {name: step_peak(settings, name, here) for name in names}
 
     def speed(seconds: float) -> dict[str, Any]:
         samples_per_s = settings.batch / seconds

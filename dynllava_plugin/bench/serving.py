@@ -1,0 +1,170 @@
+"""`dynllava bench serve`: clients of `dynllava serve` over HTTP, full context against sparse, taking turns on one server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dynllava_plugin.bench.flags import numbers
+from dynllava_plugin.bench.modes import modes_named
+from dynllava_plugin.bench.pictures import QUESTION, pictures_in
+from dynllava_plugin.bench.rows import Rows
+from dynllava_plugin.bench.timing import about_here, find_device
+from dynllava_plugin.errors import UserError, reason_in
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Measure; 130 where the user interrupts, with the rows so far kept."""
+    device, modes, clients = (
+        find_device(args.device),
+        modes_named(args.mode),
+        numbers("--clients", args.clients),
+    )
+    for flag, value in (
+        ("requests", args.requests),
+        ("new-tokens", args.new_tokens),
+        ("repeats", args.repeats),
+    ):
+        if value < 1:
+            raise UserError(f"--{flag}: {value} is less than 1")
+    rows = Rows.of(args, phase="serve", shape=Path(args.pretrained).name, **about_here(device, args.dtype))
+    find_checkpoint(args.pretrained, weights=False)
+    urls = [_data_url(path) for path in pictures_in(args.images)] if args.images else [_data_url(None)]
+    asked = {mode.name: mode.sparsity.get("policy") or mode.sparsity["mode"] for mode in modes}
+    flags = ["--device", str(device), *(["--dtype", args.dtype] if args.dtype else [])]
+
+    def work() -> None:
+        wanted = [
+            number for number in clients
+            if not rows.has({"mode": name, "batch": number, "length": args.new_tokens} for name in asked)
+        ]  # fmt: skip
+        if not wanted:
+            return
+        with serving(args.pretrained, flags) as url:
+            bodies = {name: _body(args.pretrained, policy, args.new_tokens) for name, policy in asked.items()}
+            for body in bodies.values():
+                asyncio.run(burst(url, body, urls, 1, 1))
+            for number in wanted:
+                found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in asked}
+                for _ in range(args.repeats):
+                    for name, body in bodies.items():
+                        found[name].append(
+                            asyncio.run(burst(url, body, urls, number, max(number, args.requests)))
+                        )
+                _add(rows, number, args.new_tokens, max(number, args.requests), found)
+
+    return rows.carry_out(work, args.output)
+
+
+@contextmanager
+def serving(checkpoint: str, flags: list[str]) -> Iterator[str]:
+    """Run `dynllava serve` on a free port and yield its address; end it by Ctrl-C."""
+    with tempfile.TemporaryFile("w+") as log:
+        command = [
+            sys.executable,
+            "-m",
+            "dynllava_plugin.cli",
+            "serve",
+            checkpoint,
+            "--port",
+            "0",
+            "--policy",
+            "full",
+        ]
+        process = subprocess.Popen([*command, *flags], stdout=log, stderr=subprocess.STDOUT, text=True)
+        try:
+            while not (found := re.search(r"at (http://\S+)", _read(log))):
+                if process.poll() is not None:
+                    raise UserError(f"serve: ended with {process.returncode} ({reason_in(_read(log))})")
+                time.sleep(0.1)
+            yield found[1]
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+def _read(log: Any) -> str:
+    log.seek(0)
+    return log.read()
+
+
+async def burst(
+    url: str, body: dict[str, Any], images: list[str], clients: int, requests: int
+) -> tuple[list[float], float]:
+    """Return each request's seconds to its first text, and the seconds of all, of `clients` that ask one after the other."""
+    from openai import AsyncOpenAI
+
+    left, firsts = iter(range(requests)), []
+
+    async def ask(client: AsyncOpenAI) -> None:
+        for number in left:
+            content: Any = [
+                {"type": "image_url", "image_url": {"url": images[number % len(images)]}},
+                {"type": "text", "text": QUESTION},
+            ]
+            started, first = time.perf_counter(), None
+            stream: Any = await client.chat.completions.create(
+                **body, messages=[{"role": "user", "content": content}]
+            )
+            async for piece in stream:
+                if first is None and piece.choices and piece.choices[0].delta.content:
+                    first = time.perf_counter()
+            firsts.append((first or time.perf_counter()) - started)
+
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(ask(client) for _ in range(clients)))
+        return firsts, time.perf_counter() - started
+
+
+def _body(checkpoint: str, policy: str, new_tokens: int) -> dict[str, Any]:
+    # Settings without an end token: every answer has as many tokens.
+    settings = json.dumps({"max_new_tokens": new_tokens, "do_sample": False})
+    return {
+        "model": checkpoint,
+        "stream": True,
+        "extra_body": {"policy": policy, "generation_config": settings},
+    }
+
+
+def _data_url(path: Path | None) -> str:
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB") if path else Image.effect_noise((336, 336), 90).convert("RGB")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _add(
+    rows: Rows, clients: int, length: int, requests: int, found: dict[str, list[tuple[list[float], float]]]
+) -> None:
+    rates = {name: median(requests / seconds for _, seconds in bursts) for name, bursts in found.items()}
+    firsts = {name: median(s for times, _ in bursts for s in times) for name, bursts in found.items()}
+    for name, bursts in found.items():
+        rows.add(
+            mode=name, path="http", prompts="equal", batch=clients, length=length, requests_per_s=rates[name],
+            first_token_s=firsts[name], speedup=rates[name] / rates["full"], requests=requests, repeats=len(bursts),
+            first_token_speedup=firsts["full"] / firsts[name],
+        )  # fmt: skip
+        print(
+            f"serve     {name:10s} {clients:3d} clients  {rates[name]:7.2f} requests/s {rates[name] / rates['full']:5.2f}x  "
+            f"first token {firsts[name] * 1e3:8.1f} ms {firsts['full'] / firsts[name]:5.2f}x",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
