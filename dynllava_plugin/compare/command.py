@@ -13,6 +13,7 @@ from dynllava_plugin.errors import UserError
 if TYPE_CHECKING:
     from dynllava_plugin.compare.measuring import Comparison
     from dynllava_plugin.evaluation.benchmarks import Benchmark
+    from dynllava_plugin.evaluation.settings import ModelSettings
 
 DEFAULT_KEEP = (0.4, 0.2, 0.1)
 
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what isn't measured yet, then write tables and picture over all of it."""
-    from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
+    from dynllava_plugin.evaluation.locks import terminated_like_interrupted
+    from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import check_folder
 
     for flag, least in (("limit", 1), ("batch_size", 1), ("repeats", 0)):
@@ -67,20 +69,24 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{flag.replace('_', '-')}: {value} is {'negative' if least == 0 else 'not positive'}"
             )
+    settings = ModelSettings(
+        args.pretrained,
+        device=_device() if args.device is None else args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+    settings.check()
     check_folder("--output", args.output)
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        with (
-            locks({args.output} if first else set(), "another `dynllava compare`"),
-            terminated_like_interrupted(),
-        ):
-            return _compare(args, first)
+        with terminated_like_interrupted():
+            return _compare(args, settings, first)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
 
 
-def _compare(args: argparse.Namespace, first: bool) -> int:
+def _compare(args: argparse.Namespace, settings: ModelSettings, first: bool) -> int:
     from dynllava_plugin.compare.subjects import ALL, DEFAULT_POLICIES, KEEP, TOKENS, runnable, subjects
 
     listed = args.policies == [ALL]
@@ -92,18 +98,12 @@ def _compare(args: argparse.Namespace, first: bool) -> int:
     from dynllava_plugin.compare.measuring import Comparison
     from dynllava_plugin.compare.store import Store
     from dynllava_plugin.evaluation.engine.engine import Engine
+    from dynllava_plugin.evaluation.locks import locks
     from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
-    from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.evaluation.suite.data import HUB
     from dynllava_plugin.policies.base import SQUARE
 
     digest = resolve_checkpoint(args.pretrained)
-    settings = ModelSettings(
-        args.pretrained,
-        device=args.device or _device(),
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-    )
     engine = Engine.load(settings, args.batch_size)
     made_from = {
         "checkpoint": f"{settings.checkpoint_name} {digest}",
@@ -119,14 +119,15 @@ def _compare(args: argparse.Namespace, first: bool) -> int:
     wanted, reasons = runnable(found, engine.model, listed, samples)
     if first:
         print("".join(f"left out, {line}\n" for line in _lines(reasons)), end="", flush=True)
-    store = Store(args.output / "runs", made_from)
-    comparison = Comparison(engine, settings, harness, store, args.limit, first)
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    reasons |= comparison.measure(wanted, benchmarks, args.fresh, lenient=listed and alone)
-    if first:
-        if args.repeats:
-            comparison.time(wanted, benchmarks, args.repeats, args.fresh)
-        _report(comparison, args, _lines(reasons))
+    with locks({args.output} if first else set(), "another `dynllava compare`"):
+        store = Store(args.output / "runs", made_from)
+        comparison = Comparison(engine, settings, harness, store, args.limit, first)
+        reasons |= comparison.measure(wanted, benchmarks, args.fresh, lenient=listed and alone)
+        if first:
+            if args.repeats:
+                comparison.time(wanted, benchmarks, args.repeats, args.fresh)
+            _report(comparison, args, _lines(reasons))
     return 0
 
 

@@ -10,12 +10,14 @@ import json
 import os
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
 
 KEY, URL, MODEL = "OPENAI_API_KEY", "OPENAI_API_URL", "MODEL_VERSION"
@@ -48,7 +50,7 @@ def find_judge(harness: str, tasks: Iterable[str]) -> Judge | None:
     wanted = sorted(judge_tasks(harness) & set(tasks))
     if not wanted or not os.environ.get(KEY):
         return None
-    url = os.environ.get(URL, DEFAULT_URL).removesuffix("/chat/completions").rstrip("/")
+    url = checked_url(os.environ.get(URL, DEFAULT_URL)).removesuffix("/chat/completions").rstrip("/")
     judge = Judge(os.environ.get(MODEL, DEFAULT_MODEL), url)
     problem = _problem(judge)
     if problem is None:
@@ -59,6 +61,18 @@ def find_judge(harness: str, tasks: Iterable[str]) -> Judge | None:
         flush=True,
     )
     return None
+
+
+def checked_url(url: str) -> str:
+    """Return a judge's address, or raise `UserError` where it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        named = bool(parts.hostname) and (parts.port is None or parts.port > 0) and " " not in url
+    except ValueError:
+        named = False
+    if not named or parts.scheme not in ("http", "https"):
+        raise UserError(f"--judge-url {url!r} ({URL}): no address of a judge; give one such as {DEFAULT_URL}")
+    return url
 
 
 @cache

@@ -101,6 +101,19 @@ class ModelSettings:
             given["pretrained"] = str(given["pretrained"])
         return cls(**given)
 
+    def check(self) -> None:
+        """Raise `UserError` for what loading the checkpoint would refuse, without reading its weights."""
+        from dynllava_plugin.model.checkpoints import check_settings
+
+        check_settings(
+            self.pretrained,
+            device=self.device,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            quantization=self.quantization,
+            **self.sparsity(),
+        )
+
     def sparsity(self) -> dict[str, Any]:
         """The given overrides only, as keyword arguments of `load_model`."""
         return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}

@@ -22,14 +22,19 @@ _UNREACHABLE = (
 )
 
 
-def check_model(name: str) -> None:
-    """Raise `UserError` for a model that lmms-eval hasn't got."""
+def check_model(name: str, arguments: str | None = None) -> None:
+    """Raise `UserError` for a model that lmms-eval hasn't got, or for `--model_args` that it couldn't take apart."""
     from lmms_eval.models import list_available_models
 
     known = list_available_models(include_aliases=True)
     if name not in known:
         near = nearest(name, known, "`lmms_eval models --aliases` lists them")
         raise UserError(f"--model {name}: no such model; {near}")
+    for part in (arguments or "").split(",") if "{" not in (arguments or "") else ():
+        if part and "=" not in part:
+            raise UserError(
+                f"--model_args {part}: expected name=value,name=value (of a schedule steps=2:fastv:0.5-6:random:0.3)"
+            )
 
 
 def check_tasks(args: Namespace) -> None:

@@ -182,9 +182,9 @@ class _Runs:
 
     def _prepare(self, args: Namespace) -> Judge | None:
         """Check what was given, fill in our defaults, and find the judge; `UserError` for what can't be meant."""
-        if args.tasks is None:
+        if not args.tasks:
             raise UserError("--tasks: name at least one task (`lmms_eval tasks list` lists them)")
-        check_model(args.model)
+        check_model(args.model, args.model_args if isinstance(args.model_args, str) else None)
         check_tasks(args)
         if args.model in _OURS:
             args.gen_kwargs = checked_generation(args.gen_kwargs)

@@ -58,25 +58,22 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
         For a setting that is wrong, before anything runs.
     """
     from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
-    from dynllava_plugin.evaluation.judges import MODEL, URL, find_judge
+    from dynllava_plugin.evaluation.judges import MODEL, URL, checked_url, find_judge
     from dynllava_plugin.evaluation.results.footer import count_of_runs
     from dynllava_plugin.evaluation.suite.report import report
     from dynllava_plugin.evaluation.suite.runner import Runner
     from dynllava_plugin.evaluation.suite.runs import plan
-    from dynllava_plugin.model.checkpoints import check_settings
+    from dynllava_plugin.files import check_folder
 
     config = SuiteConfig.read(suite, overrides)
+    assert config.output is not None
+    check_folder("--output", config.output)
+    if config.judge_url:
+        checked_url(config.judge_url)
     given = {URL: config.judge_url, MODEL: config.judge_model}
     os.environ |= {name: value for name, value in given.items() if value}
     for settings in config.settings():
-        check_settings(
-            settings.pretrained,
-            device=settings.device,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            quantization=settings.quantization,
-            **settings.sparsity(),
-        )
+        settings.check()
     if config.left_out():
         names = ", ".join(benchmark.name for benchmark in config.left_out())
         print(f"left out, {config.harness} has no task for them: {names}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
-from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks
+from dynllava_plugin.evaluation.judges import Judge, checked_url, find_judge, judge_tasks
 from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.identity import source_digest
@@ -31,6 +31,7 @@ from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_fini
 from dynllava_plugin.evaluation.vlmevalkit.setup import (
     MODEL_NAME,
     check_datasets,
+    check_models,
     import_kit,
     known_datasets,
     leave_processes,
@@ -106,6 +107,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     asks_help = bool({"-h", "--help"} & set(arguments))
     check_folder("--work-dir", work_dir)
     models, datasets = _selected(peek)
+    if MODEL_NAME in models and peek.config is None and not asks_help and kit_mode != "eval":
+        settings.check()
     judge = _judge(peek, datasets, forwarded)
 
     if set(datasets) and set(datasets) <= _OWN_DATASETS:
@@ -118,6 +121,7 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     if asked.data_root is not None:
         use_local_data(asked.data_root)
     if peek.config is None:
+        check_models(models)
         check_datasets(datasets)
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(patches, unjudged)
@@ -199,7 +203,7 @@ def _journal(work_dir: Path, settings: ModelSettings, asked: KitSettings) -> Pat
 def _judge(peek: argparse.Namespace, datasets: list[str], forwarded: list[str]) -> Judge | None:
     """The judge that scores free answers, if one is configured and answers; the kit is told of it."""
     if peek.judge_base_url:
-        os.environ["OPENAI_API_URL"] = peek.judge_base_url
+        os.environ["OPENAI_API_URL"] = checked_url(peek.judge_base_url)
     if peek.judge_key:
         os.environ["OPENAI_API_KEY"] = peek.judge_key
     if peek.judge and peek.judge != "exact_matching":

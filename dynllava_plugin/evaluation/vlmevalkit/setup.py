@@ -71,6 +71,16 @@ def known_datasets() -> list[str]:
     return list(SUPPORTED_DATASETS)
 
 
+def check_models(names: Iterable[str]) -> None:
+    """Raise `UserError` for a model that the kit hasn't got."""
+    from vlmeval.config import supported_VLM
+
+    for name in names:
+        if name not in supported_VLM:
+            near = nearest(name, [MODEL_NAME, *supported_VLM], f"ours is {MODEL_NAME}")
+            raise UserError(f"--model {name}: no such model; {near}")
+
+
 def check_datasets(names: Iterable[str]) -> None:
     """`UserError` for a name that is neither a dataset of the kit's nor a TSV file in its data folder."""
     from vlmeval.dataset.video_dataset_config import supported_video_datasets

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import check_folder
 from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, CLIP_L_336_CONFIG, PUBLISHED_SETTINGS
 from dynllava_plugin.model.checkpoints.loading import load_model, load_without_processor
 from dynllava_plugin.model.checkpoints.processors import has_tokenizer, tokenizer_folder
@@ -84,6 +85,9 @@ def convert(
     folder = Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; convert into a new one")
+    if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
+        raise UserError(f"--tokenizer {tokenizer}: no tokenizer there (tokenizer.model)")
+    check_folder("TARGET", folder)
     directory = find_checkpoint(source)
     texts = tokenizer_folder(directory)
     complete = has_tokenizer(texts)
@@ -91,6 +95,7 @@ def convert(
         model, processor = load_model(source, device="cpu")
     else:
         model, processor = load_without_processor(source, device="cpu"), None
+    _check_finite(source, model)
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -106,6 +111,12 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return notes if complete else [f"{source} has no tokenizer, so {folder} has none either", *notes]
+
+
+def _check_finite(source: str | Path, model: torch.nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{source}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
 def published_name(ours: str) -> str:

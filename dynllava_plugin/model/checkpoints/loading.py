@@ -29,17 +29,20 @@ from dynllava_plugin.model.checkpoints.layouts import (
 from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
 from dynllava_plugin.model.checkpoints.quantization import find_quantization
-from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.model.checkpoints.sources import HUB_ID, find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.stock import read_family_model, read_family_processor
 from dynllava_plugin.model.checkpoints.weights import (
     PREDICTORS,
     PROMPT_PREDICTOR,
     VISION,
+    check_depth,
     check_weights,
     is_added,
     read_ahead,
+    read_file,
     read_vision_weights,
     read_weights,
+    weight_files,
 )
 from dynllava_plugin.model.configuration import PREFIX
 from dynllava_plugin.model.families import FAMILIES
@@ -98,12 +101,7 @@ def load_model(
         damaged weights, a setting out of range.
     """
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
-    if checkpoint.layout == FAMILY:
-        processor = read_family_processor(checkpoint.directory)
-        return checkpoint.model(device, dtype, attn_implementation, quantization), processor
-    processor = read_processor(
-        checkpoint.directory, checkpoint.layout, checkpoint.values, checkpoint.config, checkpoint.tokenizer
-    )
+    processor = checkpoint.processor()
     return checkpoint.model(device, dtype, attn_implementation, quantization), processor
 
 
@@ -130,17 +128,20 @@ def check_settings(
     quantization: str | None = None,
     **sparsity_overrides: Any,
 ) -> None:
-    """What `load_model` would say of its arguments, from the checkpoint's config: no weights are read or fetched.
+    """Say what `load_model` would say of its arguments, from the checkpoint's small files and the headers of its weights.
+
+    Nothing is built, and of a hub id no weights are fetched.
 
     Raises
     ------
     UserError
-        One line that names the setting.
+        One line that names the setting or the file.
     """
     find_device(device)
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides, weights=False)
     number_type = find_dtype(dtype, checkpoint.config, torch.float32)
     find_quantization(quantization, number_type)
+    checkpoint.check_files()
     if attn_implementation is not None:
         with _quiet_transformers():
             checkpoint.empty(number_type, attn_implementation)
@@ -163,9 +164,28 @@ class _Checkpoint:
         family = FAMILIES[self.config.model_type.removeprefix(PREFIX)]
         family.check_family(self.policy)
         family.check_images(self.policy, self.config)
+        _check_vision_layer(self.directory, self.config)
         self.tokenizer = None if self.layout == FAMILY else read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
             _add_placeholders(self.directory, self.config, self.tokenizer)
+
+    def processor(self) -> Any:
+        """Return the checkpoint's processor."""
+        if self.layout == FAMILY:
+            return read_family_processor(self.directory)
+        return read_processor(self.directory, self.layout, self.values, self.config, self.tokenizer)
+
+    def check_files(self) -> None:
+        """Raise `UserError` for a file that is missing or damaged; a hub's weights that aren't here may come later."""
+        self.processor()
+        self._generation_config()
+        if is_adapter(self.directory) or (HUB_ID.match(str(self.name)) and not Path(self.name).is_dir()):
+            return
+        self._check_weight_files()
+
+    def _check_weight_files(self) -> None:
+        names = [name for file in weight_files(self.directory) for name in read_file(file)]
+        check_depth(self.directory, names, self.config.text_config.num_hidden_layers)
 
     def model(
         self,
@@ -177,6 +197,8 @@ class _Checkpoint:
         """Return the model with the checkpoint's weights."""
         target = find_device(device)
         if self.layout == FAMILY:
+            if not is_adapter(self.directory):
+                self._check_weight_files()
             wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
             bits = find_quantization(quantization, wanted)
             with _quiet_transformers():
@@ -189,6 +211,7 @@ class _Checkpoint:
         tensors = self._weights(dtype)
         if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
             tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
+        check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
         number_type = self._dtype(dtype, tensors)
         model = self.empty(number_type, attn_implementation)
         expected = model.state_dict()
@@ -276,12 +299,26 @@ class _Checkpoint:
 
     def _generation_config(self) -> GenerationConfig:
         """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""
-        if self.layout == OWN and (self.directory / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.directory)
+        file = self.directory / "generation_config.json"
+        if self.layout in (OWN, FAMILY) and file.is_file():
+            return GenerationConfig.from_dict(read_json(file))
         text: Any = self.config.text_config
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
+
+
+def _check_vision_layer(directory: Path, config: Any) -> None:
+    """Raise `UserError` for image features that are taken behind the vision tower's last layer."""
+    used = getattr(config, "vision_feature_layer", None)
+    layers = getattr(config.vision_config, "num_hidden_layers", None)
+    if used is None or layers is None:
+        return
+    for index in used if isinstance(used, (list, tuple)) else [used]:
+        if not -layers - 1 <= index <= layers:
+            raise UserError(
+                f"{directory / 'config.json'}: vision_feature_layer {index} is not among the vision tower's {layers} layers"
+            )
 
 
 def _add_placeholders(directory: Path, config: DynamicLlavaConfig, tokenizer: Any) -> None:

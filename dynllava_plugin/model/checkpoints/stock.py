@@ -89,10 +89,6 @@ def read_family_model(
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{directory}: cannot be loaded ({reason})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{directory}: its weights are truncated or damaged ({error})") from None
     missing = sorted(info["missing_keys"])
     fresh = [name for name in missing if PREDICTORS.match(name)]
     lacking = [name for name in missing if not PREDICTORS.match(name)]

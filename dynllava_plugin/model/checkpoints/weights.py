@@ -53,6 +53,7 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # buffers that a
 PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|prompt_predictor|image_predictor(_\d+)?)\.")
 PROMPT_PREDICTOR = "model.language_model.prompt_predictor."
 VISION = "model.vision_tower."
+_DECODER_LAYER = re.compile(r"^(?!.*(?:vision|visual)).*\blayers\.(\d+)\.")
 # Of a full CLIP repository only the vision half is wanted.
 NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
 
@@ -99,6 +100,18 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
             if not IGNORED.search(name):
                 tensors[our_name(name)] = tensor
     return tensors
+
+
+def check_depth(directory: Path, names: Iterable[str], layers: int) -> None:
+    """Raise `UserError` where config.json means more decoder layers than the weights called `names` hold.
+
+    Such a model would be built, for minutes or until memory ends, before its weights are found missing.
+    """
+    found = {match.group(1) for match in map(_DECODER_LAYER.search, names) if match}
+    if layers > len(found):
+        raise UserError(
+            f"{directory / 'config.json'}: num_hidden_layers is {layers}, its weights hold {len(found)} layers"
+        )
 
 
 def read_ahead(directory: Path) -> None:
