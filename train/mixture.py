@@ -179,6 +179,7 @@ def _cached(path: Path, cache: str | Path | None) -> Path:
     identity = f"{FORMAT} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     arrow_file = folder / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
     if not arrow_file.is_file():
+        fresh = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Nodes that share the folder may have processes of one number.
@@ -200,6 +201,8 @@ def _cached(path: Path, cache: str | Path | None) -> Path:
             raise UserError(f"--data_cache {folder}: cannot write there ({reason})") from None
         finally:
             temporary.unlink(missing_ok=True)
+            if fresh and not arrow_file.is_file():
+                folder.rmdir()
     return arrow_file
 
 

@@ -115,7 +115,7 @@ POLICIES = {
     "fastvv": "fastv",
     "": "policy",
     "nothing_like_it": "nothing_like_it",
-    "fastv,k=0": "layer 0",
+    "fastv,k=0": "k=0",
     "fastv,k=99": "99",
     "fastv,k=two": "two",
     "fastv,r=1.5": "r",

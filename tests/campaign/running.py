@@ -22,7 +22,7 @@ from tests.campaign import inputs
 from tests.campaign.cases import Case
 
 RESULTS = Path(__file__).parents[1] / "harness_files"
-SECONDS = 15  # what takes longer hangs, or does the work before it finds the fault
+SECONDS = 60  # what takes longer hangs, or does the work before it finds the fault
 TYPES: dict[str, Callable[[str], Any]] = {
     "prefill_chunk_size": int,
     "prompt_lookup_num_tokens": int,
