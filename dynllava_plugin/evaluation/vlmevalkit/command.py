@@ -128,6 +128,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     if judge is not None:
         repair_judged(patches, judge.url)
     share_processes(patches, record)
+    patches.put(sys, "argv", lambda before: [before[0], *forwarded])
+    kit.parse_args()  # which ends here for an option that the kit hasn't got
     # One process holds the folder for all of a distributed run.
     alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
     with locks(alone, "another `run_vlmevalkit.py`"):
@@ -135,7 +137,6 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
         if fresh:
             forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
         started = time.time()
-        patches.put(sys, "argv", lambda before: [before[0], *forwarded])
         logging.getLogger(
             "vlmeval"
         ).handlers.clear()  # else its log goes where the process's first run has it
