@@ -154,7 +154,7 @@ COUNTS = {
     "eval": ("--limit", "--batch-size", "--num-processes", "--jobs"),
     "build-lvis": ("--size",),
     "bench all": ("--batch", "--new-tokens", "--text-tokens", "--image-tokens", "--repeats"),
-    "bench train": ("--text-tokens", "--repeats", "--devices", "--lengths"),
+    "bench train": ("--batch", "--text-tokens", "--repeats", "--devices", "--lengths"),
     "bench harness": ("--limit", "--batch", "--repeats"),
     "run_vlmevalkit": ("--batch-size",),
     "finetune": ("--per_device_train_batch_size", "--model_max_length", "--sparse_layer", "--save_steps"),
