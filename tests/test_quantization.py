@@ -22,8 +22,9 @@ def batch_of(family):
 def test_fewer_bits(family, bits, tmp_path):
     stock_model(family, intermediate_size=128).save_pretrained(tmp_path)  # four bits come in blocks of 64
     stock_processor(family).save_pretrained(tmp_path)
-    plain, _ = load_model(tmp_path, device="cpu", mode="full")
-    model, _ = load_model(tmp_path, device="cpu", mode="full", quantization=bits)
+    predictors = {"mode": "full", "later_gates": ((3, 0.5),), "prompt_predictor": True}
+    plain, _ = load_model(tmp_path, device="cpu", **predictors)
+    model, _ = load_model(tmp_path, device="cpu", quantization=bits, **predictors)
     quantised = {name for name, part in model.named_modules() if type(part).__name__ == LAYERS[bits]}
     llm = model.model.language_model
     assert sum("language_model.layers" in name for name in quantised) == 4 * 7

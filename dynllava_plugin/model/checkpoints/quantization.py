@@ -13,7 +13,7 @@ QUANTIZATIONS = ("8bit", "4bit")
 # Predictors decide by small differences; the vision side is small, and the output matrix is what transformers leaves out too.
 AS_THEY_ARE = [
     "lm_head",
-    *(f"model.language_model.{name}_predictor" for name in ("image", "text")),
+    r"model\.language_model\.(image|text|prompt)_predictor(_\d+)?",
     *(f"model.{name}" for name in ("vision_tower", "visual", "multi_modal_projector")),
 ]
 
