@@ -82,7 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """All parts in order."""
+    """Carry out all parts in order."""
     if not (ROOT / "train" / "finetune.py").is_file():
         raise UserError(
             "the demo trains a model, and train/ isn't installed: run `make demo` from a checkout"
@@ -106,7 +106,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def build_data(folder: Path) -> Path:
-    """easy-VQA converted to LLaVA's format and the three test sets."""
+    """Return the folder of easy-VQA converted to LLaVA's format and the three test sets."""
     command = [sys.executable, str(ROOT / "train" / "easy_vqa.py"), "--output_dir", str(folder)]
     if is_done(folder, {"command": command[2:]}):
         print("data: done before")
@@ -118,7 +118,7 @@ def build_data(folder: Path) -> Path:
 
 
 def finetune(data: Path, folder: Path, steps: int) -> Path:
-    """The bundled tiny LLaVA as a Dynamic-LLaVA."""
+    """Return the folder of the bundled tiny LLaVA as a Dynamic-LLaVA."""
     options = {**FINETUNE, "max_steps": str(steps), "output_dir": str(folder)}
     options |= {"data_path": str(data / "train.json"), "image_folder": str(data)}
     tiny = ROOT / "dynllava_plugin" / "assets" / "tiny_llava" / "model.safetensors"

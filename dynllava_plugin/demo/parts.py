@@ -48,7 +48,7 @@ def mark_done(folder: Path, made_from: dict[str, Any]) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     if not path.is_file():
         raise UserError(f"{path} doesn't exist; run the demo again with --fresh")
     return hashlib.sha256(path.read_bytes()).hexdigest()

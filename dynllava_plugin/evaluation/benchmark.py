@@ -57,7 +57,7 @@ class Metric:
     paper_factor: float = 1
 
     def place(self, harness: str) -> Place | None:
-        """Where `harness` reports it."""
+        """Return where `harness` reports it."""
         return self.lmms_eval if harness == LMMS_EVAL else self.vlmevalkit
 
 
@@ -100,7 +100,7 @@ class Benchmark:
 
     @property
     def needs(self) -> str:
-        """What its user has to bring beyond the harnesses, in Markdown; empty: nothing."""
+        """Return what its user has to bring beyond the harnesses, in Markdown; empty: nothing."""
         if self.judge or self.server:
             return "a judge" if self.judge else "its server"
         if self.repo:
@@ -108,6 +108,6 @@ class Benchmark:
         return f"`{self.extra}` extra" if self.extra else "`build-lvis`"
 
     def tasks(self, harness: str) -> list[str]:
-        """What the harness is asked to run; empty where it doesn't have the benchmark."""
+        """Return what the harness is asked to run; empty where it doesn't have the benchmark."""
         places = (metric.place(harness) for metric in self.metrics)
         return list(dict.fromkeys(place.task for place in places if place))

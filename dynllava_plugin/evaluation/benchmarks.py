@@ -49,7 +49,7 @@ _UNITS = {metric.name: metric.unit for benchmark in reversed(BENCHMARKS) for met
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of our name, of a harness's task, or of a harness's dataset.
+    """Return the benchmark of our name, of a harness's task, or of a harness's dataset.
 
     Raises
     ------

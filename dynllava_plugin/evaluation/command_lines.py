@@ -22,7 +22,7 @@ def module_and_arguments(
     output: Path,
     limit: int | None,
 ) -> list[str]:
-    """What follows ``python -m``: `tasks` of `harness`, their results and saved answers in `output`."""
+    """Return what follows ``python -m``: `tasks` of `harness`, their results and saved answers in `output`."""
     build = _lmms_eval if harness == LMMS_EVAL else _vlmevalkit
     command = [_MODULES[harness], "--model", "dynllava", *build(settings, tasks, batch_size, output)]
     return command + (["--limit", str(limit)] if limit else [])

@@ -41,12 +41,12 @@ class Judge:
 
 
 def judge_tasks(harness: str) -> set[str]:
-    """The harness's tasks or datasets that only a judge can score."""
+    """Return the harness's tasks or datasets that only a judge can score."""
     return {task for benchmark in BENCHMARKS if benchmark.judge for task in benchmark.tasks(harness)}
 
 
 def find_judge(harness: str, tasks: Iterable[str]) -> Judge | None:
-    """The configured judge if one of `tasks` needs it and it answers; says in a line where it doesn't."""
+    """Return the configured judge if one of `tasks` needs it and it answers; say in a line where it doesn't."""
     wanted = sorted(judge_tasks(harness) & set(tasks))
     if not wanted or not os.environ.get(KEY):
         return None
@@ -95,7 +95,7 @@ def _problem(judge: Judge) -> str | None:
 
 
 def unanswered(samples: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> dict[str, int]:
-    """Samples of lmms-eval's judge tasks that the judge gave no score, by task; tasks without any are left out.
+    """Return the samples of lmms-eval's judge tasks that the judge gave no score, by task; tasks without any are left out.
 
     lmms-eval counts such a sample as 0 points (MM-Vet) or leaves it in the mean as -1 (LLaVA-Wild).
     """

@@ -31,7 +31,7 @@ class Patience:
         return self._failed >= FAILED_IN_A_ROW
 
     def ask(self, question: Callable[[int], T | None]) -> T | None:
-        """What `question` (called with the number of the try, from 0) returns; None where the judge gave no score.
+        """Return what `question` (called with the number of the try, from 0) returns; None where the judge gave no score.
 
         Errors of `question` are answers without a score.
         """
@@ -64,7 +64,7 @@ class Patience:
 
 
 def mm_vet_score(text: str | None) -> float | None:
-    """MM-Vet's score from 0 to 1 that a judge's answer begins with; None for anything else."""
+    """Return MM-Vet's score from 0 to 1 that a judge's answer begins with; None for anything else."""
     words = (text or "").split()
     try:
         score = float(words[0].rstrip(".")) if words else -1.0
@@ -74,7 +74,7 @@ def mm_vet_score(text: str | None) -> float | None:
 
 
 def llava_scores(text: str | None) -> tuple[float, float] | None:
-    """LLaVA-Bench's scores of the reference and of the answer, the two numbers of a judge's first line; else None."""
+    """Return LLaVA-Bench's scores of the reference and of the answer, the two numbers of a judge's first line; else None."""
     line = (text or "").strip().partition("\n")[0]
     try:
         numbers = [float(word) for word in line.replace(",", " ").replace(";", " ").split()]
@@ -87,11 +87,11 @@ def llava_scores(text: str | None) -> tuple[float, float] | None:
 
 
 def failure(count: int, of: int | None) -> str:
-    """What a cell says instead of a figure."""
+    """Return what a cell says instead of a figure."""
     return f"judge failed: {count} of {of if of is not None else '?'}"
 
 
 def failed_samples(text: str) -> int:
-    """The count in what `failure` says; 0 in another text."""
+    """Return the count in what `failure` says; 0 in another text."""
     found = re.match(r"judge failed: (\d+) of ", text)
     return int(found[1]) if found else 0

@@ -61,7 +61,7 @@ def _close(files: dict[Path, Any]) -> None:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: what is running is ended first. Elsewhere than in the main thread nothing is changed."""
+    """Let SIGTERM do what Ctrl-C does: what is running is ended first. Elsewhere than in the main thread nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

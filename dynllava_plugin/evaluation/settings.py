@@ -76,7 +76,7 @@ class ModelSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSettings:
-        """Settings from ``key=value`` pairs; with ``policy``, keys that aren't settings are the policy's arguments.
+        """Return settings from ``key=value`` pairs; with ``policy``, keys that aren't settings are the policy's arguments.
 
         Raises
         ------
@@ -115,32 +115,32 @@ class ModelSettings:
         )
 
     def sparsity(self) -> dict[str, Any]:
-        """The given overrides only, as keyword arguments of `load_model`."""
+        """Return the given overrides only, as keyword arguments of `load_model`."""
         return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}
 
     def asking(self) -> dict[str, Any]:
-        """Those of `ASKING_KEYS` that were given."""
+        """Return those of `ASKING_KEYS` that were given."""
         return {key: getattr(self, key) for key in ASKING_KEYS if getattr(self, key) is not None}
 
     def asking_labels(self) -> list[str]:
-        """`asking` as parts of a folder's name, a text as a few digits of it."""
+        """Return `asking` as parts of a folder's name, a text as a few digits of it."""
         given = self.asking()
         if "system_prompt" in given:
             given["system_prompt"] = hashlib.sha256(given["system_prompt"].encode()).hexdigest()[:8]
         return [f"{key}-{value}" for key, value in given.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
+        """Return all fields, JSON-ready."""
         return asdict(self)
 
     @property
     def checkpoint_name(self) -> str:
-        """Short name for tables and folders: the last part of a path, all of a hub id."""
+        """Return a short name for tables and folders: the last part of a path, all of a hub id."""
         path = Path(self.pretrained)
         return path.resolve().name if path.exists() else self.pretrained.rstrip("/")
 
     def slug(self) -> str:
-        """A folder name that differs wherever checkpoint or settings differ, e.g. ``tiny_mode-full``.
+        """Return a folder name that differs wherever checkpoint or settings differ, e.g. ``tiny_mode-full``.
 
         A folder's name is followed by a few digits of its files' sizes and times: a checkpoint that was
         trained again under the same name must not meet the old one's half-done predictions.

@@ -11,7 +11,7 @@ from dynllava_plugin.files import check_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     add = parser.add_argument
     add("image", metavar="IMAGE", help="an image file")
     add("question", metavar="QUESTION")

@@ -68,19 +68,19 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of a token, nats."""
+        """Return the mean negative log-likelihood of a token, nats."""
         return -self.logprob / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(mean negative log-likelihood); of a conversation the mean over its rounds, as in the paper."""
+        """Return exp(mean negative log-likelihood); of a conversation the mean over its rounds, as in the paper."""
         if self.rounds:
             return sum(score.perplexity for score in self.rounds) / len(self.rounds)
         return math.exp(self.loss)
 
 
 def mean_counts(answers: Sequence[Answer]) -> dict[str, float | int]:
-    """Means over samples of the answers' token counts, and the share of output tokens kept.
+    """Return the means over samples of the answers' token counts, and the share of output tokens kept.
 
     Counts that weren't measured are left out.
     """
@@ -100,7 +100,7 @@ def mean_counts(answers: Sequence[Answer]) -> dict[str, float | int]:
 
 
 def joined(rounds: Sequence[Answer]) -> Answer:
-    """A conversation's answers as one: texts line by line, the last prompt, output tokens and costs summed."""
+    """Return a conversation's answers as one: texts line by line, the last prompt, output tokens and costs summed."""
     counted = [answer for answer in rounds if answer.cached_tokens is not None and answer.cost is not None]
     complete = len(counted) == len(rounds)
     costs = [answer.cost for answer in rounds if answer.cost is not None]
@@ -128,7 +128,7 @@ def _mean_costs(costs: Sequence[OutputCost]) -> dict[str, float]:
 
 
 def mean_score_counts(scores: Sequence[Score]) -> dict[str, float | int]:
-    """Means over samples of the scored texts' tokens and costs."""
+    """Return the means over samples of the scored texts' tokens and costs."""
     means: dict[str, float | int] = {"n": len(scores)}
     for name in ("tokens", "kept_tokens"):
         means[name] = sum(getattr(score, name) for score in scores) / len(scores)

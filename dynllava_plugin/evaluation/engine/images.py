@@ -11,7 +11,7 @@ from dynllava_plugin.errors import UserError
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -> Image.Image:
-    """An RGB image, fully decoded.
+    """Return an RGB image, fully decoded.
 
     Parameters
     ----------

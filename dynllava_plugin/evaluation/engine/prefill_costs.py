@@ -11,7 +11,7 @@ from dynllava_plugin.policies.contexts import context_of
 
 
 def prefill_costs(shape: DecoderShape, policy: Policy, counts: Mapping[str, Any]) -> dict[str, float]:
-    """``equivalent_tokens`` and ``prefill_gflops`` of samples with the mean `counts` of `mean_counts`; empty without images."""
+    """Return ``equivalent_tokens`` and ``prefill_gflops`` of samples with the mean `counts` of `mean_counts`; empty without images."""
     total = counts.get("image_tokens")
     kept = counts.get("kept_image_tokens")
     if not total or kept is None:

@@ -44,7 +44,7 @@ class PromptStyle(ABC):
     """Turns of a conversation as the text that a model is given; an image is one image token of its processor."""
 
     def prompt(self, turns: Sequence[Turn], images: int, name: str) -> str:
-        """The prompt; the images go before the first question where no question says where.
+        """Return the prompt; the images go before the first question where no question says where.
 
         Parameters
         ----------
@@ -65,7 +65,7 @@ class PromptStyle(ABC):
     def request(
         self, turns: Sequence[Turn], images: Sequence[str | Image.Image], name: str, continuation: str = ""
     ) -> Request:
-        """The open round of a conversation, whose earlier answers are output text.
+        """Return the open round of a conversation, whose earlier answers are output text.
 
         Parameters
         ----------

@@ -49,7 +49,7 @@ class Request:
 
     @property
     def scored_text(self) -> str:
-        """The prompt and the text to score behind it."""
+        """Return the prompt and the text to score behind it."""
         return self.prompt + self.continuation
 
 
@@ -70,7 +70,7 @@ class Generation:
 
     @classmethod
     def from_task(cls, values: dict[str, Any] | None) -> Generation:
-        """From a task's generation kwargs: greedy and 1,024 new tokens unless the task says otherwise."""
+        """Return a task's generation kwargs as arguments of `generate`: greedy and 1,024 new tokens unless the task says otherwise."""
         values = dict(values or {})
         until = values.pop("until", None) or ()
         until = (until,) if isinstance(until, str) else tuple(text for text in until if text)

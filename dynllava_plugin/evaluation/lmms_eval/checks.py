@@ -55,7 +55,7 @@ def check_tasks(args: Namespace) -> None:
 
 
 def checked_generation(given: str | None) -> str | None:
-    """`--gen_kwargs` as it is meant: a temperature above 0 samples, as in the harness's own LLaVA.
+    """Return `--gen_kwargs` as it is meant: a temperature above 0 samples, as in the harness's own LLaVA.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def check_examples(loaded: dict[Any, Any], num_fewshot: int | None) -> None:
 
 
 def tell_test_splits(tasks: str) -> None:
-    """A line for each group of `--tasks` that asks a test split's questions too, which only a server can score."""
+    """Print a line for each group of `--tasks` that asks a test split's questions too, which only a server can score."""
     for name in tasks.split(","):
         for benchmark in BENCHMARKS:
             for task in benchmark.tasks(LMMS_EVAL) if benchmark.server else []:
@@ -128,7 +128,7 @@ def tell_test_splits(tasks: str) -> None:
 
 
 def missing_data(error: BaseException) -> UserError | None:
-    """One line for a dataset that is neither here nor can be fetched, from what lmms-eval raised; else None."""
+    """Return one line for a dataset that is neither here nor can be fetched, from what lmms-eval raised; else None."""
     causes = list(_causes(error))
     if not any(
         sign in type(cause).__name__ or sign in str(cause) for cause in causes for sign in _UNREACHABLE
@@ -157,6 +157,6 @@ def _causes(error: BaseException | None) -> Any:
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The `UserError` behind an error, or one for data that is missing; None where there is neither."""
+    """Return the `UserError` behind an error, or one for data that is missing; None where there is neither."""
     found = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
     return found or missing_data(error)

@@ -46,7 +46,7 @@ def _repair_mm_vet(module: dict[str, Any], patience: Patience) -> None:
     server, model = _impatient(module["server"]), module["MODEL_VERSION"]
 
     def get_response(prompt: str, temperature: float = 0.0, **kwargs: Any) -> tuple[str, str]:
-        """The judge's number and name; both empty, which the task counts as no score, where it gave none."""
+        """Return the judge's number and name; both empty, which the task counts as no score, where it gave none."""
         from lmms_eval.llm_judge import Request
 
         def question(attempt: int) -> float | None:
@@ -65,7 +65,7 @@ def _repair_llava(module: dict[str, Any], patience: Patience) -> None:
     made: list[Any] = []
 
     def verify(content: str = "", **kwargs: Any) -> Any:
-        """Where the judge gave no two scores both are -1, which `judges.unanswered` counts."""
+        """Return the judge's scores; where it gave no two, both are -1, which `judges.unanswered` counts."""
         from lmms_eval.llm_judge import Request, get_server
 
         if not made:

@@ -92,12 +92,12 @@ class DynamicLlava(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs; lmms-eval gathers counts there when several processes evaluate."""
+        """Return where the model runs; lmms-eval gathers counts there when several processes evaluate."""
         return self._device
 
     @property
     def engine(self) -> Engine:
-        """The loaded model."""
+        """Return the loaded model."""
         if self._engine is None:
             raise RuntimeError("the model was released after the last request")
         return self._engine
@@ -113,7 +113,7 @@ class DynamicLlava(lmms):
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers to single questions; tasks may be mixed."""
+        """Return answers to single questions; tasks may be mixed."""
         items = []
         for request in requests:
             context, arguments, doc_to_visual, doc_id, task, split = request.args
@@ -124,7 +124,7 @@ class DynamicLlava(lmms):
         return [_result(answer) for answer in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[LossAndGreedy]:
-        """``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins.
+        """Return ``(mean loss, is_greedy)`` of each continuation; of choices, the smallest loss wins.
 
         A continuation may be a conversation, a list of (question, answer): its loss is the logarithm of its
         rounds' mean perplexity.
@@ -144,7 +144,7 @@ class DynamicLlava(lmms):
         return [LossAndGreedy(math.log(score.perplexity), score.is_greedy) for score in scores]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answers of every round, one list a request; a round's question may depend on earlier answers."""
+        """Return answers of every round, one list a request; a round's question may depend on earlier answers."""
         rounds = [Rounds(self.engine.style, self.task_dict, request) for request in requests]
         while open_rounds := [item for item in rounds if not item.finished]:
             answers = self._generate([item.question() for item in open_rounds], noted=False)

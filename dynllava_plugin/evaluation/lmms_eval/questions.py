@@ -45,7 +45,7 @@ class Item:
 
     @property
     def key(self) -> str:
-        """In the journal. Sampled answers aren't reused."""
+        """Return the question's name in the journal; a sampled answer, which isn't reused, has one that never comes again."""
         sampled = [id(self)] if self.arguments.get("do_sample") else []
         return entry_key("lmms-eval", self.name, self.text, self.arguments, *sampled)
 
@@ -89,21 +89,21 @@ class Question:
 
     @property
     def document(self) -> Any:
-        """The document, images decoded."""
+        """Return the document, images decoded."""
         return self._documents[self._doc_id]
 
     def ask(self, turns: Sequence[Turn], continuation: str = "") -> Request:
-        """The conversation's open round, about the document's images."""
+        """Return the conversation's open round, about the document's images."""
         return self.about(turns, self.visuals(), continuation)
 
     def about(
         self, turns: Sequence[Turn], visuals: Sequence[str | Image.Image], continuation: str = ""
     ) -> Request:
-        """As `ask`, about other images than the document's."""
+        """Return what `ask` does, about other images than the document's."""
         return self._style.request(turns, visuals, self.name, continuation)
 
     def visuals(self) -> tuple[str | Image.Image, ...]:
-        """The document's images; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
+        """Return the document's images; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
         if self._doc_to_visual is None:
             return ()
         try:
@@ -116,7 +116,7 @@ class Question:
 
 
 def checked_visuals(visuals: Any, name: str) -> tuple[str | Image.Image, ...]:
-    """What `doc_to_visual` gave, as a tuple; a `UserError` where it isn't images."""
+    """Return what `doc_to_visual` gave, as a tuple; a `UserError` where it isn't images."""
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
         if not isinstance(visual, (str, Image.Image)):
@@ -144,7 +144,7 @@ class Rounds:
         self.finished = False
 
     def question(self) -> Item:
-        """The open round."""
+        """Return the open round."""
         turns = [*self._turns, (self._context, None)]
         return Item(
             partial(self._ask, turns), self._question.name, [*turns], self.arguments, self.task, self._padding

@@ -34,7 +34,7 @@ class LocalTask(ConfigurableMessagesTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Any:
-        """A document's requests, as the model wants them."""
+        """Return a document's requests, as the model wants them."""
         kind = ConfigurableMessagesTask if self.messages else ConfigurableTask
         return kind.construct_requests(self, doc_id, ctx, **kwargs)
 
@@ -62,20 +62,20 @@ class EasyVQATask(LocalTask):
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The row's image."""
+    """Return the row's image."""
     return [load_image(doc["image"], doc["id"])]
 
 
 def process_short_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Exact match of the answer, 0 or 1."""
+    """Return the exact match of the answer, 0 or 1."""
     return {"exact_match": easy_vqa.exact_match(results[0], doc["answer"])}
 
 
 def process_long_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """METEOR of the answer in [0, 1], under the name of what could be computed here."""
+    """Return METEOR of the answer in [0, 1], under the name of what could be computed here."""
     return {meteor_name(): meteor(doc["answer"], results[0])}
 
 
 def process_perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Perplexity of the reference from its mean loss."""
+    """Return the perplexity of the reference from its mean loss."""
     return {"ppl": math.exp(results[0][0])}

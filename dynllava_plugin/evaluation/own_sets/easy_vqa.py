@@ -18,7 +18,7 @@ DATA_VARIABLE = "DYNLLAVA_EASY_VQA"
 
 
 def data_folder() -> Path:
-    """Where the converted data lies: ``$DYNLLAVA_EASY_VQA``, or the user's cache folder."""
+    """Return where the converted data lies: ``$DYNLLAVA_EASY_VQA``, or the user's cache folder."""
     given = os.environ.get(DATA_VARIABLE)
     if given:
         return Path(given).resolve()
@@ -35,7 +35,7 @@ def _converter_version() -> str:
 
 
 def locate_data() -> Path:
-    """The data's folder; built from the PyPI package ``easy-vqa`` where it isn't there yet.
+    """Return the data's folder; built from the PyPI package ``easy-vqa`` where it isn't there yet.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def _build(folder: Path) -> Path:
 
 
 def load_rows(benchmark: str) -> list[dict[str, Any]]:
-    """Test rows in their fixed, shuffled order, so that the first N are a fixed sample.
+    """Return the test rows in their fixed, shuffled order, so that the first N are a fixed sample.
 
     Returns
     -------
@@ -104,12 +104,12 @@ def load_rows(benchmark: str) -> list[dict[str, Any]]:
 
 
 def question_text(benchmark: str, question: str) -> str:
-    """The question with LLaVA's short-answer instruction where a short answer is wanted."""
+    """Return the question with LLaVA's short-answer instruction where a short answer is wanted."""
     return question if benchmark == "easy_vqa_describe" else question + writing.SHORT_ANSWER
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1.0 where the short answers agree but for case, surrounding space and a final period; else 0.0."""
+    """Return 1.0 where the short answers agree but for case, surrounding space and a final period; else 0.0."""
     return float(_plain(prediction) == _plain(answer))
 
 

@@ -29,7 +29,7 @@ class _NoSynonyms:
     """Stands where NLTK's scorer asks WordNet for a word's synonym sets."""
 
     def synsets(self, word: str) -> list[Any]:
-        """No word has synonyms."""
+        """Return none: no word has synonyms."""
         return []
 
 
@@ -57,7 +57,7 @@ def _wordnet() -> Any | None:
             return super().open(file)
 
         def map_wn(self, version: str = "wordnet") -> None:
-            """No map to the multilingual WordNets, which isn't installed either."""
+            """Make no map to the multilingual WordNets, which isn't installed either."""
 
     nltk.data.path.append(str(_DEBIAN_WORDNET))  # NLTK reads below these folders only
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def _tokenizer() -> Callable[[str], list[str]]:
 
 
 def meteor_name() -> str:
-    """What `meteor` computes here: ``meteor`` with WordNet's synonyms, ``meteor_exact_stem`` without."""
+    """Return what `meteor` computes here: ``meteor`` with WordNet's synonyms, ``meteor_exact_stem`` without."""
     with _LOCK:
         return METEOR if _wordnet() is not None else METEOR_WITHOUT_SYNONYMS
 

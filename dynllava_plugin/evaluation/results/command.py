@@ -68,7 +68,7 @@ def _benchmarks(args: argparse.Namespace) -> int:
 
 
 def benchmarks_text() -> str:
-    """The registry as a Markdown table."""
+    """Return the registry as a Markdown table."""
     from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, HARNESSES
     from dynllava_plugin.evaluation.results.paper import METHODS, paper_value
 

@@ -13,7 +13,7 @@ STATE = "run.json"  # of a run in a suite
 
 
 def footer(folders: Iterable[Path]) -> str:
-    """What ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
+    """Return what ran, on what: versions, commit, checkpoint, device, time. Empty where no run left a manifest."""
     from dynllava_plugin.evaluation.results.manifest import NAME, read_manifest
 
     manifests, states = [], set()
@@ -65,7 +65,7 @@ def _seconds(state: Path | None) -> float | None:
 
 
 def count_of_runs(number: int) -> str:
-    """``1 run``, ``2 runs``."""
+    """Return a number as ``1 run``, ``2 runs``."""
     return f"{number} run" if number == 1 else f"{number} runs"
 
 

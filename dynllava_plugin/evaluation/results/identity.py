@@ -15,7 +15,7 @@ _CHUNK = 2**22
 
 @cache
 def checkpoint_hash(pretrained: str) -> str:
-    """Twelve digits that change with the checkpoint's weights or configuration.
+    """Return twelve digits that change with the checkpoint's weights or configuration.
 
     Of a folder its files' content; of a hub id its commit in the local cache, ``unknown`` where it isn't
     there (`resolve_checkpoint` fetches it). `dynllava eval` computes it once for all of its runs and hands it on
@@ -41,7 +41,7 @@ def checkpoint_hash(pretrained: str) -> str:
 
 
 def resolve_checkpoint(pretrained: str) -> str:
-    """`checkpoint_hash`, of a hub id after its text files were fetched: it is the same before and after the weights come.
+    """Return `checkpoint_hash`, of a hub id after its text files were fetched: it is the same before and after the weights come.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def resolve_checkpoint(pretrained: str) -> str:
 
 @cache
 def source_digest() -> str:
-    """Twelve digits that change with any of this package's Python sources and task files: other code, other results."""
+    """Return twelve digits that change with any of this package's Python sources and task files: other code, other results."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
@@ -76,7 +76,7 @@ def _hub_commit(repo: str) -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit this package runs from, ``+`` where its files were changed; None outside a checkout."""
+    """Return the commit this package runs from, ``+`` where its files were changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

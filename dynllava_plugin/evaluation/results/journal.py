@@ -26,7 +26,7 @@ _BETWEEN_REPORTS = 1.0  # seconds
 
 
 def entry_key(kind: str, *parts: Any) -> str:
-    """Names a question: what is asked of whom, how. Equal parts, equal answer."""
+    """Return what names a question: what is asked of whom, how. Equal parts, equal answer."""
     text = json.dumps([kind, *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -60,17 +60,17 @@ class Journal:
 
     @classmethod
     def from_environment(cls) -> Journal:
-        """The journal that `dynllava eval` asked for, or one that remembers nothing."""
+        """Return the journal that `dynllava eval` asked for, or one that remembers nothing."""
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder) if folder else None)
 
     def answer(self, key: str) -> Answer | None:
-        """The answer written down earlier."""
+        """Return the answer written down earlier."""
         found = self._known.get(key)
         return Answer(**{**found["answer"], "cost": _cost(found["answer"])}) if found else None
 
     def score(self, key: str) -> Score | None:
-        """The score written down earlier."""
+        """Return the score written down earlier."""
         found = self._known.get(key)
         return _score(found["score"]) if found else None
 
@@ -86,12 +86,12 @@ class Journal:
         self._file.flush()
 
     def expect(self, total: int) -> None:
-        """`total` more questions are to be answered."""
+        """Note that `total` more questions are to be answered."""
         self._total += total
         self._report(at_once=True)
 
     def count(self, done: int) -> None:
-        """`done` more questions are answered."""
+        """Note that `done` more questions are answered."""
         self._done += done
         self._report()
 

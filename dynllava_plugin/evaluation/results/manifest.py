@@ -50,7 +50,7 @@ class RunRecord:
         self._shared_prompts = 0
 
     def note_model(self, settings: ModelSettings, model: Any) -> None:
-        """The model that was loaded; its sparsity settings are those in force, not only the overrides."""
+        """Note the model that was loaded; its sparsity settings are those in force, not only the overrides."""
         self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
         self.sparsity = model.config.sparsity.to_dict()
         self.model = {
@@ -61,7 +61,7 @@ class RunRecord:
         self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
 
     def note_answers(self, benchmark: str, answers: Sequence[Answer]) -> None:
-        """Answers to questions of `benchmark` (the harness's name)."""
+        """Note answers to questions of `benchmark` (the harness's name)."""
         self._answers[benchmark].extend(answers)
 
     def note_scores(self, benchmark: str, scores: Sequence[Score]) -> None:
@@ -69,7 +69,7 @@ class RunRecord:
         self._scores[benchmark].extend(scores)
 
     def note_time(self, engine: Any) -> None:
-        """Seconds since the first question, of these in the engine, of these in the model; prompts that shared a prefill."""
+        """Note the seconds since the first question, of these in the engine, of these in the model; prompts that shared a prefill."""
         since = 0.0 if engine.started is None else time.perf_counter() - engine.started
         seconds = {"answering": since, "engine": engine.seconds, "model": engine.model_seconds}
         self._times = {name: round(value, 3) for name, value in seconds.items()}
@@ -92,7 +92,7 @@ class RunRecord:
                 self._scores[name].extend(found)
 
     def to_dict(self, harness: str, **more: Any) -> dict[str, Any]:
-        """The manifest."""
+        """Return the manifest."""
         return {
             "harness": harness,
             "settings": self.settings,
@@ -118,7 +118,7 @@ class RunRecord:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
+    """Return a JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None for everything else, truth values too."""
+    """Return a finite number; None for everything else, truth values too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

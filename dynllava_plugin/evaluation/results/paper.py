@@ -59,14 +59,14 @@ COMPARISON = (
 
 @cache
 def paper_results() -> pd.DataFrame:
-    """Every number of the paper's tables: table, llm, method, image_tokens, prefill_tflops, benchmark, metric, value."""
+    """Return every number of the paper's tables: table, llm, method, image_tokens, prefill_tflops, benchmark, metric, value."""
     path = files("dynllava_plugin.evaluation.results") / "data" / "paper_results.csv"
     with path.open("r", encoding="utf-8") as file:
         return pd.read_csv(file)
 
 
 def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> float | None:
-    """The paper's figure in the metric's unit; None where the paper has none.
+    """Return the paper's figure in the metric's unit; None where the paper has none.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> 
 
 
 def paper_decimals(benchmark: Benchmark, metric: Metric) -> int:
-    """Decimals of the paper's figures of a metric, in the metric's unit."""
+    """Return how many decimals the paper's figures of a metric have, in the metric's unit."""
     rows = paper_results()
     table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
     values = rows[(rows["table"] == table) & (rows["metric"] == metric.paper)]["value"] * metric.paper_factor
@@ -100,7 +100,7 @@ def paper_decimals(benchmark: Benchmark, metric: Metric) -> int:
 
 
 def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
-    """Every figure of the paper's tables 1, 3 and 12 that was run, beside the paper's and the other harness's.
+    """Return every figure of the paper's tables 1, 3 and 12 that was run, beside the paper's and the other harness's.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
 
 
 def render_comparison(comparison: pd.DataFrame, style: str) -> str:
-    """One table for each of the paper's tables, checkpoint and mode, with the notes that belong to it."""
+    """Return one table for each of the paper's tables, checkpoint and mode, with the notes that belong to it."""
     if style not in FORMATS:
         raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":

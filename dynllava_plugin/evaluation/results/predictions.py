@@ -13,7 +13,7 @@ from dynllava_plugin.errors import UserError
 
 
 def lmms_eval_samples(folder: Path, task: str) -> list[dict[str, Any]]:
-    """What lmms-eval logged of a task, by document."""
+    """Return what lmms-eval logged of a task, by document."""
     files = sorted(folder.rglob(f"*_samples_{task}.jsonl"))
     if not files:
         raise UserError(f"{folder}: no saved samples of {task}")
@@ -22,7 +22,7 @@ def lmms_eval_samples(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def lmms_eval_predictions(folder: Path, task: str) -> dict[int, str]:
-    """Document number -> answer."""
+    """Return lmms-eval's answers by document number."""
     return {row["doc_id"]: _text(row["filtered_resps"]) for row in lmms_eval_samples(folder, task)}
 
 
@@ -33,7 +33,7 @@ def _text(answer: Any) -> str:
 
 
 def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
-    """The kit's prediction file of a dataset, row by row."""
+    """Return the kit's prediction file of a dataset, row by row."""
     for path in sorted(folder.rglob(f"dynllava_{dataset}.*")):
         if path.suffix == ".tsv":
             return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
@@ -43,12 +43,12 @@ def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
 
 
 def vlmevalkit_predictions(folder: Path, dataset: str) -> dict[int, str]:
-    """Row number -> answer."""
+    """Return the kit's answers by row number."""
     return {place: row["prediction"] for place, row in enumerate(vlmevalkit_rows(folder, dataset))}
 
 
 def journal_entries(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The answers (or scores) that a run wrote down, each question once."""
+    """Return the answers (or scores) that a run wrote down, each question once."""
     seen = set()
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -56,7 +56,7 @@ SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
 
 def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFrame:
-    """Every figure under `folder`, one a row.
+    """Return every figure under `folder`, one a row.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ def _mode_rank(mode: str) -> str:
 
 
 def question_count(value: Any, path: Path) -> int | None:
-    """How many questions a file says were asked.
+    """Return how many questions a file says were asked.
 
     Raises
     ------
@@ -287,7 +287,7 @@ def question_count(value: Any, path: Path) -> int | None:
 
 
 def prediction_rows(folder: Path, stem: str) -> int | None:
-    """Questions in VLMEvalKit's prediction file; None where it has none that can be read."""
+    """Return the number of questions in VLMEvalKit's prediction file; None where it has none that can be read."""
     path = folder / f"{stem}.tsv"
     try:
         if path.is_file():
@@ -300,7 +300,7 @@ def prediction_rows(folder: Path, stem: str) -> int | None:
 
 
 def say_skipped(problem: object) -> None:
-    """One line, once, for a file that is left out of a table."""
+    """Print one line, once, for a file that is left out of a table."""
     line = " ".join(str(problem).split())
     if line not in _said:
         _said.add(line)

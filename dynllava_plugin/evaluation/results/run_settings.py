@@ -43,7 +43,7 @@ _SHOWN_WHERE_DIFFERENT = {
 
 
 def generation_label(config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
-    """What a run asked for beyond its tasks' own generation, questions and prompts: ``temperature=0.7, offset=8``.
+    """Return what a run asked for beyond its tasks' own generation, questions and prompts: ``temperature=0.7, offset=8``.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def generation_label(config: dict[str, Any], manifest: dict[str, Any]) -> str | 
 def run_settings(
     manifest: dict[str, Any], model_args: str, path: Path, generation: str | None = None
 ) -> dict[str, Any]:
-    """``checkpoint``, ``mode``, `SETTINGS` and ``seconds`` of a run.
+    """Return ``checkpoint``, ``mode``, `SETTINGS` and ``seconds`` of a run.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def _asked_otherwise(given: dict[str, Any]) -> str:
 
 
 def told_apart(table: pd.DataFrame) -> pd.DataFrame:
-    """The tidy table with `checkpoint` and `mode` spelled out where two runs differ in nothing else that is shown.
+    """Return the tidy table with `checkpoint` and `mode` spelled out where two runs differ in nothing else that is shown.
 
     Two checkpoints of one name get their hashes, two runs of one mode their data types, prompts and so on. The
     mode as it was is in the column ``method``.
@@ -152,7 +152,7 @@ def _number(sparsity: dict[str, Any], key: str, means_something: bool) -> float 
 
 
 def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
-    """A run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
+    """Return a run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
     if sparsity.get("policy"):
         return _policy_name(sparsity, default_rate)
     mode = str(sparsity.get("mode", "unknown"))
@@ -166,7 +166,7 @@ def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
 
 
 def policy_label(sparsity: dict[str, Any]) -> str:
-    """A policy with its arguments, as on the command line: ``fastv,k=3,r=0.75``."""
+    """Return a policy with its arguments, as on the command line: ``fastv,k=3,r=0.75``."""
     return describe(*_policy(sparsity))
 
 

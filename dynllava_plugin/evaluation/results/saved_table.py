@@ -16,7 +16,7 @@ NAME = "table.csv"
 def read_saved(
     path: Path, columns: Sequence[str], needed: Sequence[str], numbers: Sequence[str], scored: str
 ) -> pd.DataFrame:
-    """The rows as they were.
+    """Return the rows as they were.
 
     Parameters
     ----------

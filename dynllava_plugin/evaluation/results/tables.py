@@ -37,18 +37,18 @@ _BENCHMARKS_ACROSS = 4
 
 
 def figure_or_status(row: Mapping[Any, Any]) -> Any:
-    """The value where there is one, else why there is none."""
+    """Return the value where there is one, else why there is none."""
     return row["value"] if row["status"] == SCORED else row["status"]
 
 
 def printed(row: Mapping[Any, Any]) -> str:
-    """The same with the digits to read."""
+    """Return the same with the digits to read."""
     found = figure_or_status(row)
     return figure_text(row["metric"], found) if isinstance(found, (int, float)) else _cell(found)
 
 
 def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status) -> pd.DataFrame:
-    """Rows checkpoint and mode; columns benchmark, metric and harness; then questions and kept tokens.
+    """Return a frame: rows checkpoint and mode; columns benchmark, metric and harness; then questions and kept tokens.
 
     Where one setting was run on different numbers of questions, the largest stands. A cell without a figure
     says why ("needs judge"); NaN where nothing was run.
@@ -74,7 +74,7 @@ def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure
 def by_benchmark(
     table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status
 ) -> pd.DataFrame:
-    """Rows benchmark and metric; columns harness under checkpoint and mode, and each harness's number of questions."""
+    """Return a frame: rows benchmark and metric; columns harness under checkpoint and mode, and each harness's number of questions."""
     chosen = in_order(largest_runs(table), first=("benchmark", "metric"))
     several = chosen["checkpoint"].nunique() > 1
     runs = in_order(chosen)[["checkpoint", "mode", "harness"]].drop_duplicates().to_dict("records")
@@ -96,7 +96,7 @@ def by_benchmark(
 
 
 def by_setting(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows checkpoint and mode, columns `COUNT_COLUMNS`: what every figure of a setting was reached with."""
+    """Return a frame: rows checkpoint and mode, columns `COUNT_COLUMNS`: what every figure of a setting was reached with."""
     chosen = largest_runs(table)
     rows = [
         {"checkpoint": checkpoint, "mode": mode, **setting_counts(chosen, checkpoint, mode)}
@@ -107,12 +107,12 @@ def by_setting(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_of(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """(checkpoint, mode), each once, in the table's order."""
+    """Return (checkpoint, mode), each once, in the table's order."""
     return list(dict.fromkeys(zip(table["checkpoint"], table["mode"], strict=True)))
 
 
 def setting_counts(table: pd.DataFrame, checkpoint: str, mode: str) -> dict[str, Any]:
-    """Means over samples with an image, as a range where benchmarks differ; long answers' share of tokens that stays."""
+    """Return the means over samples with an image, as a range where benchmarks differ; long answers' share of tokens that stays."""
     rows = table[(table["checkpoint"] == checkpoint) & (table["mode"] == mode)]
     cells: dict[str, Any] = {}
     with_image = rows[rows["image_tokens"] > 0]
@@ -129,14 +129,14 @@ def setting_counts(table: pd.DataFrame, checkpoint: str, mode: str) -> dict[str,
 
 
 def span(values: pd.Series, text: Callable[[float], str] = "{:.0f}".format) -> str:
-    """``12``, or ``12 to 15`` where the values differ: unlike things aren't averaged."""
+    """Return values as ``12``, or ``12 to 15`` where the values differ: unlike things aren't averaged."""
     known = values.dropna().sort_values()
     ends = [text(known.iloc[place]) for place in (0, -1)] if len(known) else ["-"]
     return " to ".join(dict.fromkeys(ends))
 
 
 def render(table: pd.DataFrame, style: str) -> str:
-    """The table as text.
+    """Return the table as text.
 
     Markdown and LaTeX have one mode a row, or one benchmark a row where there are many; CSV one figure a row.
 
@@ -164,7 +164,7 @@ def _finished(wide: pd.DataFrame) -> pd.DataFrame:
 
 
 def frame_text(frame: pd.DataFrame, style: str) -> str:
-    """A frame of finished cells as a Markdown or LaTeX table."""
+    """Return a frame of finished cells as a Markdown or LaTeX table."""
     escaped = in_latex if style == "latex" else in_markdown
     columns = [escaped(name) for name in frame.columns]
     rows = [[escaped(str(value)) for value in row] for row in frame.to_numpy().tolist()]
@@ -175,12 +175,12 @@ def frame_text(frame: pd.DataFrame, style: str) -> str:
 
 
 def largest_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The figures to show, one for each checkpoint, mode, harness, benchmark and metric."""
+    """Return the figures to show, one for each checkpoint, mode, harness, benchmark and metric."""
     return in_order(_by_size(table).drop_duplicates(list(KEYS), keep="last"))
 
 
 def left_out(table: pd.DataFrame) -> str:
-    """Lines that name what `largest_runs` doesn't show; empty where it shows everything."""
+    """Return lines that name what `largest_runs` doesn't show; empty where it shows everything."""
     shown = _by_size(table)
     hidden = in_order(shown[shown.duplicated(list(KEYS), keep="last")])
     text = ""
@@ -215,12 +215,12 @@ def _latex(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def figure_text(metric: str, value: float, percent: int = 2) -> str:
-    """The figure, without its unit; ``-`` for NaN."""
+    """Return the figure, without its unit; ``-`` for NaN."""
     return "-" if isnan(value) else f"{value:.{decimals(metric, value, percent)}f}"
 
 
 def decimals(metric: str, value: float, percent: int = 2) -> int:
-    """Of percentages `percent`; of small amounts three digits; else two.
+    """Return how many decimals a figure has: of percentages `percent`; of small amounts three digits; else two.
 
     Of perplexities near 1 at least four, and two digits of what is above 1.
     """
@@ -232,7 +232,7 @@ def decimals(metric: str, value: float, percent: int = 2) -> int:
 
 
 def significant(value: float, digits: int) -> str:
-    """That many digits, never with an exponent: ``10100``, ``0.00312``."""
+    """Return `value` with that many digits, never with an exponent: ``10100``, ``0.00312``."""
     return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 

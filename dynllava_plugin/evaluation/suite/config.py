@@ -47,7 +47,7 @@ class SuiteConfig(RunSettings):
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any]) -> SuiteConfig:
-        """The settings of a file, or of the packaged suite of that name, with what the command line gave (not None) in their place.
+        """Return the settings of a file, or of the packaged suite of that name, what `overrides` gives (not None) in their place.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class SuiteConfig(RunSettings):
         return config
 
     def check(self, path: Path) -> None:
-        """Every value that can be checked without loading anything."""
+        """Check every value that can be checked without loading anything."""
         if not self.benchmarks:
             raise UserError(f"{path}: `benchmarks` is empty")
         pretrained = self.model.get("pretrained", "")
@@ -102,24 +102,24 @@ class SuiteConfig(RunSettings):
         self.settings()
 
     def given(self) -> dict[str, Any]:
-        """All settings that aren't empty, the model's among them."""
+        """Return all settings that aren't empty, the model's among them."""
         everything = {**vars(self), **self.model}
         return {key: value for key, value in everything.items() if key != "model" and value not in (None, ())}
 
     def wanted(self) -> list[Benchmark]:
-        """The benchmarks, each once, in the order given."""
+        """Return the benchmarks, each once, in the order given."""
         return list(dict.fromkeys(find_benchmark(name) for name in self.benchmarks))
 
     def left_out(self) -> list[Benchmark]:
-        """Those of them that no chosen harness has."""
+        """Return the benchmarks that no chosen harness has."""
         return [item for item in self.wanted() if not any(item.tasks(name) for name in self.harnesses())]
 
     def harnesses(self) -> tuple[str, ...]:
-        """Those to run."""
+        """Return the harnesses to run."""
         return HARNESSES if self.harness == BOTH else (self.harness,)
 
     def settings(self) -> list[ModelSettings]:
-        """The model's settings, one for each mode."""
+        """Return the model's settings, one for each mode."""
         given = dict(self.model)
         if Path(given["pretrained"]).is_dir():
             given["pretrained"] = str(Path(given["pretrained"]).resolve())

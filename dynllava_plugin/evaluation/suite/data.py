@@ -21,7 +21,7 @@ def is_offline() -> bool:
 
 
 def locate(benchmark: Benchmark, harness: str, data: Path | None) -> Path | None:
-    """The file or folder with the benchmark's data on this machine; None where a download is needed."""
+    """Return the file or folder with the benchmark's data on this machine; None where a download is needed."""
     candidates: list[Path] = []
     if harness == LMMS_EVAL:
         candidates = [data / HUB / benchmark.repo] if data else []
@@ -47,7 +47,7 @@ def is_built(benchmark: Benchmark) -> bool:
 
 
 def how_to_provide(benchmark: Benchmark, harness: str) -> str:
-    """One line for a user whose machine can't download it."""
+    """Return one line for a user whose machine can't download it."""
     if harness == LMMS_EVAL or benchmark.name == "VQAv2":
         target = f"DIR/{HUB}/{benchmark.repo}"
         fetch = f"hf download {benchmark.repo} --repo-type dataset --local-dir {target}"
@@ -60,7 +60,7 @@ def how_to_provide(benchmark: Benchmark, harness: str) -> str:
 
 
 def identity(benchmark: Benchmark, harness: str, data: Path | None) -> str:
-    """Changes when the data on this machine does; `DOWNLOAD` where it isn't there yet."""
+    """Return what changes when the data on this machine does; `DOWNLOAD` where it isn't there yet."""
     place = _source(benchmark, harness, data)
     if place is None:
         return DOWNLOAD
@@ -77,7 +77,7 @@ def identity(benchmark: Benchmark, harness: str, data: Path | None) -> str:
 
 
 def identity_after(benchmark: Benchmark, harness: str, data: Path | None, planned: str) -> str:
-    """What a run is to write down once it has ended, when `planned` was the identity before it began.
+    """Return what a run is to write down once it has ended, when `planned` was the identity before it began.
 
     The harness may have fetched the data, or newer data, in between. The user's own files it only reads: had
     they changed meanwhile, the answers would be the older ones'.

@@ -31,7 +31,7 @@ class Progress:
         self._moving = sys.stderr.isatty()
 
     def finished(self, outcome: Outcome) -> None:
-        """A run has ended: its line."""
+        """Print the line of a run that has ended."""
         self._ended += 1
         if outcome.seconds:
             self._seconds.append(outcome.work)
@@ -80,7 +80,7 @@ def _state(run: Run, seconds: float) -> str:
 
 
 def headline(run: Run) -> str:
-    """The benchmark's first figure, or why there is none, and the number of questions."""
+    """Return the benchmark's first figure, or why there is none, and the number of questions."""
     from dynllava_plugin.errors import UserError
     from dynllava_plugin.evaluation.results.results import SCORED, read_results
     from dynllava_plugin.evaluation.results.tables import figure_text
@@ -100,7 +100,7 @@ def headline(run: Run) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``42s``, ``3m05s``, ``2h10m``."""
+    """Return seconds as ``42s``, ``3m05s``, ``2h10m``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -58,32 +58,32 @@ class Run:
 
     @property
     def root(self) -> Path:
-        """The folder of all runs of this checkpoint and setting."""
+        """Return the folder of all runs of this checkpoint and setting."""
         return self.folder.parents[1]
 
     @property
     def typed(self) -> list[str]:
-        """The command that does the same by itself."""
+        """Return the command that does the same by itself."""
         return [*self.launch, *self.command]
 
     @property
     def title(self) -> str:
-        """For progress lines and errors."""
+        """Return the run's name for progress lines and errors."""
         return f"{self.benchmark.name} in {self.harness}" + (f", mode {self.mode}" if self.mode else "")
 
     @property
     def journal(self) -> Path:
-        """Where the answers are written down as they come."""
+        """Return where the answers are written down as they come."""
         return self.folder / "journal"
 
     @property
     def output(self) -> Path:
-        """The harness's output."""
+        """Return the harness's output."""
         return self.folder / "output"
 
 
 def plan(config: SuiteConfig, judge: Judge | None) -> list[Run]:
-    """All runs of a suite, setting by setting, benchmark by benchmark, both harnesses beside each other.
+    """Return all runs of a suite, setting by setting, benchmark by benchmark, both harnesses beside each other.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def plan(config: SuiteConfig, judge: Judge | None) -> list[Run]:
 
 
 def folder_name(settings: ModelSettings, digest: str, config: SuiteConfig) -> str:
-    """Differs wherever checkpoint or settings do."""
+    """Return a folder's name that differs wherever checkpoint or settings do."""
     name = Path(settings.pretrained).name if Path(settings.pretrained).is_dir() else settings.pretrained
     parts = [name, digest, *(f"{key}-{value}" for key, value in sorted(settings.sparsity().items()))]
     parts += [

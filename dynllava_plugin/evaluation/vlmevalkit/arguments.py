@@ -49,7 +49,7 @@ def settings_of(own: argparse.Namespace) -> tuple[ModelSettings, KitSettings, st
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """Our options; all others go on to the kit."""
+    """Return a parser of our options; all others go on to the kit."""
     parser = argparse.ArgumentParser(
         prog="run_vlmevalkit.py",
         description="VLMEvalKit with --model dynllava. Options of ours:",
@@ -63,7 +63,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def kit_parser() -> argparse.ArgumentParser:
-    """The kit's options that we need to know about; they all go on to the kit."""
+    """Return a parser of the kit's options that we need to know about; they all go on to the kit."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="+")
     parser.add_argument("--model", nargs="+")
@@ -79,7 +79,7 @@ def kit_parser() -> argparse.ArgumentParser:
 
 
 def split_modes(values: list[str]) -> tuple[str | None, str | None]:
-    """`--mode` names two things, how the model runs and which of the kit's stages; their values differ."""
+    """Return the two things that `--mode` names, how the model runs and which of the kit's stages: their values differ."""
     ours, kits = [v for v in values if v in MODES], [v for v in values if v in KIT_MODES]
     unknown = [value for value in values if value not in (*MODES, *KIT_MODES)]
     if unknown:

@@ -32,29 +32,29 @@ class EasyVQA(ImageBaseDataset):
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Rows in their fixed order."""
+        """Return the rows in their fixed order."""
         rows = easy_vqa.load_rows(self.BENCHMARK)
         return pd.DataFrame(rows).rename(columns={"id": "index", "image": "image_path"})
 
     def build_prompt(self, line: Any) -> list[dict[str, Any]]:
-        """Image, then question."""
+        """Return the image, then the question."""
         line = self.data.iloc[line] if isinstance(line, int) else line
         text = {"type": "text", "value": easy_vqa.question_text(self.BENCHMARK, line["question"])}
         return [{"type": "image", "value": line["image_path"]}, {**text, **self.message_keys(line)}]
 
     def message_keys(self, line: Any) -> dict[str, Any]:
-        """What the adapter needs to know beyond the question."""
+        """Return what the adapter needs to know beyond the question."""
         return {TOKEN_LIMIT: SHORT_ANSWER_TOKENS}
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        """``Overall`` in percent, also written beside the predictions."""
+        """Return ``Overall`` in percent, also written beside the predictions."""
         data = _read_predictions(eval_file)
         metrics = self.metrics(data)
         dump(pd.DataFrame([metrics]), get_intermediate_file_path(eval_file, "_acc"))
         return metrics
 
     def metrics(self, data: pd.DataFrame) -> dict[str, float]:
-        """Means over the rows."""
+        """Return the means over the rows."""
         hits = [easy_vqa.exact_match(p, a) for p, a in zip(data["prediction"], data["answer"], strict=True)]
         return {"Overall": 100.0 * sum(hits) / len(hits)}
 

@@ -92,7 +92,7 @@ def _repair_mm_vet(patches: Patches, patience: Patience) -> None:
 
 
 def mm_vet_figures(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The kit's two tables, by capability and by set of capabilities; those without a row are left out.
+    """Return the kit's two tables, by capability and by set of capabilities; those without a row are left out.
 
     The kit counts a row whose set is one capability twice in that capability; its ``Overall`` is the same.
 

@@ -82,7 +82,7 @@ class DynamicLlava(BaseModel):
         self._ahead = _LookAhead(None, 1, self._prompt)
 
     def set_dump_image(self, dump_image_func: Callable[..., Any]) -> None:
-        """Called by the kit before a dataset's first question, with that dataset's method."""
+        """Note which dataset is asked next: the kit calls this before its first question, with its method."""
         super().set_dump_image(dump_image_func)
         dataset = getattr(dump_image_func, "__self__", None)
         self._ahead = _LookAhead(dataset, _BATCHES_AHEAD * self.engine.batch_size, self._prompt)
@@ -93,7 +93,7 @@ class DynamicLlava(BaseModel):
         return self.prompts == "llava" and has_own_wording(dataset)
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> Message:
-        """The row's images and its question in LLaVA-1.5's wording."""
+        """Return the row's images and its question in LLaVA-1.5's wording."""
         images = [{"type": "image", "value": path} for path in self.dump_image(line, dataset)]
         return [*images, {"type": "text", "value": llava_question(str(dataset), line)}]
 
@@ -106,7 +106,7 @@ class DynamicLlava(BaseModel):
         return [dict(item) for item in dataset.build_prompt(line)]
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> dict[str, Any]:
-        """The answer and, as `extra_records`, its token counts and, with references, their score.
+        """Return the answer and, as `extra_records`, its token counts and, with references, their score.
 
         Of a conversation the prediction is the list of its answers, as JSON.
 
@@ -194,7 +194,7 @@ class _Asked:
 
     @classmethod
     def of(cls, message: Message, dataset: str) -> _Asked:
-        """An image becomes LLaVA's marker and a line break where it stands in the message."""
+        """Return what a message asks; an image becomes LLaVA's marker and a line break where it stands in the message."""
         images = tuple(item["value"] for item in message if item["type"] == "image")
         name = f"{dataset} ({os.path.basename(images[0])})" if images else dataset
         other = [item["type"] for item in message if item["type"] not in ("image", "text")]
@@ -213,12 +213,12 @@ class _Asked:
         return cls((text.strip(),), (reference,) if reference else (), images, name)
 
     def request(self, style: PromptStyle, answers: list[str]) -> Request:
-        """The next round behind `answers`, in the model's `style`."""
+        """Return the next round behind `answers`, in the model's `style`."""
         turns = [*zip(self.questions, answers, strict=False), (self.questions[len(answers)], None)]
         return style.request(turns, self.images, self.name)
 
     def scored(self, style: PromptStyle) -> Request:
-        """The whole conversation with its references, each of them scored."""
+        """Return the whole conversation with its references, each of them scored."""
         turns = [*zip(self.questions[:-1], self.references[:-1], strict=True), (self.questions[-1], None)]
         return style.request(turns, self.images, self.name, self.references[-1])
 
@@ -249,7 +249,7 @@ class _LookAhead:
         self._ready: dict[str, list[Any]] = {}  # two rows may ask the same
 
     def take(self, message: Message) -> Any:
-        """The answer to `message`, or None where it isn't computed yet."""
+        """Return the answer to `message`, or None where it isn't computed yet."""
         key = _key(message)
         answers = self._ready.get(key)
         if not answers:
@@ -263,7 +263,7 @@ class _LookAhead:
         self._ready.setdefault(_key(message), []).append(answer)
 
     def following(self, message: Message) -> list[Message]:
-        """`message` and the rows after it, a few batches in all, so that they can be sorted by length."""
+        """Return `message` and the rows after it, a few batches in all, so that they can be sorted by length."""
         if self._ready:
             # The kit asks other prompts than the rows give (some datasets shuffle choices): stop.
             self._ready.clear()

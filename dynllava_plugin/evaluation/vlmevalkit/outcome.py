@@ -24,7 +24,7 @@ _NO_SCORE_WANTED = (
 
 
 def forget_finished(folder: Path, model: str, datasets: list[str], known: Collection[str] = ()) -> None:
-    """Without `--reuse` the kit promises a fresh start, yet keeps old predictions and scores: remove ours.
+    """Remove our old predictions and scores: without `--reuse` the kit promises a fresh start, yet keeps them.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def _forget_status(path: Path, datasets: list[str]) -> None:
 def check_run(
     folder: Path, model: str, datasets: list[str], started: float, unjudged: Collection[str] = ()
 ) -> list[str]:
-    """What went wrong, one line a dataset; the kit's exit code doesn't tell.
+    """Return what went wrong, one line a dataset; the kit's exit code doesn't tell.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def _is_of_this_run(entry: dict[str, Any], started: float) -> bool:
 
 
 def judge_failures(folder: Path) -> dict[str, int]:
-    """Answers that the judge gave no score, by dataset; datasets without any are left out."""
+    """Return the answers that the judge gave no score, by dataset; datasets without any are left out."""
     from vlmeval.smp import collect_run_benchmark_report
 
     rows = collect_run_benchmark_report(str(folder)) or []

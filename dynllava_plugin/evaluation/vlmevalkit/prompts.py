@@ -24,7 +24,7 @@ def has_own_wording(dataset: str | None) -> bool:
 
 
 def llava_question(dataset: str, line: Mapping[str, Any]) -> str:
-    """The question as LLaVA-1.5's evaluation words it.
+    """Return the question as LLaVA-1.5's evaluation words it.
 
     Parameters
     ----------

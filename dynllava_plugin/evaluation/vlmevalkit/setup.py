@@ -21,7 +21,7 @@ MODEL_NAME = "dynllava"
 
 
 def import_kit() -> ModuleType:
-    """The kit's command line: the package's ``vlmeval.run``, or an upstream checkout's ``run.py``.
+    """Return the kit's command line: the package's ``vlmeval.run``, or an upstream checkout's ``run.py``.
 
     It is imported before CUDA is used, because it assigns each process its GPUs.
     """
@@ -65,7 +65,7 @@ def register(patches: Patches, settings: ModelSettings, **arguments: Any) -> Non
 
 
 def known_datasets() -> list[str]:
-    """The names of all datasets that the kit has, ours included once they are registered."""
+    """Return the names of all datasets that the kit has, ours included once they are registered."""
     from vlmeval.dataset import SUPPORTED_DATASETS
 
     return list(SUPPORTED_DATASETS)
@@ -82,7 +82,7 @@ def check_models(names: Iterable[str]) -> None:
 
 
 def check_datasets(names: Iterable[str]) -> None:
-    """`UserError` for a name that is neither a dataset of the kit's nor a TSV file in its data folder."""
+    """Raise `UserError` for a name that is neither a dataset of the kit's nor a TSV file in its data folder."""
     from vlmeval.dataset.video_dataset_config import supported_video_datasets
     from vlmeval.smp import LMUDataRoot
 

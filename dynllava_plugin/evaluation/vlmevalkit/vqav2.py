@@ -27,7 +27,7 @@ class VQAv2(ImageVQADataset):
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Columns index, question, answer (the ten answers' list as text), and image_path (absolute) or image (base64).
+        """Return a frame with columns index, question, answer (ten answers' list as text), image_path (absolute) or image (base64).
 
         Raises
         ------

@@ -30,12 +30,12 @@ class Conversation:
 
     @property
     def words(self) -> int:
-        """Words of all answers, separated by white space."""
+        """Return the number of words of all answers, as white space separates them."""
         return sum(len(answer.split()) for _, answer in self.turns)
 
 
 def read_conversations(path: Path) -> tuple[list[Conversation], list[str]]:
-    """The file's conversations, and a line for each entry that isn't one.
+    """Return the file's conversations, and a line for each entry that isn't one.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[str]]:
 
 
 def image_names(path: Path) -> set[str]:
-    """The file names, without folders, of all images in a training mixture."""
+    """Return the file names, without folders, of all images in a training mixture."""
     entries = [entry for entry in _entries(path) if isinstance(entry, dict)]
     return {Path(str(entry["image"])).name for entry in entries if entry.get("image")}
 

@@ -36,17 +36,17 @@ class GenerationTask(LocalTask):
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The conversation's image."""
+    """Return the conversation's image."""
     return [load_image(doc["image"], doc["id"])]
 
 
 def first_question(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
-    """What the conversation opens with."""
+    """Return what the conversation opens with."""
     return doc["questions"][0]
 
 
 def conversation(doc: dict[str, Any]) -> list[tuple[str, str]]:
-    """The reference: every round's question and answer."""
+    """Return the reference: every round's question and answer."""
     return list(zip(doc["questions"], doc["answers"], strict=True))
 
 
@@ -57,7 +57,7 @@ def ask(
     round_idx: int | None = None,
     previous_round_info: Any = None,
 ) -> Any:
-    """A round's question: the first as text, later ones as lmms-eval's multi-round protocol wants them."""
+    """Return a round's question: the first as text, later ones as lmms-eval's multi-round protocol wants them."""
     if round_idx is None:
         return first_question(doc)
     finished = round_idx >= len(doc["questions"])
@@ -67,11 +67,11 @@ def ask(
 
 
 def process_answers(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """METEOR of the answers in [0, 1], under the name of what could be computed here."""
+    """Return METEOR of the answers in [0, 1], under the name of what could be computed here."""
     answers = [results[0]] if isinstance(results[0], str) else list(results[0])
     return {meteor_name(): mean_meteor(doc["answers"], answers)}
 
 
 def process_perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Perplexity of the references: the mean over the conversation's rounds."""
+    """Return the perplexity of the references: the mean over the conversation's rounds."""
     return {"ppl": math.exp(results[0][0])}

@@ -65,7 +65,7 @@ def select(
     seed: int,
     size: int | None,
 ) -> tuple[list[Conversation], list[tuple[str, int]]]:
-    """The set, and how many candidates each rule left.
+    """Return the set, and how many candidates each rule left.
 
     Parameters
     ----------

@@ -39,12 +39,12 @@ def write_set(
 
 
 def data_folder() -> Path:
-    """Where the built sets are looked for."""
+    """Return where the built sets are looked for."""
     return Path(os.environ.get(DATA_VARIABLE) or _DEFAULT).resolve()
 
 
 def load_rows(name: str) -> list[dict[str, Any]]:
-    """A set's samples in their order.
+    """Return a set's samples in their order.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def _image_root(folder: Path, name: str) -> Path:
 
 
 def find_image(root: Path, name: str) -> Path | None:
-    """The image under `root`, whose folder may stand for any leading folders of `name`."""
+    """Return the image under `root`, whose folder may stand for any leading folders of `name`."""
     parts = Path(name).parts
     for start in range(len(parts)):
         path = root.joinpath(*parts[start:])
@@ -105,6 +105,6 @@ def find_image(root: Path, name: str) -> Path | None:
 
 
 def mean_meteor(references: Sequence[str], answers: Sequence[str]) -> float:
-    """METEOR in [0, 1] of a sample: the mean over its rounds, as in the paper."""
+    """Return METEOR in [0, 1] of a sample: the mean over its rounds, as in the paper."""
     scores = [meteor(reference, answer) for reference, answer in zip(references, answers, strict=True)]
     return sum(scores) / len(scores)

@@ -24,7 +24,7 @@ class GenerationSet(ImageBaseDataset):
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Columns index (the row's number: ids may repeat, the kit's index mustn't), id, image_path, question (the
+        """Return a frame with columns index (the row's number: ids may repeat, the kit's index mustn't), id, image_path, question (the
         first), turns (JSON)."""
         rows = load_rows(self.SET)
         return pd.DataFrame(
@@ -38,13 +38,13 @@ class GenerationSet(ImageBaseDataset):
         )
 
     def build_prompt(self, line: Any) -> list[dict[str, Any]]:
-        """The image, and the first question with the whole conversation behind it."""
+        """Return the image, and the first question with the whole conversation behind it."""
         line = self.data.iloc[line] if isinstance(line, int) else line
         text = {"type": "text", "value": line["question"], TURNS: json.loads(line["turns"])}
         return [{"type": "image", "value": line["image_path"]}, text]
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        """``meteor`` (or ``meteor_exact_stem``) and ``ppl``, also written beside the predictions."""
+        """Return ``meteor`` (or ``meteor_exact_stem``) and ``ppl``, also written beside the predictions."""
         data = pd.read_csv(eval_file, sep="\t", dtype=str, keep_default_na=False)
         meteors, perplexities = [], []
         for row in data.to_dict("records"):
