@@ -28,17 +28,17 @@ from dynllava_plugin.model.token_layout import (
     valid_columns,
     with_checksum,
 )
-from dynllava_plugin.model.training import labels_at, refuse_labels_of_no_text, training_output
+from dynllava_plugin.model.training import SparseTraining, labels_at
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.policies.base import IMAGE
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.objective import lm_loss
-from dynllava_plugin.sparsity.selection import keep_rates_at, last_answer
+from dynllava_plugin.sparsity.selection import last_answer
 
 FEW_TOKENS = 64
 
 
-class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
+class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring):
     """To stand before a family's stock class in a class's bases (arXiv 2412.00876).
 
     `model.train()` runs the masked-softmax training of section 3.3.3; `model.eval()` the three inference modes of section
@@ -66,7 +66,6 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()  # type: ignore[operator]
-        self.gumbel_tau = 1.0
         self.static_prefill = StaticPrefill()
         self.placeholders: slice = config.placeholders
 
@@ -137,7 +136,13 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
             if isinstance(cache, StaticCache) and cache.is_step(input_ids, prompt_length):
                 result = self._static_step(input_ids, attention_mask, position_ids, cache, policy)
                 return result if return_dict else result.to_tuple()
-        self._check_policy(policy, labels)
+        if self.training:
+            self._check_trainable(policy)
+        elif labels is not None and policy.sequential:
+            raise UserError(
+                f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
+            )
+        self.check_family(policy)
         output = None
         if labels is not None:
             given = None if self.training else output_mask
@@ -151,19 +156,10 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
                 input_ids, attention_mask, cache, images, bool(layout.image_lengths)
             )
         if self.training:
-            if labels is not None:
-                refuse_labels_of_no_text(
-                    labels, attention_mask, self.config.image_token_id, self.placeholders
-                )
-            if keep_rates is None and self.config.sparsity.vision_keep_range is not None:
-                uniform = torch.rand(len(embeds), device=embeds.device)
-                keep_rates = keep_rates_at(uniform, *self.config.sparsity.vision_keep_range)
-            noise = gumbel_noise or (None, None)
-            outputs = llm.forward_training(
-                embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise, keep_rates, added
-            )
-            logits = self._logits(outputs.last_hidden_state)
-            result = training_output(logits, outputs, self.config.sparsity, labels, num_items_in_batch)
+            result = self._forward_training(
+                embeds, attention_mask, position_ids, layout, added, labels, gumbel_noise, keep_rates,
+                num_items_in_batch,
+            )  # fmt: skip
             return result if return_dict else result.to_tuple()
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
@@ -249,17 +245,6 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
                 raise UserError(
                     f"{name}: layers hold different tokens here, so there is no such tensor; leave it out"
                 )
-
-    def _check_policy(self, policy: Policy, labels: torch.Tensor | None) -> None:
-        if self.training and self.config.sparsity.image_policy != "learned":
-            raise UserError("image_policy: chance can't be trained; choose image_policy='learned'")
-        if self.training and self.config.sparsity.policy is not None:
-            raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
-        if not self.training and labels is not None and policy.sequential:
-            raise UserError(
-                f"labels: {policy.name} decides step by step, a loss in one pass would be another's; use score"
-            )
-        self.check_family(policy)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """`lm_head`; for a few tokens on a CPU as matrix times tokens, which reads the large matrix at nearly twice the speed."""
@@ -365,16 +350,6 @@ class SparseVLM(SparseSettings, SparseGeneration, SparseScoring):
                 )
             model_kwargs["mm_encoder_outputs"] = {"image": self.encode_images(images)}
         return model_kwargs
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """As the stock class's; the kind that hides inputs from autograd, and so the keep masks, is refused."""
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise UserError(
-                "use_reentrant: true would go backward through the keep masks once a layer; leave it out"
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
 
     def encode_images(self, images: dict[str, Any]) -> Any:
         """Return what the family's `get_image_features` makes of forward's arguments for images.

@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.gate import in_order
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
-from dynllava_plugin.policies import Gate, TokenLayout
+from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, lm_loss
-from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor, gumbel_keep_mask, gumbel_noise
+from dynllava_plugin.sparsity.selection import (
+    ImagePredictor,
+    TextPredictor,
+    gumbel_keep_mask,
+    gumbel_noise,
+    keep_rates_at,
+)
 
 IGNORE_INDEX = -100
+
+
+class SparseTraining(nn.Module):
+    """Of `SparseVLM`: `forward` in `train()` mode."""
+
+    config: Any
+    model: Any
+    placeholders: slice
+    gumbel_tau = 1.0  # the temperature of Eq. 11, set by the trainer
+
+    def _check_trainable(self, policy: Policy) -> None:
+        if self.config.sparsity.image_policy != "learned":
+            raise UserError("image_policy: chance can't be trained; choose image_policy='learned'")
+        if self.config.sparsity.policy is not None:
+            raise UserError(f"policy: {policy.name} is for inference; choose what to train by mode")
+
+    def _forward_training(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        layout: TokenLayout,
+        deepstack: tuple[torch.Tensor, ...],
+        labels: torch.Tensor | None,
+        noise: tuple[torch.Tensor | None, ...] | None,
+        keep_rates: torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
+    ) -> DynamicLlavaOutput:
+        """Return logits and losses of embeddings [B, L, d]; the arguments are `forward`'s."""
+        settings = self.config.sparsity
+        if labels is not None:
+            refuse_labels_of_no_text(labels, attention_mask, self.config.image_token_id, self.placeholders)
+        if keep_rates is None and settings.vision_keep_range is not None:
+            uniform = torch.rand(len(embeds), device=embeds.device)
+            keep_rates = keep_rates_at(uniform, *settings.vision_keep_range)
+        outputs = self.model.language_model.forward_training(
+            embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise or (None, None), keep_rates, deepstack
+        )  # fmt: skip
+        logits = self._logits(outputs.last_hidden_state)  # type: ignore[operator]
+        return training_output(logits, outputs, settings, labels, num_items)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """As the stock class's; the kind that hides inputs from autograd, and so the keep masks, is refused."""
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise UserError(
+                "use_reentrant: true would go backward through the keep masks once a layer; leave it out"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
 
 
 def mask_images(
