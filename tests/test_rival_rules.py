@@ -290,6 +290,9 @@ def test_the_papers_counts():
     assert policy_named("pyramiddrop,ratio=0.5").image_tokens(576, 72, 32) == 270  # its 8, 16, 24 of 32
     learned = policy_named("image,tokens=144")
     assert learned.kept_tokens(576) == 115
+    page = {"fastv": 152, "image": 166, "pyramiddrop": 9, "divprune": 192}  # docs/policies.md
+    assert {name: policy_named(f"{name},tokens=192").kept_tokens(576) for name in page} == page
+    assert policy_named("pyramiddrop,at=2-8-16,tokens=64").image_tokens(576, 1, 32) <= 64
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin.policies.points import ranks
 from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
 from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, packing_order
 
@@ -179,8 +180,7 @@ class HeavyHitterLayer(ObservedLayer):
         there = (slots < held[:, None])[:, None]
         fresh = number >= (track._seen_then - track.recent)[:, None, None]
         score = received.masked_fill(fresh, math.inf).masked_fill(~there, -math.inf)
-        ranks = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        stays = ranks < track._pending[:, None, None]
+        stays = ranks(score) < track._pending[:, None, None]
         order = packing_order(stays.flatten(0, 1))
         order = order.view(batch, heads, -1)
         room = (capacity or track.capacity) - order.shape[2]

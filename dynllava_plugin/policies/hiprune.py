@@ -9,6 +9,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, count, share
+from dynllava_plugin.policies.points import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,4 @@ class HiPrune(PatchPolicy):
         around = torch.tensor([0, -1, 1, -side, side], device=score.device)
         near = (places[..., None] + around).flatten(1).clamp(0, total - 1)
         keep = torch.zeros(images, total, dtype=torch.bool, device=score.device).scatter_(1, near, True)
-        ranks = (
-            score.masked_fill(keep, math.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        )
-        return ranks < kept
+        return ranks(score.masked_fill(keep, math.inf)) < kept

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, count, number
+from dynllava_plugin.policies.points import descending, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +37,11 @@ class HoloV(PatchPolicy):
         """Return the most attended patches of each crop."""
         total = score.shape[1]
         sizes = [len(part) for part in torch.arange(total).tensor_split(min(self.crops, total))]
-        weights = torch.stack(
-            [
-                self._weight(states, attention)
-                for states, attention in zip(
-                    patches.hidden.float().split(sizes, 1), score.split(sizes, 1), strict=True
-                )
-            ],
-            1,
-        )  # [M, crops]
-        ranks = torch.cat(
-            [
-                part.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-                for part in score.split(sizes, 1)
-            ],
-            1,
-        )
+        crops, attention = patches.hidden.float().split(sizes, 1), score.split(sizes, 1)
+        weights = torch.stack([self._weight(*crop) for crop in zip(crops, attention, strict=True)], 1)
         room = torch.tensor(sizes, device=score.device)
-        parts = _divide(weights, kept, room)
-        return ranks < parts.repeat_interleave(room, dim=1)
+        parts = _divide(weights, kept, room)  # [M, crops]
+        return torch.cat([ranks(part) for part in attention], 1) < parts.repeat_interleave(room, dim=1)
 
     def _weight(self, states: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Return float32 [M], the weight of a crop of states [M, n, c] with attention [M, n]."""
@@ -74,12 +61,9 @@ def _divide(weights: torch.Tensor, kept: int, room: torch.Tensor) -> torch.Tenso
     """Return int64 [M, crops], `kept` tokens of each image by weights [M, crops], no more than `room` [crops] has."""
     wanted = weights / weights.sum(1, keepdim=True) * kept
     parts = wanted.floor().long()
-    order = weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    parts = parts + (order < kept - parts.sum(1, keepdim=True))
+    parts = parts + (ranks(weights) < kept - parts.sum(1, keepdim=True))
     parts = parts.minimum(room)
-    for crop in weights.argsort(dim=-1, descending=True, stable=True).unbind(
-        1
-    ):  # what full crops couldn't take
+    for crop in descending(weights).unbind(1):  # what full crops couldn't take
         more = (kept - parts.sum(1)).minimum(room[crop] - parts.gather(1, crop[:, None])[:, 0])
         parts.scatter_add_(1, crop[:, None], more[:, None])
     return parts

@@ -233,3 +233,13 @@ class Patches:
         )
         weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
         return weights.mean((1, 2))[:, 1:]
+
+
+def descending(score: torch.Tensor) -> torch.Tensor:
+    """Return places int64 [..., N] in the order of their scores [..., N], the highest first; of equal ones the first one first."""
+    return score.argsort(dim=-1, descending=True, stable=True)
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return int64 [..., N], the rank of each of the scores [..., N], 0 for the highest."""
+    return descending(score).argsort(dim=-1)

@@ -12,6 +12,7 @@ import torch
 
 from dynllava_plugin.policies.base import CachePolicy, argument, count, number
 from dynllava_plugin.policies.heavy_hitters import ObservedLayer
+from dynllava_plugin.policies.points import ranks
 from dynllava_plugin.sparsity.cache import SparseContextCache, gather_tokens
 from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
 
@@ -98,8 +99,7 @@ class SnapLayer(ObservedLayer):
         kernel = track.policy.kernel
         score = torch.nn.functional.avg_pool1d(seen, kernel, stride=1, padding=kernel // 2)
         score = score.masked_fill(recent[:, None], math.inf).masked_fill(~there[:, None], -math.inf)
-        ranks = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        stays = packing_order((ranks < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1, 1)
+        stays = packing_order((ranks(score) < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1, 1)
         self.dtype, self.device = key.dtype, key.device
         room = track.capacity - stays.shape[2]
         keys, values = (gather_tokens(states, order) for states in self._prompt)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.policies.base import Choice, Gate, argument, fraction
+from dynllava_plugin.policies.points import descending
 from dynllava_plugin.policies.staged import StagedPolicy
 from dynllava_plugin.sparsity.selection import select_image_tokens
 
@@ -83,7 +84,7 @@ def density_peaks(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
     farthest = distance.flatten(1).amax(1)[:, None, None]
     denser = density[:, None] > density[:, :, None]
     apart = torch.where(denser, distance, farthest).amin(-1)
-    centres = (apart * density).argsort(dim=-1, descending=True, stable=True)[:, :count]
+    centres = descending(apart * density)[:, :count]
     rows = torch.arange(len(states), device=states.device)[:, None]
     cluster = distance[rows, centres].argmin(1)
     return centres, cluster.scatter(1, centres, torch.arange(count, device=states.device).expand_as(centres))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, share
+from dynllava_plugin.policies.points import descending
 
 AT_ONCE = 8  # duplicates that one round of matching removes
 
@@ -36,7 +37,7 @@ class VisPruner(PatchPolicy):
         important = int(kept * self.important)
         rows = torch.arange(len(score), device=score.device)[:, None]
         unit = torch.nn.functional.normalize(patches.hidden.float(), dim=-1)
-        ranked = score.argsort(dim=-1, descending=True, stable=True)
+        ranked = descending(score)
         rest = ranked[:, important:]
         while (surplus := rest.shape[1] - (kept - important)) > 0:
             first, second = rest[:, ::2], rest[:, 1::2]
@@ -45,7 +46,7 @@ class VisPruner(PatchPolicy):
                 continue
             like = (unit[rows, first] @ unit[rows, second].transpose(1, 2)).amax(-1)
             gone = min(AT_ONCE, surplus, first.shape[1])
-            different = like.argsort(dim=-1, descending=True, stable=True)[:, gone:]
+            different = descending(like)[:, gone:]
             rest = torch.cat([first[rows, different], second], 1)
         keep = torch.zeros_like(score, dtype=torch.bool)
         return keep.scatter_(1, torch.cat([ranked[:, :important], rest], 1), True)
