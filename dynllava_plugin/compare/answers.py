@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import inspect
 import io
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from dynllava_plugin.compare.bootstrap import resampled
@@ -73,6 +76,9 @@ class Harness:
                 benchmark.name: get_task_dict(benchmark.tasks(LMMS_EVAL), self._manager)
                 for benchmark in benchmarks
             }
+        for task in (task for loaded in self._tasks.values() for task in loaded.values()):
+            found = task.aggregation()
+            found.update({key: forgetful(aggregate) for key, aggregate in found.items()})
 
     def measure(
         self, engine: Engine, settings: ModelSettings, benchmark: Benchmark, journal: Path
@@ -127,14 +133,31 @@ def _figures(
         if isinstance(value, (int, float)):
             aggregate = task.aggregation()[key]
             with contextlib.suppress(TypeError, ValueError):  # numpy's functions have no signature
-                import inspect
-
                 if "args" in inspect.signature(aggregate).parameters:
-                    aggregate = partial(aggregate, args=arguments)
+                    aggregate = functools.partial(aggregate, args=arguments)
             items = [sample[key] for sample in samples if key in sample]
             draws = resampled(items, aggregate, benchmark.name) if items else None
             listed = [] if draws is None else (draws * factor).tolist()
             yield Figure(metric.name, value * factor, len(samples), listed)
+
+
+def forgetful(aggregate: Any) -> Any:
+    """Return an aggregation that begins anew at every call: OCRBench's adds to a dictionary of its module."""
+    if not isinstance(aggregate, FunctionType):
+        return aggregate
+
+    @functools.wraps(aggregate)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        names = {
+            name: copy.deepcopy(value)
+            if isinstance(value, (dict, list)) and not name.startswith("__")
+            else value
+            for name, value in aggregate.__globals__.items()
+        }
+        made = FunctionType(aggregate.__code__, names, None, aggregate.__defaults__, aggregate.__closure__)
+        return made(*args, **kwargs)
+
+    return call
 
 
 @contextlib.contextmanager

@@ -79,3 +79,10 @@ def process_long_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str
 def process_perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """Return the perplexity of the reference from its mean loss."""
     return {"ppl": math.exp(results[0][0])}
+
+
+def mmbench_by_rules(results: list[dict[str, Any]]) -> float:
+    """Percentage of questions whose answer is right by lmms-eval's own rules, in any language."""
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    return 100 * mmbench_evaluator.eval_result(results, eval_method="static")[0]

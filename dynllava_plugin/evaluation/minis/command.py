@@ -60,7 +60,7 @@ def make_minis(folder: Path) -> None:
 
 def _write(folder: Path) -> None:
     from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-    from dynllava_plugin.evaluation.minis import hub_choice, hub_short
+    from dynllava_plugin.evaluation.minis import hub_choice, hub_modern, hub_short
     from dynllava_plugin.evaluation.minis.hub import Config, write_repo
     from dynllava_plugin.evaluation.minis.items import RECIPES, items_of
     from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
@@ -82,6 +82,12 @@ def _write(folder: Path) -> None:
         "MMVP": hub_choice.mmvp,
         "RealWorldQA": hub_choice.realworldqa,
         "CVBench-2D": hub_choice.cv_bench,
+        "DocVQA": hub_modern.docvqa,
+        "ChartQA": hub_modern.chartqa,
+        "OCRBench": hub_modern.ocrbench,
+        "AI2D": hub_modern.ai2d,
+        "MMStar": hub_modern.mmstar,
+        "MMMU": hub_modern.mmmu,
     }
     repos = {benchmark.name: benchmark.repo for benchmark in BENCHMARKS}
     for name, recipe in recipes.items():

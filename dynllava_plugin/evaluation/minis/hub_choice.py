@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynllava_plugin.evaluation.minis.hub import Config, image
+from dynllava_plugin.evaluation.minis.hub import Config, Row, image
 from dynllava_plugin.evaluation.minis.items import Item, items_of
 
 STRINGS = ["string"]
@@ -100,8 +100,15 @@ def scienceqa() -> dict[str, Config]:
 
 
 def mmbench() -> dict[str, Config]:
-    """English dev; absent options and hints are the text "nan"."""
-    rows = [
+    """English and Chinese dev; absent options and hints are the text "nan"."""
+    return {
+        "en": Config(_MMBENCH, {"dev": _mmbench("MMBench")}, "en/"),
+        "cn": Config(_MMBENCH, {"dev": _mmbench("MMBench-CN")}, "cn/"),
+    }
+
+
+def _mmbench(name: str) -> list[Row]:
+    return [
         {
             "index": item.number,
             "question": item.question,
@@ -115,9 +122,8 @@ def mmbench() -> dict[str, Config]:
             "comment": "nan",
             "split": "dev",
         }
-        for item in items_of("MMBench")
+        for item in items_of(name)
     ]
-    return {"en": Config(_MMBENCH, {"dev": rows}, "en/")}
 
 
 def seedbench() -> dict[str, Config]:

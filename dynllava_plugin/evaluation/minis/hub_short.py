@@ -162,7 +162,7 @@ def textvqa() -> dict[str, Config]:
                 "answers": list(item.answers) if split == "val" else [""] * 10,
                 "image_classes": ["Shape"],
                 "set_name": split,
-                "ocr_tokens": [],
+                "ocr_tokens": item.answer.upper().split(),
             }
             for item in items
         ]

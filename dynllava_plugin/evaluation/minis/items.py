@@ -213,6 +213,21 @@ def _wild(asker: Asker) -> None:
         asker.ask(2, kind=WH, category=category)
 
 
+def _ocrbench(asker: Asker) -> None:
+    for category in ("Regular Text Recognition", "Scene Text-centric VQA", "Doc-oriented VQA"):
+        asker.ask(3, kind=WH, category=category)
+
+
+def _mmstar(asker: Asker) -> None:
+    for category, detail in (("coarse perception", "image emotion"), ("math", "geometry")):
+        asker.ask(5, choices=True, category=category, hint=detail)
+
+
+def _amber(asker: Asker) -> None:
+    for category in ("discriminative-hallucination", "discriminative-attribute-state"):
+        asker.pair(3, category=category)
+
+
 RECIPES: dict[str, Callable[[Asker], None]] = {
     "VQAv2": _vqa(4, 3),
     "VQAv2-test": _vqa(2, 2),
@@ -232,6 +247,15 @@ RECIPES: dict[str, Callable[[Asker], None]] = {
     "MMVP": _mmvp,
     "RealWorldQA": _choices(10),
     "CVBench-2D": _cv_bench,
+    "DocVQA": _vqa(4, 2),
+    "InfoVQA": _vqa(4, 2),
+    "ChartQA": _vqa(5, 2),
+    "OCRBench": _ocrbench,
+    "AI2D": _choices(10),
+    "MMStar": _mmstar,
+    "MMMU": _choices(8),
+    "MMBench-CN": _mmbench,
+    "AMBER": _amber,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.evaluation.minis.hub_choice import cv_bench_prompt, four_choices
+from dynllava_plugin.evaluation.minis.hub_modern import asks_openly
 from dynllava_plugin.evaluation.minis.items import Item, items_of
 from dynllava_plugin.files import write_text
 
@@ -65,10 +66,10 @@ def _realworldqa() -> list[Row]:
     return [{**_base(item), **_options(item), "answer": item.letter} for item in items_of("RealWorldQA")]
 
 
-def _mmbench() -> list[Row]:
+def _mmbench(name: str = "MMBench") -> list[Row]:
     """Each question once for each place its options can start at; copies name the image's first row."""
     rows = []
-    for item in items_of("MMBench"):
+    for item in items_of(name):
         choices = list(item.choices)
         for turn in range(len(choices)):
             turned = choices[turn:] + choices[:turn]
@@ -137,6 +138,63 @@ def _llavabench() -> list[Row]:
     ]
 
 
+def _answers(name: str) -> list[Row]:
+    """DocVQA, InfoVQA, OCRBench: a list of right answers, as text."""
+    rows = [{**_base(item), "answer": str([item.answer])} for item in items_of(name)]
+    categories = [item.category for item in items_of(name)]
+    return [{**row, "category": kind} if kind else row for row, kind in zip(rows, categories, strict=True)]
+
+
+def _chartqa() -> list[Row]:
+    kinds = ("test_human", "test_augmented")
+    return [
+        {**_base(item), "answer": item.answer, "split": kinds[item.number % 2]}
+        for item in items_of("ChartQA")
+    ]
+
+
+def _letters(name: str, split: str) -> list[Row]:
+    return [
+        {
+            **_base(item),
+            **_options(item),
+            "answer": item.letter,
+            "category": item.category or "partsOfA",
+            "split": split,
+        }
+        for item in items_of(name)
+    ]
+
+
+def _mmmu() -> list[Row]:
+    """The validation split and two questions of the dev split, of which every fourth is open."""
+    rows = []
+    for item in items_of("MMMU"):
+        row = {
+            **_base(item),
+            "question": f"<image 1> {item.question}",
+            **_options(item),
+            "answer": item.letter,
+        }
+        if asks_openly(item):  # no options, and the answer itself
+            row |= {**dict.fromkeys("ABCD", ""), "answer": item.answer}
+        rows.append({**row, "id": f"validation_Art_{item.number}", "category": "Art", "split": "validation"})
+    dev = [{**row, "index": 100 + place, "split": "dev"} for place, row in enumerate(rows[:2])]
+    return [*rows, *dev]
+
+
+def _amber() -> list[Row]:
+    return [
+        {
+            **_base(item),
+            "image_path": f"{item.image_id}.jpg",
+            "answer": item.answer,
+            "category": item.category,
+        }
+        for item in items_of("AMBER")
+    ]
+
+
 def _options(item: Item, letters: str = "ABCD") -> Row:
     return {letter: item.options().get(letter, "") for letter in letters}
 
@@ -155,6 +213,15 @@ TSVS: dict[str, Callable[[], list[Row]]] = {
     "MME": _mme,
     "MMVet": _mmvet,
     "LLaVABench": _llavabench,
+    "DocVQA_VAL": lambda: _answers("DocVQA"),
+    "InfoVQA_VAL": lambda: _answers("InfoVQA"),
+    "ChartQA_TEST": _chartqa,
+    "OCRBench": lambda: _answers("OCRBench"),
+    "AI2D_TEST": lambda: _letters("AI2D", "test"),
+    "MMStar": lambda: _letters("MMStar", "val"),
+    "MMMU_DEV_VAL": _mmmu,
+    "MMBench_DEV_CN": lambda: _mmbench("MMBench-CN"),
+    "AMBER": _amber,
 }
 
 

@@ -132,7 +132,7 @@ def expected_value(metric: str, run: Run, minis: Path, limit: int | None) -> flo
 
 def read_truth(minis: Path, name: str) -> list[dict[str, Any]]:
     """The questions and answers that a miniature was made from."""
-    text = (minis / "truth" / f"{name}.jsonl").read_text(encoding="utf-8")
+    text = (minis / "truth" / f"{name.removesuffix('-OCR')}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

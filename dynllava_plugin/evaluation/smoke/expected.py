@@ -11,7 +11,7 @@ from dynllava_plugin.evaluation.smoke import readings
 
 Truth = Sequence[Mapping[str, Any]]
 Predictions = Mapping[int, str]
-Expectation = Callable[[Predictions, Truth], float]
+Expectation = Callable[[Predictions, Truth], float | tuple[float, float]]
 
 
 def _percent(hits: Sequence[float]) -> float:
@@ -24,6 +24,15 @@ def _soft(said: Predictions, truth: Truth) -> float:
 
 def _exact(said: Predictions, truth: Truth) -> float:
     return _percent([said[row["number"]].strip().lower() == row["answer"] for row in truth])
+
+
+def _nearest(said: Predictions, truth: Truth) -> float:
+    return _percent([readings.edit_score(said[row["number"]], row["answer"]) for row in truth])
+
+
+def _contained(said: Predictions, truth: Truth) -> float:
+    """OCRBench: right answers of 1,000, in percent, however many were asked."""
+    return sum(row["answer"] in said[row["number"]].lower() for row in truth) / 10
 
 
 def _choice(read: Callable[[str], str]) -> Expectation:
@@ -112,18 +121,50 @@ def _realworldqa(said: Predictions, truth: Truth) -> float:
     for row in truth:
         text = said[row["number"]]
         if row["number"] % 2 == 0:
-            hits.append(readings.letter_realworldqa(text) == row["letter"])
+            hits.append(readings.letter_capital(text) == row["letter"])
         else:
             hits.append(text.lower().strip().rstrip(".") == row["answer"])
     return _percent(hits)
 
 
-def _cv_bench_kit(said: Predictions, truth: Truth) -> float:
-    sources: dict[str, list[bool]] = defaultdict(list)
+def _mean_over(
+    group: str, read: Callable[[str, Mapping[str, str]], str], right: str = "letter"
+) -> Expectation:
+    """The mean over the groups of questions of each one's percentage."""
+
+    def score(said: Predictions, truth: Truth) -> float:
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for row in truth:
+            groups[row[group]].append(read(said[row["number"]], options(row["choices"])) == row[right])
+        return sum(_percent(hits) for hits in groups.values()) / len(groups)
+
+    return score
+
+
+def _mmmu_lmms_eval(said: Predictions, truth: Truth) -> tuple[float, float]:
+    """Bounds: where an answer names no option, lmms-eval draws one."""
+    right, drawn = 0, 0
     for row in truth:
-        found = readings.letter_kit(said[row["number"]], options(row["choices"]))
-        sources[row["source"]].append(found == row["letter"])
-    return sum(_percent(hits) for hits in sources.values()) / len(sources)
+        text = said[row["number"]]
+        if row["number"] % 4 == 3:  # an open question
+            right += row["answer"] in text.lower()
+        else:
+            letter = readings.letter_capital(text)
+            right += letter == row["letter"]
+            drawn += letter not in options(row["choices"])
+    low, high = (100 * count / len(truth) for count in (right, right + drawn))
+    return low - 1e-3, high + 1e-3  # it rounds
+
+
+def _mmmu_kit(said: Predictions, truth: Truth) -> float:
+    """An open question has its answer as one option and "Other Answers" as the other."""
+    hits = []
+    for row in truth:
+        is_open = row["number"] % 4 == 3
+        choices = [row["answer"], "Other Answers"] if is_open else row["choices"]
+        found = readings.letter_kit(said[row["number"]], options(choices))
+        hits.append(found == ("A" if is_open else row["letter"]))
+    return _percent(hits)
 
 
 def _whole(read: Callable[[str], str]) -> Callable[[str, Mapping[str, str]], str]:
@@ -154,5 +195,23 @@ EXPECTED: dict[tuple[str, str], Expectation] = {
     ("RealWorldQA", LMMS_EVAL): _realworldqa,
     ("RealWorldQA", VLMEVALKIT): _choice_of(readings.letter_kit),
     ("CVBench-2D", LMMS_EVAL): _choice(readings.letter_cv_bench),
-    ("CVBench-2D", VLMEVALKIT): _cv_bench_kit,
+    ("CVBench-2D", VLMEVALKIT): _mean_over("source", readings.letter_kit),
+    ("DocVQA", LMMS_EVAL): _nearest,
+    ("DocVQA", VLMEVALKIT): _nearest,
+    ("InfoVQA", LMMS_EVAL): _nearest,
+    ("InfoVQA", VLMEVALKIT): _nearest,
+    ("ChartQA", LMMS_EVAL): _exact,
+    ("ChartQA", VLMEVALKIT): _exact,
+    ("OCRBench", LMMS_EVAL): _contained,
+    ("OCRBench", VLMEVALKIT): _contained,
+    ("AI2D", LMMS_EVAL): _choice(readings.letter_ai2d),
+    ("AI2D", VLMEVALKIT): _choice_of(readings.letter_kit),
+    ("MMStar", LMMS_EVAL): _mean_over("hint", _whole(readings.letter_capital)),
+    ("MMStar", VLMEVALKIT): _choice_of(readings.letter_kit),
+    ("MMMU", LMMS_EVAL): _mmmu_lmms_eval,
+    ("MMMU", VLMEVALKIT): _mmmu_kit,
+    ("MMBench-CN", LMMS_EVAL): _choice_of(readings.letter_mmbench),
+    ("MMBench-CN", VLMEVALKIT): _circular,
+    ("AMBER", VLMEVALKIT): _mean_over("category", _whole(readings.yes_no_kit), "answer"),
+    ("TextVQA-OCR", LMMS_EVAL): _soft,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from nltk import edit_distance
+
 Options = Mapping[str, str]
 _SEPARATORS = re.compile(r"[\s.()\[\],:;!*#{}]+")
 _ARTICLES = ("a", "an", "the")
@@ -21,6 +23,12 @@ def soft_score(prediction: str, answers: Sequence[str]) -> float:
     said = [plain(answer) == plain(prediction) for answer in answers]
     agree = sum(said)
     return sum(min(1.0, (agree - own) / 3) for own in said) / len(said)
+
+
+def edit_score(prediction: str, answer: str) -> float:
+    """ANLS of answers without runs of spaces: 1 - edit distance / length of the longer, 0 below a half."""
+    score = 1 - edit_distance(prediction.lower(), answer.lower()) / max(len(prediction), len(answer))
+    return score if score >= 0.5 else 0.0
 
 
 def yes_no_kit(prediction: str) -> str:
@@ -96,8 +104,14 @@ def letter_mmvp(prediction: str) -> str:
     return ""
 
 
-def letter_realworldqa(prediction: str) -> str:
-    """lmms-eval's RealWorldQA, for answers that are a letter or words without capitals."""
+def letter_ai2d(prediction: str) -> str:
+    """lmms-eval's AI2D: a capital and a full stop first, or nothing but a letter and punctuation."""
+    text = prediction.strip()
+    return text[0] if re.match(r"[A-Z]\.", text) else re.sub(r"[^\w\s]", "", text).upper()
+
+
+def letter_capital(prediction: str) -> str:
+    """lmms-eval's RealWorldQA, MMStar and MMMU, for answers that are a letter or words without capitals."""
     found = re.findall(r"[ABCD]", prediction)
     return found[0] if len(found) == 1 else ""
 
