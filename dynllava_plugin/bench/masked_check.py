@@ -1,22 +1,19 @@
-"""Checks the Triton training attention on this machine's CUDA device: `python -m dynllava_plugin.bench.masked_check [--tune]`.
+"""Checks the Triton training attention on this machine's CUDA device: `python -m dynllava_plugin.bench.masked_check`.
 
 Each row compares it with the full-matrix implementation in float64 on the same rounded inputs, and that implementation in the
 inputs' own dtype likewise: relative errors of the output and of the gradients of query, key, value and keep mask. Ours must not be
-much worse. `--tune` times tiles of each kernel.
+much worse.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from dynllava_plugin.bench.masked_cases import AttentionInputs, AttentionShape, attention_inputs
-from dynllava_plugin.sparsity import masked_softmax
 from dynllava_plugin.sparsity.masked_softmax import (
     context_matrix,
     masked_softmax_attention,
@@ -79,87 +76,15 @@ def check(device: str = "cuda") -> bool:
     return right
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call on the CUDA device, in ms."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2]
-
-
-def tune(shape: AttentionShape, kept: str) -> None:
-    """Time tiles of each kernel, the others fixed."""
-    from dynllava_plugin.sparsity import masked_softmax_triton as code
-
-    inputs = attention_inputs(shape, kept, "cuda")
-    query, key, value = (x.detach() for x in inputs.leaves[:3])
-    packing = training_context(inputs.keep, inputs.valid).packing
-    scaling = shape.head_dim**-0.5
-    chosen = code.tiles_for(shape.head_dim, shape.dtype, query.device)
-    saved = code.forward(query, key, value, packing, scaling, masked_softmax.MAX_EXPONENT)
-
-    def time_of(tiles: Any, name: str) -> float:
-        if name == "forward":
-            return milliseconds(
-                lambda: code.forward(query, key, value, packing, scaling, masked_softmax.MAX_EXPONENT, tiles)
-            )
-        return milliseconds(
-            lambda: code.backward(inputs.upstream, query, key, value, packing, *saved, scaling, True, tiles)
-        )
-
-    by_row = [
-        (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 5), (64, 32, 4, 5),
-        (128, 128, 8, 3), (128, 128, 8, 2),
-    ]  # fmt: skip
-    by_column = [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 128, 8, 3),
-        (64, 128, 8, 2),
-        (32, 64, 4, 3),
-        (32, 128, 8, 3),
-    ]
-    print(f"keep {kept}: backward with the tiles in use {time_of(chosen, 'query'):.3f} ms")
-    for name, candidates in (
-        ("forward", by_row),
-        ("query", by_row),
-        ("kept", by_column),
-        ("dropped", by_column),
-    ):
-        for candidate in candidates:
-            tile = code.Tile(*candidate)
-            mark = " *" if tile == getattr(chosen, name) else ""
-            try:
-                print(
-                    f"  {name} {tile}: {time_of(replace(chosen, **{name: tile}), name):.3f} ms{mark}",
-                    flush=True,
-                )
-            except Exception as error:
-                print(f"  {name} {tile}: {type(error).__name__}", flush=True)
-
-
 def main() -> int:
     """Exit status 1 where a case is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tune", action="store_true", help="time tiles of each kernel instead")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     if not torch.cuda.is_available():
         print(
             "error: no CUDA device; without one the tests run these kernels in Triton's interpreter",
             file=sys.stderr,
         )
         return 2
-    if args.tune:
-        for kept in ("all", "paper"):
-            tune(AttentionShape(2048, 8, 32, 32, 128, torch.bfloat16), kept)
-        return 0
     return 0 if check() else 1
 
 

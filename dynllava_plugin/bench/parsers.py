@@ -42,88 +42,81 @@ KEPT = ("paper", "all")
 LENGTHS = "512,1024,2048,4096"
 
 
+DEFAULT = "(default: %(default)s)"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`dynllava bench`'s phases and flags."""
     phases = parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
     for name in (*PHASES, "all"):
-        summary = "all of the above" if name == "all" else PHASES[name][1]
-        phase = phases.add_parser(name, help=summary, description=summary)
+        phase = _phase(phases, name, "all of the above" if name == "all" else PHASES[name][1])
         phase.set_defaults(only=name)
         if name == "all":
-            phase.add_argument(
-                "--only", default=",".join(PHASES), help="comma-separated phases (default: %(default)s)"
-            )
+            phase.add_argument("--only", default=",".join(PHASES), help=f"comma-separated phases {DEFAULT}")
         _add_flags(phase)
-    merge = phases.add_parser(REPORT, help="table and plots of rows measured earlier, on any machine")
+    merge = _phase(phases, REPORT, "table and plots of rows measured earlier, on any machine")
     merge.add_argument("files", nargs="+", type=Path, metavar="ROWS.json", help="as written by --json")
     merge.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
-    _add_train(phases)
-    _add_harness(phases)
-    _add_serve(phases)
+    _add_train(
+        _phase(phases, "train", "training attention and step: time and peak memory against the full matrix")
+    )
+    _add_harness(
+        _phase(phases, "harness", "questions a second in each harness: one at a time and in batches")
+    )
+    _add_serve(
+        _phase(
+            phases,
+            "serve",
+            "`dynllava serve` under so many clients at once: requests/s, time to the first token",
+        )
+    )
+
+
+def _phase(phases: Any, name: str, text: str) -> argparse.ArgumentParser:
+    return phases.add_parser(name, help=text, description=text)
+
+
+def _add_common(flag: Any, repeats: int, device: bool = True) -> None:
+    """The flags of every phase that measures."""
+    if device:
+        flag("--device", help="(default: cuda where there is a GPU, else cpu)")
+        flag("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
+    flag("--repeats", type=int, default=repeats, help=f"measured turns of each {DEFAULT}")
+    flag("--json", type=Path, metavar="FILE", help="rows, whole after every one")
+    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md, charts and machine.json")
+    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    default = "(default: %(default)s)"
-    parser.add_argument(
-        "--shape",
-        help=f"random weights of {', '.join(SHAPES)} or LAYERSxWIDTHxHEADS (default: cpu-medium)",
-    )
-    parser.add_argument("--pretrained", metavar="CKPT", help="a checkpoint instead, asked about --images")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for --pretrained")
-    parser.add_argument(
-        "--mode",
-        default=",".join(MODES),
-        help=f"comma-separated, of {', '.join(MODES)}, or policies with their arguments (h2o,r=0.5) {default}",
-    )
-    parser.add_argument("--batch", default="1,8", help=f"comma-separated batch sizes {default}")
-    parser.add_argument("--new-tokens", type=int, default=1000, help=f"generated tokens at the end {default}")
-    parser.add_argument(
+    flag, shapes = parser.add_argument, f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS"
+    flag("--shape", help=f"random weights of {shapes} (default: cpu-medium)")
+    flag("--pretrained", metavar="CKPT", help="a checkpoint instead, asked about --images")
+    flag("--images", type=Path, metavar="DIR", help="pictures for --pretrained")
+    modes = f"comma-separated, of {', '.join(MODES)}, or policies with their arguments (h2o,r=0.5)"
+    flag("--mode", default=",".join(MODES), help=f"{modes} {DEFAULT}")
+    flag("--batch", default="1,8", help=f"comma-separated batch sizes {DEFAULT}")
+    flag("--new-tokens", type=int, default=1000, help=f"generated tokens at the end {DEFAULT}")
+    flag(
         "--at", help="comma-separated generated tokens at which to measure (default: five up to --new-tokens)"
     )
-    parser.add_argument(
-        "--path", default="eager", help=f"decode steps: comma-separated, of {', '.join(PATHS)} {default}"
-    )
-    parser.add_argument("--device", help="(default: cuda where there is a GPU, else cpu)")
-    parser.add_argument(
-        "--dtype",
-        default=None,
-        help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)",
-    )
-    parser.add_argument("--image-tokens", type=int, default=576, help=f"of a prompt {default}")
-    parser.add_argument("--text-tokens", type=int, default=60, help=f"of a prompt {default}")
-    parser.add_argument(
-        "--vision-keep-rate", type=float, default=0.2, help=f"share of image tokens kept {default}"
-    )
-    parser.add_argument(
-        "--text-keep-rate", type=float, default=0.5, help=f"share of output tokens kept {default}"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help=f"measured turns of every call {default}")
-    parser.add_argument("--warmup", type=int, default=1, help=f"unmeasured turns before {default}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="rows, whole after every one")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="also write table.csv, table.md, plots and machine.json"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the rows already in --json or --output"
-    )
+    flag("--path", default="eager", help=f"decode steps: comma-separated, of {', '.join(PATHS)} {DEFAULT}")
+    flag("--image-tokens", type=int, default=576, help=f"of a prompt {DEFAULT}")
+    flag("--text-tokens", type=int, default=60, help=f"of a prompt {DEFAULT}")
+    flag("--vision-keep-rate", type=float, default=0.2, help=f"share of image tokens kept {DEFAULT}")
+    flag("--text-keep-rate", type=float, default=0.5, help=f"share of output tokens kept {DEFAULT}")
+    flag("--warmup", type=int, default=1, help=f"unmeasured turns before {DEFAULT}")
+    _add_common(flag, repeats=7)
 
 
-def _add_train(phases: Any) -> None:
-    """The phase `train` and its flags."""
-    text = "training attention and step: time and peak memory against the full matrix"
-    parser = phases.add_parser("train", help=text, description=text)
-    default = "(default: %(default)s)"
-    flag = parser.add_argument
-    flag("--only", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)} {default}")
-    flag(
-        "--shape",
-        help=f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS (default: llava-1.5-7b on a GPU, else cpu-medium)",
-    )
-    flag("--lengths", default=LENGTHS, help=f"of the attention, comma-separated {default}")
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    flag, shapes = parser.add_argument, f"{', '.join(SHAPES)} or LAYERSxWIDTHxHEADS"
+    flag("--only", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)} {DEFAULT}")
+    flag("--shape", help=f"{shapes} (default: llava-1.5-7b on a GPU, else cpu-medium)")
+    flag("--lengths", default=LENGTHS, help=f"of the attention, comma-separated {DEFAULT}")
     flag(
         "--kept",
         default=",".join(KEPT),
-        help=f"what the masks of the attention keep: the paper's rates, all tokens {default}",
+        help=f"what the attention's masks keep: the paper's rates, all tokens {DEFAULT}",
     )
     flag(
         "--batch",
@@ -134,79 +127,42 @@ def _add_train(phases: Any) -> None:
         "--text-tokens",
         type=int,
         default=128,
-        help=f"of a step's sample, beside the 576 of its image {default}",
+        help=f"of a step's sample, beside the 576 of its image {DEFAULT}",
     )
-    flag(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="gradient checkpointing in a step (default: on a GPU)",
-    )
-    flag(
-        "--optimizer",
-        choices=("adamw", "sgd"),
-        default="adamw",
-        help=f"states in the weights' dtype {default}",
-    )
-    flag("--devices", default="1,8", help=f"hours of an epoch are given for so many {default}")
+    boolean = argparse.BooleanOptionalAction
+    flag("--checkpointing", action=boolean, help="gradient checkpointing in a step (default: on a GPU)")
+    optimizers = ("adamw", "sgd")
+    flag("--optimizer", choices=optimizers, default="adamw", help=f"states in the weights' dtype {DEFAULT}")
+    flag("--devices", default="1,8", help=f"hours of an epoch are given for so many {DEFAULT}")
     flag("--peak-tflops", type=float, help="of the device (default: its data sheet's, or measured)")
-    flag("--device", help="(default: cuda where there is a GPU, else cpu)")
-    flag(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="(default: bfloat16 on a GPU, else float32)",
-    )
-    flag("--repeats", type=int, default=5, help=f"measured turns of every call {default}")
-    flag("--json", type=Path, metavar="FILE", help="rows, whole after every one")
-    flag(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="also write table.csv, table.md, chart.png and machine.json",
-    )
-    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+    _add_common(flag, repeats=5)
 
 
-def _add_harness(phases: Any) -> None:
-    """The phase `harness` and its flags."""
-    text = "questions a second in each harness: one at a time and in batches"
-    parser = phases.add_parser("harness", help=text, description=text)
-    default = "(default: %(default)s)"
+def _add_harness(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
-    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {default}")
-    flag("--benchmark", default="easy_vqa", help=f"one that both harnesses have {default}")
-    flag("--limit", type=int, default=1000, help=f"questions {default}")
-    flag("--batch", default="1,8,32", help=f"comma-separated batch sizes, 1 among them {default}")
+    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {DEFAULT}")
+    flag("--benchmark", default="easy_vqa", help=f"one that both harnesses have {DEFAULT}")
+    flag("--limit", type=int, default=1000, help=f"questions {DEFAULT}")
+    flag("--batch", default="1,8,32", help=f"comma-separated batch sizes, 1 among them {DEFAULT}")
     flag(
-        "--harness", default=",".join(HARNESSES), help=f"comma-separated, of {', '.join(HARNESSES)} {default}"
+        "--harness", default=",".join(HARNESSES), help=f"comma-separated, of {', '.join(HARNESSES)} {DEFAULT}"
     )
     flag("--policy", help="instead of the checkpoint's own, e.g. full or fastv,k=3,r=0.75")
-    flag("--repeats", type=int, default=3, help=f"runs of each {default}")
-    flag("--json", type=Path, metavar="FILE", help="rows, whole after every run")
-    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md, chart.png, machine.json")
-    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+    _add_common(flag, repeats=3, device=False)
 
 
-def _add_serve(phases: Any) -> None:
-    """The phase `serve` and its flags."""
-    text = "requests a second and time to the first token of `dynllava serve`, for so many clients at once"
-    parser = phases.add_parser("serve", help=text, description=text)
-    default = "(default: %(default)s)"
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
-    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {default}")
+    flag("--pretrained", default="tiny", help=f"checkpoint folder, hub id, or tiny {DEFAULT}")
     flag("--images", type=Path, metavar="DIR", help="pictures to ask about (default: one of noise)")
     flag(
         "--mode",
         default="image_text",
-        help=f"comma-separated, against full context: as of other phases {default}",
+        help=f"comma-separated, against full context: as of other phases {DEFAULT}",
     )
-    flag("--clients", default="1,4,16,32", help=f"comma-separated {default}")
+    flag("--clients", default="1,4,16,32", help=f"comma-separated {DEFAULT}")
     flag(
-        "--requests", type=int, default=32, help=f"of a burst, or one a client where those are more {default}"
+        "--requests", type=int, default=32, help=f"of a burst, or one a client where those are more {DEFAULT}"
     )
-    flag("--new-tokens", type=int, default=32, help=f"of every answer {default}")
-    flag("--device", help="(default: cuda where there is a GPU, else cpu)")
-    flag("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    flag("--repeats", type=int, default=3, help=f"bursts of each {default}")
-    flag("--json", type=Path, metavar="FILE", help="rows, whole after every number of clients")
-    flag("--output", type=Path, metavar="DIR", help="also write table.csv, table.md and machine.json")
-    flag("--resume", action="store_true", help="go on from the rows already in --json or --output")
+    flag("--new-tokens", type=int, default=32, help=f"of every answer {DEFAULT}")
+    _add_common(flag, repeats=3)

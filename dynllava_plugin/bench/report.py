@@ -22,48 +22,25 @@ RATIOS = ("speedup", "ideal_speedup", "of_ideal")
 SECTIONS = {
     "prefill": ("Prefill", ("median_s", *RATIOS, "tflops_paper", "tflops_exact")),
     "nocache": ("Decoding without cache, one step", ("median_s", *RATIOS, "tflops_exact")),
-    "decode": (
-        "Decoding with cache, one step",
-        (
-            "path",
-            "median_s",
-            "tokens_per_s",
-            *RATIOS,
-            "tflops_exact",
-            "kept_share",
-            "cache_bytes",
-            "needed_bytes",
-        ),
-    ),
-    "batching": (
-        "Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)",
-        ("path", "median_s", "tokens_per_s", "speedup"),
-    ),
-    "score": (
-        "Scoring an answer in one pass against token by token",
-        ("median_s", "baseline_s", "speedup", "max_difference"),
-    ),
-    "memory": (
-        "Memory",
-        (
-            "cache_bytes",
-            "resident_bytes",
-            "needed_bytes",
-            "growth_bytes",
-            "peak_bytes",
-            "weight_bytes",
-            "fits",
-        ),
-    ),
-    "serve": (
-        "Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens",
-        ("requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests"),
-    ),
-    "load": (
-        "Loading a checkpoint against reading it with safetensors alone",
-        ("path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes"),
-    ),
-}
+    "decode": ("Decoding with cache, one step", (
+        "path", "median_s", "tokens_per_s", *RATIOS, "tflops_exact", "kept_share", "cache_bytes", "needed_bytes",
+    )),
+    "batching": ("Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)", (
+        "path", "median_s", "tokens_per_s", "speedup",
+    )),
+    "score": ("Scoring an answer in one pass against token by token", (
+        "median_s", "baseline_s", "speedup", "max_difference",
+    )),
+    "memory": ("Memory", (
+        "cache_bytes", "resident_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits",
+    )),
+    "serve": ("Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens", (
+        "requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests",
+    )),
+    "load": ("Loading a checkpoint against reading it with safetensors alone", (
+        "path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes",
+    )),
+}  # fmt: skip
 HEADINGS = {
     "requests_per_s": "requests/s", "first_token_s": "ms to the first token", "first_token_speedup": "speed-up to the first",
     "median_s": "ms", "baseline_s": "baseline ms", "tokens_per_s": "tokens/s", "speedup": "speed-up", "ideal_speedup": "ideal",

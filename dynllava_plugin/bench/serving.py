@@ -46,7 +46,7 @@ def run_serve(args: argparse.Namespace) -> int:
     find_checkpoint(args.pretrained, weights=False)
     urls = [_data_url(path) for path in pictures_in(args.images)] if args.images else [_data_url(None)]
     asked = {mode.name: mode.sparsity.get("policy") or mode.sparsity["mode"] for mode in modes}
-    flags = ["--device", str(device), *(["--dtype", args.dtype] if args.dtype else [])]
+    flags = ["--device", str(device), "--dtype", rows.common["dtype"]]
 
     def work() -> None:
         wanted = [
