@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from dynllava_plugin.model.configuration import PREFIX
 from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
-
-_READY = "_is_hf_initialized"  # transformers' mark of tensors and modules that initialisation leaves alone
 
 
 def empty_model(
@@ -44,20 +41,10 @@ def fill(
 
     With a `quantization` config the parameters are made of fewer bits on `device`, by transformers' own loader.
     """
-    if _spread_over_processes() or quantization is not None:
-        options = _options(attention)
-        if quantization is not None:
-            options |= {"quantization_config": quantization, "device_map": {"": device}}
-        return type(model).from_pretrained(
-            None, config=model.config, state_dict=tensors, dtype=dtype, **options
-        )
-    final = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(final, strict=False, assign=True)
-    model.tie_weights()
-    for module in model.modules():
-        if _materialise(module._parameters, nn.Parameter) + _materialise(module._buffers):
-            setattr(module, _READY, False)
-    model.initialize_weights()
+    options = _options(attention)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    model = type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=dtype, **options)
     model._weight_conversions = []  # `save_pretrained` keeps these names
     return model
 
@@ -69,17 +56,3 @@ def _spread_over_processes() -> bool:
 
 def _options(attention: str | None) -> dict[str, Any]:
     return {} if attention is None else {"attn_implementation": attention}
-
-
-def _materialise(tensors: dict[str, torch.Tensor | None], kind: Any = lambda tensor: tensor) -> int:
-    """Give memory to the tensors that have none, mark the others as final; how many there were."""
-    missing = 0
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device.type == "meta":
-            tensors[name] = kind(torch.empty_like(tensor, device="cpu"))
-            missing += 1
-        else:
-            setattr(tensor, _READY, True)
-    return missing
