@@ -159,7 +159,7 @@ def test_a_packaged_suite_is_found_by_its_name(
     assert by_name == SuiteConfig.read(ROOT / "eval_configs" / "understanding.yaml", {"pretrained": "tiny"})
     assert by_name.output == Path("results/understanding")
     assert main(["eval", "understandign", "--pretrained", "tiny"]) == 2
-    known = "easy_vqa, generation, modern, smoke, submissions, understanding, or name a file"
+    known = "easy_vqa, easy_vqa_hard, generation, modern, smoke, submissions, understanding, or name a file"
     assert f"understandign: no such suite; packaged are {known}" in capsys.readouterr().err
     assert main(["eval", "eval_configs/smoke.yaml", "--pretrained", "tiny"]) == 2
     assert "no such file; the packaged suite is `dynllava eval smoke`" in capsys.readouterr().err

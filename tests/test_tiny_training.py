@@ -9,6 +9,7 @@ from dynllava_plugin.easy_vqa.facts import load_tiles
 from train.tiny_llava.batches import Encoder, training_batches
 from train.tiny_llava.gaze import FIND, MATCH, found, matching
 from train.tiny_llava.language import align_projector, build_model, train_language
+from train.tiny_llava.recipes import EASY
 from train.tiny_llava.tokenizer import build_tokenizer
 from train.tiny_llava.train import main
 from train.tiny_llava.vision import TileSet, patch_labels, vision_config
@@ -36,11 +37,11 @@ def test_gaze_points_at_the_objects_patches_and_training_follows_it():
         assert (batch.labels[gaze.rows, gaze.columns + 1] != -100).all()
     torch.manual_seed(0)
     model = build_model(CLIPVisionModel(vision_config()).eval(), tokenizer, 4, 128)
-    align_projector(model, tile_set, tokenizer, 0, steps=3)
+    align_projector(model, EASY.alignment(tile_set, 0), tokenizer, steps=3)
     before = {name: p.clone() for name, p in model.named_parameters()}
     saved = []
     train_language(
-        model, tile_set, tokenizer, 2, 0, scenes=2, singles=1, questions=4,
+        model, training_batches(tile_set, tokenizer, 2, 1, 4, seed=0), 2,
         checkpoint=lambda model, step: saved.append(step), checkpoint_every=1,
     )  # fmt: skip
     assert saved == [1, 2]

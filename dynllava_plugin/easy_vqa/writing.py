@@ -1,4 +1,4 @@
-"""easy-VQA's images as LLaVA conversations for training and as three test sets."""
+"""easy-VQA's images as LLaVA conversations for training and as four test sets."""
 
 import json
 import random
@@ -10,10 +10,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dynllava_plugin.easy_vqa.facts import Tile, load_tiles
+from dynllava_plugin.easy_vqa.hard import draw_hard_scene, hard_questions, paint
 from dynllava_plugin.easy_vqa.scenes import DESCRIBE, DESCRIPTIONS, Fact, describe, scene_questions
 from dynllava_plugin.files import write_text
 
 TEST_SCENES, TEST_DESCRIPTIONS, SEED = 1000, 200, 0  # of the benchmarks
+HARD_TEST_SCENES, HARD_TEST_QUESTIONS = 400, 5
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's prompt for short answers
 
 
@@ -72,14 +74,40 @@ def write_train(folder: Path, singles: int, scenes: int, questions: int, describ
     return len(tiles) - len(known)
 
 
+def write_hard_train(folder: Path, scenes: int, questions: int, seed: int) -> None:
+    """Write `hard_train.json`, a conversation about each of `scenes` hard scenes of train images."""
+    known = [tile for tile in load_tiles("train") if tile.known]
+    rng = random.Random(f"hard train {seed}")
+    samples = []
+    for number in tqdm(range(scenes), desc="hard train scenes", unit="scene"):
+        image, turns = _draw_hard(known, folder, "train", number, questions, rng)
+        pairs = [(turn["question"], turn["answer"]) for turn in turns]
+        samples.append(conversation(f"easy_vqa_hard_train_{number:05d}", image, pairs))
+    write_text(folder / "hard_train.json", json.dumps(samples, indent=1) + "\n")
+
+
+def _draw_hard(
+    known: list[Tile], folder: Path, split: str, number: int, questions: int, rng: random.Random
+) -> tuple[str, list[dict[str, str]]]:
+    """A hard scene's image, written, and its questions."""
+    scene = draw_hard_scene(known, rng)
+    pictures = [Image.open(known[k].path) for k in scene.tiles]
+    name = f"images/{split}/hard_{number:05d}.png"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    paint(scene, pictures).save(folder / name)
+    asked = hard_questions(scene, questions, rng)
+    return name, [{"question": one.question, "answer": one.answer, "kind": one.kind} for one in asked]
+
+
 def write_test(
     folder: Path,
     scenes: int = TEST_SCENES,
     questions: int = 4,
     described: int = TEST_DESCRIPTIONS,
     seed: int = SEED,
+    hard_scenes: int = HARD_TEST_SCENES,
 ) -> int:
-    """Write the three test sets; returns how many test images state too little to take part in scenes."""
+    """Write the four test sets; returns how many test images state too little to take part in scenes."""
     tiles = load_tiles("test")
     rng = random.Random(f"test {seed}")
     images = folder / "images" / "test"
@@ -105,6 +133,13 @@ def write_test(
             add("easy_vqa_scenes", f"images/test/{name}", question, answer)
         if number < described:
             add("easy_vqa_describe", f"images/test/{name}", DESCRIBE, describe(facts))
+    rng = random.Random(f"hard test {seed}")
+    rows["easy_vqa_hard"] = [
+        {"id": f"easy_vqa_hard_{number:05d}_{turn}", "image": image, **asked}
+        for number in tqdm(range(hard_scenes), desc="hard test scenes", unit="scene")
+        for image, turns in [_draw_hard(known, folder, "test", number, HARD_TEST_QUESTIONS, rng)]
+        for turn, asked in enumerate(turns)
+    ]
     for benchmark, content in rows.items():
         write_text(folder / f"{benchmark}_test.jsonl", "".join(json.dumps(row) + "\n" for row in content))
     return len(tiles) - len(known)

@@ -108,6 +108,12 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         extra="demo",
     ),
     Benchmark(
+        "easy_vqa_hard",
+        (Metric("accuracy", Place("easy_vqa_hard", "exact_match", 100), Place("EasyVQA_Hard", "Overall")),),
+        split="test",
+        extra="demo",
+    ),
+    Benchmark(
         _DESCRIBE,
         (
             Metric(

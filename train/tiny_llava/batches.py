@@ -37,9 +37,9 @@ class Batch:
         -100 outside answers.
     block : int64 [B, T]
         0 prefix (or an ordinary conversation), k the k-th question, -1 padding.
-    pixels : float [B, 3, 128, 128]
+    pixels : float [B, 3, S, S]
     image_start : int
-        The image tokens are columns `image_start` to `image_start + 64` of every row.
+        The column of every row's first image token.
     gaze : list of Gaze
         Where answers are to be found, for the gaze loss.
     """
@@ -77,10 +77,18 @@ class Encoder:
         half of a question, so training leaves it out of most.
     seed : int
         Which ones.
+    image_tokens : int
+        Of an image.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, short_share: float = 1.0, seed: int = 0) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        short_share: float = 1.0,
+        seed: int = 0,
+        image_tokens: int = IMAGE_TOKENS,
+    ) -> None:
+        self.tokenizer, self.image_tokens = tokenizer, image_tokens
         self.short_share, self.rng = short_share, random.Random(seed)
         whole = vicuna_v1([(f"{IMAGE_TOKEN}\n", None)])
         self.head, rest = whole.split(IMAGE_TOKEN)
@@ -88,7 +96,7 @@ class Encoder:
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.prefix = [tokenizer.bos_token_id, *self.pieces(self.head)]
         self.image_start = len(self.prefix)
-        self.prefix += [self.image_id] * IMAGE_TOKENS + self.pieces("\n")
+        self.prefix += [self.image_id] * image_tokens + self.pieces("\n")
 
     def pieces(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

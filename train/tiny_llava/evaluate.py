@@ -38,8 +38,9 @@ def accuracy(
     An answer is what greedy decoding gives exactly if each of its tokens (and `</s>`) is the most likely one
     after those before it, so one forward pass judges all questions about an image (a block each).
     """
-    encoder = Encoder(tokenizer)
-    images = CLIPImageProcessor(size={"height": 128, "width": 128}, do_center_crop=False)
+    side = model.config.vision_config.image_size
+    encoder = Encoder(tokenizer, image_tokens=model.config.image_seq_length)
+    images = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
     grouped: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
         grouped[row["image"]].append((row["question"], row["answer"]))

@@ -27,7 +27,7 @@ IMAGE_TOKENS = 64
 class Gaze:
     """Where `heads` should look: from position `columns[i]` of sequence `rows[i]` (int64 [n]) at `goals[i]`.
 
-    `goals` float [n, 1 + 64] sums to 1 over the first token of the sequence (not used by `FIND`) and the image's patches.
+    `goals` float [n, 1 + N] sums to 1 over the first token of the sequence (not used by `FIND`) and the image's patches.
     """
 
     heads: slice
@@ -102,6 +102,7 @@ def gaze_loss(
     `inputs` are the hidden states [B, T, width] that enter each of `LAYERS`; `positions` int64 [B, T].
     """
     total = positions.new_zeros((), dtype=torch.float32)
+    image_tokens = gazes[0].goals.shape[1] - 1
     for number in LAYERS:
         layer = llm.layers[number]
         attention = layer.self_attn
@@ -110,10 +111,10 @@ def gaze_loss(
         query = attention.q_proj(hidden).view(per_head).transpose(1, 2)
         key = attention.k_proj(hidden).view(per_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *llm.rotary_emb(hidden, positions))
-        targets = torch.cat([key[:, :, :1], key[:, :, image_start : image_start + IMAGE_TOKENS]], dim=2)
+        targets = torch.cat([key[:, :, :1], key[:, :, image_start : image_start + image_tokens]], dim=2)
         for gaze in gazes:
             seen, goals = targets[:, gaze.heads], gaze.goals
-            if gaze.heads is FIND:
+            if gaze.heads.stop <= FIND.stop:
                 seen, goals = seen[:, :, 1:], goals[:, 1:]
             scores = torch.einsum(
                 "nhd,nhpd->nhp", query[gaze.rows, gaze.heads, gaze.columns], seen[gaze.rows]

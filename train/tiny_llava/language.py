@@ -1,7 +1,7 @@
 """Stage 2: projector and language model from scratch on the frozen vision tower, full context."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,10 @@ from transformers import (
 )
 
 from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
-from train.tiny_llava.batches import Batch, training_batches
-from train.tiny_llava.gaze import IMAGE_TOKENS, LAYERS, gaze_loss
+from train.tiny_llava.batches import Batch
+from train.tiny_llava.gaze import LAYERS, gaze_loss
 from train.tiny_llava.optim import Optimizers
-from train.tiny_llava.vision import (
-    PATCHES,
-    TileSet,
-    batches,
-    patch_features,
-)
+from train.tiny_llava.vision import VisionBatch, patch_features
 
 EMBEDDING_SIZE = 0.5  # root mean square: what the layers write must not drown what the tokens are
 PLACE_WEIGHT = 1.5  # places are the hardest to learn
@@ -46,7 +41,8 @@ def build_model(
     config = LlavaConfig(
         vision_config=tower.config, text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=IMAGE_TOKENS, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
         projector_hidden_act="gelu", tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
@@ -77,10 +73,10 @@ def start_as_copying(model: LlavaForConditionalGeneration) -> None:
 
 def align_projector(
     model: LlavaForConditionalGeneration,
-    tiles: TileSet,
+    stream: Iterator[VisionBatch],
     tokenizer: PreTrainedTokenizerFast,
-    seed: int,
     steps: int = 400,
+    halves: bool = True,
 ) -> None:
     """LLaVA's alignment stage in small: a patch becomes the words that name what it shows.
 
@@ -88,6 +84,8 @@ def align_projector(
     and "left", background the embedding of "image". So matching a word to a place in the image and naming what is
     there are one circuit for all words, instead of one per colour and shape; the output layer starts as the
     embeddings for the same reason. Background names no place: it would attract every question about a place.
+
+    Without `halves` a place is a point between the words: from "left" to "right" in even steps, so that two can be compared.
     """
     projector, embeddings = model.model.multi_modal_projector, model.get_input_embeddings().weight
     names = [*COLORS, *SHAPES, "top", "bottom", "left", "right", "image"]
@@ -95,12 +93,14 @@ def align_projector(
     words = torch.tensor([tokenizer(" " + name, add_special_tokens=False).input_ids[0] for name in names])
     vectors = embeddings.detach()[words.to(device)]
     colors, shapes, rows, columns, background = vectors.split([len(COLORS), len(SHAPES), 2, 2, 1])
-    place = torch.arange(PATCHES * PATCHES, device=device)
-    half = PATCHES // 2
-    where = PLACE_WEIGHT * (rows[place // PATCHES // half] + columns[place % PATCHES // half])
+    side = int(model.config.image_seq_length**0.5)
+    at = torch.arange(side, device=device)
+    share = (at // (side // 2)).float() if halves else at / (side - 1)
+    share = share[:, None]
+    row, column = ((1 - share) * two[0] + share * two[1] for two in (rows, columns))
+    where = PLACE_WEIGHT * (row[:, None] + column).flatten(0, 1)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=3e-3, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    stream = batches(tiles, 12, 4, torch.Generator().manual_seed(seed))
     bar = tqdm(range(steps), desc="alignment", unit="step", mininterval=1)
     for step in bar:
         pixels, owner, color, shape = (part.to(device) for part in next(stream))
@@ -125,7 +125,7 @@ def embed(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
     image = model.model.multi_modal_projector(features)
     words = model.get_input_embeddings()(batch.ids)
     start = batch.image_start
-    return torch.cat([words[:, :start], image, words[:, start + IMAGE_TOKENS :]], dim=1)
+    return torch.cat([words[:, :start], image, words[:, start + image.shape[1] :]], dim=1)
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -142,14 +142,9 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[T
 
 def train_language(
     model: LlavaForConditionalGeneration,
-    tiles: TileSet,
-    tokenizer: PreTrainedTokenizerFast,
+    stream: Iterator[Batch],
     steps: int,
-    seed: int,
     *,
-    scenes: int = 7,
-    singles: int = 3,
-    questions: int = 18,
     lr: float = 2e-3,
     muon_lr: float = 0.02,
     checkpoint: Callable[[LlavaForConditionalGeneration, int], None],
@@ -165,7 +160,6 @@ def train_language(
         for n in LAYERS
     ]
     optimizers = Optimizers(model, steps, lr=lr, muon_lr=muon_lr)
-    stream = training_batches(tiles, tokenizer, scenes, singles, questions, seed)
     bar = tqdm(range(1, steps + 1), desc="language model", unit="step", mininterval=1)
     started, smooth, right = time.time(), 0.0, 0.0
     for step in bar:

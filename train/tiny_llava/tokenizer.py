@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -33,14 +34,14 @@ def corpus(tiles: list[Tile], seed: int = 0) -> list[str]:
     return texts + words + [" " + word for word in words]
 
 
-def build_tokenizer(tiles: list[Tile]) -> PreTrainedTokenizerFast:
-    """Train byte-pair merges on the corpus; what they can't spell falls back to bytes, as in Llama's."""
+def build_tokenizer(tiles: list[Tile], more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Train byte-pair merges on the corpus and `more`; what they can't spell falls back to bytes, as in Llama's."""
     steps = [normalizers.Replace(" ", "▁")]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence(steps)
     trained.pre_tokenizer = pre_tokenizers.Split(_PIECES, "isolated")
     printable = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
-    texts = [text.replace(special, " ") for text in corpus(tiles) for special in ("</s>",)]
+    texts = [text.replace(special, " ") for text in [*corpus(tiles), *more] for special in ("</s>",)]
     texts = [text.replace(IMAGE_TOKEN, " ") for text in texts]
     trainer = trainers.BpeTrainer(
         vocab_size=1000, min_frequency=2, initial_alphabet=printable, show_progress=False
@@ -75,9 +76,9 @@ def build_tokenizer(tiles: list[Tile]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """LLaVA's processor for a 128x128 CLIP tower with 16-pixel patches: 64 tokens an image."""
-    size = {"height": 128, "width": 128}
+def build_processor(tokenizer: PreTrainedTokenizerFast, side: int = 128) -> LlavaProcessor:
+    """LLaVA's processor for a CLIP tower of `side` x `side` pixels with 16-pixel patches: 64 tokens an image of 128 x 128."""
+    size = {"height": side, "width": side}
     images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, do_convert_rgb=True)
     return LlavaProcessor(
         image_processor=images,

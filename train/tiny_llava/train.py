@@ -1,6 +1,7 @@
 """Train the bundled tiny LLaVA from scratch: vision tower, then projector and language model.
 
     python train/tiny_llava/train.py --output_dir DIR
+    python train/tiny_llava/train.py --scenes hard --output_dir DIR       # for hard scenes, from the bundled one on
 
 writes a checkpoint that plain transformers load (`AutoModelForImageTextToText`, `AutoProcessor`), every
 `--checkpoint_every` steps and at the end. See `train/tiny_llava/README.md` for times and accuracies.
@@ -36,8 +37,9 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaPr
 from dynllava_plugin.easy_vqa.facts import load_tiles
 from dynllava_plugin.easy_vqa.writing import write_test
 from train.tiny_llava.evaluate import accuracy
-from train.tiny_llava.language import align_projector, build_model, train_language
-from train.tiny_llava.tokenizer import build_processor, build_tokenizer
+from train.tiny_llava.language import align_projector, train_language
+from train.tiny_llava.recipes import RECIPES, Recipe
+from train.tiny_llava.tokenizer import build_processor
 from train.tiny_llava.vision import TileSet, train_vision, vision_config
 
 
@@ -62,13 +64,18 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
     os.replace(temporary, folder)
 
 
-def vision_stage(args: argparse.Namespace, train: TileSet, test: TileSet) -> CLIPVisionModel:
+def vision_stage(args: argparse.Namespace, recipe: Recipe, train: TileSet, test: TileSet) -> CLIPVisionModel:
     """Train the tower, or take it from `--vision_weights` where that file exists already."""
     if args.vision_weights is not None and args.vision_weights.exists():
-        tower = CLIPVisionModel(vision_config())
+        tower = CLIPVisionModel(vision_config(image_size=recipe.side))
         tower.load_state_dict(load_file(args.vision_weights))
         return tower.eval()
-    tower = train_vision(train, test, args.vision_steps, args.seed, args.device)
+    tower = train_vision(
+        recipe.tower().to(args.device),
+        recipe.vision(train, args.seed),
+        lambda: recipe.unseen(test),
+        args.vision_steps or recipe.steps[0],
+    )
     if args.vision_weights is not None:
         args.vision_weights.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.vision_weights.with_suffix(".tmp")
@@ -88,9 +95,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vision_weights", type=Path, help="safetensors file to keep stage 1 in, or to take it from"
     )
-    parser.add_argument("--vision_steps", type=int, default=1500, help="stage 1: batches of 36 images")
+    parser.add_argument("--scenes", choices=sorted(RECIPES), default="easy", help="what it is trained on")
+    parser.add_argument("--vision_steps", type=int, help="stage 1: batches of 36 images (1500; hard: 350)")
     parser.add_argument(
-        "--steps", type=int, default=2000, help="stage 2: batches of 7 scenes and 3 single images"
+        "--steps",
+        type=int,
+        help="stage 2: batches of 7 scenes and 3 single images (2000; hard: 8 scenes, 700)",
     )
     parser.add_argument("--layers", type=int, default=6, help="of the language model")
     parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")
@@ -99,7 +109,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     for flag in ("vision_steps", "steps", "layers", "width", "checkpoint_every"):
-        if getattr(args, flag) < 1:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} is {getattr(args, flag)}: give 1 or more")
     if args.width % 32:
         raise ValueError(f"--width is {args.width}: give a multiple of 32")
@@ -120,23 +130,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parse_arguments(arguments)
         torch.manual_seed(args.seed)
+        recipe = RECIPES[args.scenes]
         tiles = load_tiles("train")
         train, test = TileSet(tiles), TileSet(load_tiles("test"))
-        tower = vision_stage(args, train, test)
-        tokenizer = build_tokenizer(tiles)
-        processor = build_processor(tokenizer)
-        model = build_model(tower.cpu(), tokenizer, args.layers, args.width).to(args.device)
+        tower = vision_stage(args, recipe, train, test)
+        tokenizer = recipe.tokenizer(tiles)
+        processor = build_processor(tokenizer, recipe.side)
+        model = recipe.model(tower.cpu(), tokenizer, args.layers, args.width).to(args.device)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-        align_projector(model, train, tokenizer, args.seed)
+        align_projector(
+            model, recipe.alignment(train, args.seed), tokenizer, recipe.steps[1], halves=recipe.halves
+        )
         train_language(
-            model, train, tokenizer, args.steps, args.seed,
+            model, recipe.language(train, tokenizer, args.seed), args.steps or recipe.steps[2],
             checkpoint=lambda model, step: save_checkpoint(model, processor, args.output_dir),
             checkpoint_every=args.checkpoint_every,
         )  # fmt: skip
         model = LlavaForConditionalGeneration.from_pretrained(args.output_dir).eval()
         with tempfile.TemporaryDirectory() as folder:
             write_test(Path(folder), scenes=1000, questions=4, described=200, seed=0)
-            for benchmark in ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe"):
+            for benchmark in recipe.benchmarks:
                 rows = test_rows(Path(folder), benchmark)
                 found = accuracy(model, tokenizer, rows, folder)
                 print(f"{benchmark}: {found['all']:.2%} of {len(rows)} answers right")

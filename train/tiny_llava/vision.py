@@ -6,7 +6,7 @@ language model can look objects up from the first step on.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -95,15 +95,15 @@ def join_tiles(tiles: Tensor) -> Tensor:
 
 
 def patch_labels(owner: Tensor) -> Tensor:
-    """Owner of each pixel: int64 [n, 128, 128] (0 background, k + 1 object k) -> [n, 64], each patch's object k or -1.
+    """Owner of each pixel: int64 [n, S, S] (0 background, k + 1 object k) -> [n, (S / 16)^2], each patch's object k or -1.
 
     A patch is an object's if it shows at least 70% as much of it as the patch that shows most. With every patch that an
     object touches a scene would have 17 object patches, more than the 12 that a keep rate of 20% leaves.
     """
-    n = len(owner)
-    patches = owner.view(n, PATCHES, 16, PATCHES, 16).transpose(2, 3).reshape(n, PATCHES * PATCHES, 256)
-    label = patches.amax(-1)  # one object at most: patches never straddle tiles
-    covered = (patches > 0).sum(-1)
+    n, side = len(owner), owner.shape[1] // 16
+    patches = owner.view(n, side, 16, side, 16).transpose(2, 3).reshape(n, side * side, 256)
+    label = patches.amax(-1)  # where a patch of a hard scene straddles tiles, the last of its objects
+    covered = ((patches > 0) & (patches == label[..., None])).sum(-1)
     most = covered.new_zeros(n, int(label.max()) + 1).scatter_reduce_(1, label, covered, "amax")
     return torch.where((label > 0) & (covered >= SHOWN * most.gather(1, label)), label - 1, -1)
 
@@ -116,9 +116,12 @@ def object_patches(masks: Tensor, scenes: int) -> Tensor:
     return patch_labels(torch.cat([join_tiles(numbered), big]))
 
 
+VisionBatch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def batches(
     tiles: TileSet, scenes: int, singles: int, generator: torch.Generator, augment: bool = True
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[VisionBatch]:
     """Endless (pixel values, object of each patch [n, 64], colours and shapes of the batch's objects)."""
     while True:
         index = torch.randint(len(tiles), (4 * scenes + singles,), generator=generator)
@@ -136,9 +139,9 @@ def batches(
 class PatchHeads(nn.Module):
     """Linear read-outs of a patch's features; used in this stage only."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, side: int) -> None:
         super().__init__()
-        self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, PATCHES, PATCHES]
+        self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, side, side]
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -150,20 +153,18 @@ def patch_features(tower: CLIPVisionModel, pixel_values: Tensor) -> Tensor:
     return tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def vision_config(width: int = 128, layers: int = 4) -> CLIPVisionConfig:
+def vision_config(width: int = 128, layers: int = 4, image_size: int = 128) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4,
-        image_size=128, patch_size=16, projection_dim=width, hidden_act="gelu", initializer_factor=1.0,
+        image_size=image_size, patch_size=16, projection_dim=width, hidden_act="gelu", initializer_factor=1.0,
     )  # fmt: skip
 
 
 def object_accuracy(
-    tower: CLIPVisionModel, heads: PatchHeads, tiles: TileSet, singles: bool
+    tower: CLIPVisionModel, heads: PatchHeads, stream: Iterator[VisionBatch]
 ) -> tuple[float, float]:
-    """Share of unseen objects whose colour / shape the sum over their patches gets right."""
-    generator = torch.Generator().manual_seed(1)
+    """Share of ten batches' objects whose colour / shape the sum over their patches gets right."""
     right, total = torch.zeros(2), 0
-    stream = batches(tiles, 0 if singles else 50, 50 if singles else 0, generator, augment=False)
     with torch.no_grad():
         for _ in range(10):
             pixels, owner, color, shape = (part.to(tower.device) for part in next(stream))
@@ -180,14 +181,17 @@ def object_accuracy(
 
 
 def train_vision(
-    train: TileSet, test: TileSet, steps: int, seed: int, device: str = "cpu", lr: float = 1e-3
+    tower: CLIPVisionModel,
+    stream: Iterator[VisionBatch],
+    unseen: Callable[[], dict[str, Iterator[VisionBatch]]],
+    steps: int,
+    lr: float = 1e-3,
 ) -> CLIPVisionModel:
-    """Train the tower on endless re-tiled, shifted tiles; returns it in eval mode, frozen."""
-    torch.manual_seed(seed)
-    tower = CLIPVisionModel(vision_config()).to(device)
-    heads = PatchHeads(tower.config.hidden_size).to(device)
+    """Train the tower on an endless stream; `unseen()` gives named streams to test on. Returns it in eval mode, frozen."""
+    side = tower.config.image_size // tower.config.patch_size
+    device = tower.device
+    heads = PatchHeads(tower.config.hidden_size, side).to(device)
     optimizers = Optimizers(nn.ModuleList([tower, heads]), steps, lr=lr, muon_lr=0.02)
-    stream = batches(train, 24, 12, torch.Generator().manual_seed(seed))
     bar = tqdm(range(1, steps + 1), desc="vision tower", unit="step", mininterval=1)
     started = time.time()
     for step in bar:
@@ -205,19 +209,21 @@ def train_vision(
             # Most patches are background: objects alone once more, so that shapes aren't drowned.
             objects = torch.where(known, label, ignore).flatten()
             loss = loss + F.cross_entropy(logits.flatten(0, 1), objects, ignore_index=-100)
-        place = torch.arange(PATCHES * PATCHES, device=device).repeat(len(owner))
-        loss = loss + 0.1 * F.cross_entropy(out[2].flatten(0, 1), place // PATCHES)
-        loss = loss + 0.1 * F.cross_entropy(out[3].flatten(0, 1), place % PATCHES)
+        place = torch.arange(side * side, device=device).repeat(len(owner))
+        loss = loss + 0.1 * F.cross_entropy(out[2].flatten(0, 1), place // side)
+        loss = loss + 0.1 * F.cross_entropy(out[3].flatten(0, 1), place % side)
         loss.backward()
         optimizers.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 500 == 0 or step == steps:
-            scenes, singles = (object_accuracy(tower, heads, test, s) for s in (False, True))
-            bar.write(
-                f"step {step}, {time.time() - started:.0f} s, loss {loss.item():.3f}: unseen tiles in scenes "
-                f"{scenes[0]:.1%} colour {scenes[1]:.1%} shape; alone {singles[0]:.1%} {singles[1]:.1%}"
-            )
+            found = [
+                f"{name} {color:.1%} colour {shape:.1%} shape"
+                for name, test in unseen().items()
+                for color, shape in [object_accuracy(tower, heads, test)]
+            ]
+            seconds = time.time() - started
+            bar.write(f"step {step}, {seconds:.0f} s, loss {loss.item():.3f}: unseen {'; '.join(found)}")
     return rescale(tower.eval().requires_grad_(False), next(stream)[0].to(device))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from dynllava_plugin.easy_vqa import writing
 from dynllava_plugin.errors import UserError
 
-BENCHMARKS = ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe")
+BENCHMARKS = ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe", "easy_vqa_hard")
 DATA_VARIABLE = "DYNLLAVA_EASY_VQA"
 
 

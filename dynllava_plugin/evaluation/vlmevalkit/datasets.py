@@ -66,6 +66,13 @@ class EasyVQA_Scenes(EasyVQA):
     DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA_Scenes": ""}
 
 
+class EasyVQA_Hard(EasyVQA):
+    """Questions about hard scenes: short answers, exact match in percent."""
+
+    BENCHMARK: ClassVar[str] = "easy_vqa_hard"
+    DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA_Hard": ""}
+
+
 class EasyVQA_Describe(EasyVQA):
     """Long answers about scenes: METEOR of the greedy answer in percent, perplexity of the reference."""
 
@@ -90,6 +97,7 @@ class EasyVQA_Describe(EasyVQA):
 _DATASETS = (
     EasyVQA,
     EasyVQA_Scenes,
+    EasyVQA_Hard,
     EasyVQA_Describe,
     VQAv2,
     LVIS_VQA_Single,
