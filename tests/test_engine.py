@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
@@ -19,7 +20,11 @@ from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
+from dynllava_plugin.model.processing import _rgb
 from dynllava_plugin.model.static_prefill import prefill_bytes
+from train.data import open_images
+from train.samples import Sample
+from train.skipped import UnusableSample
 
 SHORT = Generation.from_task({"max_new_tokens": 12})
 
@@ -294,3 +299,25 @@ def test_an_automatic_batch_that_finds_no_room_is_answered_in_halves(
     assert auto.generate(requests, SHORT) == expected and sizes == [2] * 4
     with pytest.raises(torch.OutOfMemoryError):
         Engine(engine.model, engine.processor, 8).generate(requests, SHORT)
+
+
+def test_every_opener_scales_sixteen_bits(tmp_path: Path) -> None:
+    """The harnesses', training's and the processor's: none cuts grey values off, all refuse a scale that no file tells."""
+    values = (np.arange(48, dtype=np.uint16) * 1365).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
+    sample = Sample("row 7", ("grey.png",), ())
+    opened = [
+        load_image(tmp_path / "grey.png"),
+        *open_images(sample, tmp_path),
+        _rgb(tmp_path / "grey.png", ""),
+    ]
+    for picture in opened:
+        assert picture.mode == "RGB" and np.array_equal(np.asarray(picture)[..., 1], values // 257)
+    assert np.array_equal(np.asarray(load_image(Image.open(tmp_path / "grey.png"))), np.asarray(opened[0]))
+    with pytest.raises(
+        UserError, match=r"row 7: image .*float\.tiff: grey values of mode 'F' have no known scale"
+    ):
+        load_image(tmp_path / "float.tiff", "row 7")
+    with pytest.raises(UnusableSample, match=r"float\.tiff: unreadable image \(grey values of mode 'F'"):
+        open_images(Sample("row 7", ("float.tiff",), ()), tmp_path)

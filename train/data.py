@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prompting import VICUNA, style_of
-from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.model.processing import DynamicLlavaProcessor, eight_bits
 from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
 from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
@@ -151,7 +151,7 @@ def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
         path = image_folder / image
         try:
             with Image.open(path) as file:
-                images.append(file.convert("RGB"))
+                images.append(eight_bits(file).convert("RGB"))
         except Exception as error:  # corrupt files raise anything from SyntaxError to struct.error
             reason = " ".join(str(error).split())
             raise UnusableSample(

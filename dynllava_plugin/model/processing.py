@@ -227,12 +227,12 @@ def _rgb(image: Any, name: str) -> Image.Image:
     name = getattr(image, "filename", "") or name  # a PIL image that is read only now
     try:
         if isinstance(image, Image.Image):
-            return _eight_bits(image).convert("RGB")
+            return eight_bits(image).convert("RGB")
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            return _eight_bits(fetched(image)).convert("RGB")
+            return eight_bits(fetched(image)).convert("RGB")
         if isinstance(image, (str, PathLike)):
             with Image.open(image) as opened:
-                return _eight_bits(opened).convert("RGB")
+                return eight_bits(opened).convert("RGB")
         array = np.asarray(image)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -250,8 +250,8 @@ def _rgb(image: Any, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """`image` with 16-bit grey values scaled to 8 bits, where PIL would cut them off.
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Return `image` with 16-bit grey values scaled to 8 bits, where PIL would cut them off; any other as it is.
 
     Raises
     ------

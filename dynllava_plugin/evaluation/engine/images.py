@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.processing import eight_bits
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -> Image.Image:
@@ -22,7 +23,7 @@ def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -
     Raises
     ------
     UserError
-        If the file is missing, truncated or no image.
+        If the file is missing, truncated, no image, or of grey values on a scale that it doesn't tell.
     """
     where = f"{sample}: " if sample else ""
     if isinstance(source, Image.Image):
@@ -42,7 +43,9 @@ def load_image(source: str | os.PathLike[str] | Image.Image, sample: str = "") -
     # lmms-eval switches PIL to fill what a truncated file lacks with gray, for the whole process.
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        return image.convert("RGB")
+        return eight_bits(image).convert("RGB")
+    except UserError as error:
+        raise UserError(f"{where}image {name}: {error}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{where}image {name} is truncated or corrupt ({error}); replace the file") from None
     finally:
