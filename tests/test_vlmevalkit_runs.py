@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer
@@ -62,6 +66,27 @@ def test_a_users_own_tsv_is_a_dataset(tmp_path: Path, monkeypatch: pytest.Monkey
         check_datasets(["Mine"])
     (tmp_path / "Mine.tsv").write_text("index\tquestion\n")
     check_datasets(["Mine", "POPE", "Video-MME_8frame"])
+
+
+def test_ones_own_questions_are_answered_without_a_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRED_FORMAT", "tsv")
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    picture = io.BytesIO()
+    Image.new("RGB", (48, 48), "red").save(picture, "PNG")
+    image = base64.b64encode(picture.getvalue()).decode()
+    rows = [f"{index}\t{image}\tWhat color is this?\n" for index in range(2)]
+    (tmp_path / "Mine.tsv").write_text("".join(["index\timage\tquestion\n", *rows]))
+    typed = ["--model", "dynllava", "--pretrained", "tiny", "--data", "Mine", "--data-root", "."]
+    assert command.main([*typed, "--work-dir", "out"]) == 0
+    answers = pd.read_csv("out/dynllava/dynllava_Mine.tsv", sep="\t")
+    assert len(answers) == 2 and answers["prediction"].notna().all()
+    assert (
+        "Mine: nothing to compare with; the answers are out/dynllava/dynllava_Mine.*"
+        in capsys.readouterr().out
+    )
 
 
 def test_whatever_changes_an_answer_changes_the_folder() -> None:

@@ -35,6 +35,7 @@ from dynllava_plugin.evaluation.vlmevalkit.setup import (
     import_kit,
     known_datasets,
     leave_processes,
+    leave_unscored,
     register,
     share_processes,
     use_local_data,
@@ -125,6 +126,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
         check_datasets(datasets)
     unjudged = judge_tasks(VLMEVALKIT) & set(datasets) if judge is None else set()
     without_judge(patches, unjudged)
+    unscored = leave_unscored(patches, datasets) if peek.config is None else set()
+    unjudged |= unscored
     if judge is not None:
         repair_judged(patches, judge.url)
     share_processes(patches, record)
@@ -162,6 +165,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
             write_joined(work_dir / models[0] / NAME, record, datasets, facts)
         if journal is not None and not failures:
             shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files
+    for name in sorted(unscored):
+        print(f"{name}: nothing to compare with; the answers are {work_dir / models[0]}/{models[0]}_{name}.*")
     print(f"results: {work_dir}")
     return 1 if failures else 0
 

@@ -79,7 +79,7 @@ def check_run(
     started : float
         Files older than this (seconds since the epoch) are an earlier run's.
     unjudged : collection of str
-        Datasets that were to end with their predictions, for want of a judge.
+        Datasets that were to end with their predictions, for want of a judge or of answers to compare with.
     """
     status_file = folder / "status.json"
     if not status_file.is_file():

@@ -93,6 +93,33 @@ def check_datasets(names: Iterable[str]) -> None:
             raise UserError(f"--data {name}: no such dataset; {near}")
 
 
+def leave_unscored(patches: Patches, names: Iterable[str]) -> set[str]:
+    """Let those of `names` that are a user's own questions end with their answers, and return them.
+
+    The kit scores such a TSV only where it is multiple choice with a column of answers.
+    """
+    import pandas as pd
+    import vlmeval.dataset as kit
+    from vlmeval.dataset.video_dataset_config import supported_video_datasets
+    from vlmeval.smp import LMUDataRoot
+
+    unscored = set()
+    for name in {*names} - {*known_datasets(), *supported_video_datasets}:
+        columns = set(pd.read_csv(Path(LMUDataRoot()) / f"{name}.tsv", sep="\t", nrows=0).columns)
+        if not {"A", "B", "answer"} <= columns:
+            unscored.add(name)
+
+    def leaving(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate_or_leave(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return None if self.dataset_name in unscored else evaluate(self, *args, **kwargs)
+
+        return evaluate_or_leave
+
+    for custom in (kit.CustomVQADataset, kit.CustomMCQDataset, kit.CustomTextMCQDataset) if unscored else ():
+        patches.put(custom, "evaluate", leaving)
+    return unscored
+
+
 def _build_or_exit(build: Any) -> Any:
     """A checkpoint that can't be loaded ends the run: the kit would try it again for each dataset."""
     try:
