@@ -16,6 +16,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from dynllava_plugin.easy_vqa.facts import Tile, load_tiles
 from dynllava_plugin.easy_vqa.hard import GRIDS, KINDS, SIDE, draw_hard_scene, hard_questions, paint
 from dynllava_plugin.easy_vqa.writing import write_hard_train, write_test
+from train import easy_vqa
 from train.tiny_llava.batches import Encoder
 from train.tiny_llava.hard import TOKENS, HardScenes
 from train.tiny_llava.language import build_model
@@ -116,6 +117,17 @@ def test_the_files_are_the_same_each_time_and_keep_the_splits_apart(tmp_path: Pa
     again = paint(scene, [Image.open(known[k].path) for k in scene.tiles])
     assert again.tobytes() == Image.open(tmp_path / "one" / samples[0]["image"]).tobytes()
     assert all("/train/" in known[k].path.as_posix() for k in scene.tiles)
+
+
+def test_the_converter_writes_conversations_of_eight_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(easy_vqa, "write_test", lambda *_: 0)
+    sizes = ["--singles", "1", "--scenes", "0", "--hard_scenes", "2"]
+    assert easy_vqa.main([*sizes, "--output_dir", str(tmp_path)]) == 0
+    samples = json.loads((tmp_path / "hard_train.json").read_text())
+    assert [len(sample["conversations"]) for sample in samples] == [16, 16]
+    assert all((tmp_path / sample["image"]).is_file() for sample in samples)
 
 
 def test_training_looks_at_the_patches_of_what_is_asked_about() -> None:
