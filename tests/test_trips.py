@@ -3,7 +3,7 @@
 from tests.trips import LIMITS, trips
 
 
-def test_a_prefill_and_a_step_cross_few_files():
+def test_a_question_a_prefill_and_a_step_cross_few_files():
     found = trips()
-    for name in ("prefill", "decode step"):
+    for name in ("engine question", "prefill", "decode step"):
         assert len(found[name]) <= LIMITS[name], found[name]
