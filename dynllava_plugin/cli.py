@@ -6,6 +6,9 @@ the rest is imported by the function that runs.
 
 from __future__ import annotations
 
+import dynllava_plugin.interrupts  # noqa: F401  before all that takes time
+
+# isort: split
 import argparse
 import re
 import sys

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,9 @@ import dynllava_plugin
 from dynllava_plugin.evaluation.settings import ModelSettings
 from tests.families.checkpoints import write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
+DYNLLAVA = [sys.executable, "-m", "dynllava_plugin.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "PIL", "lmms_eval", "vlmeval", "datasets"}
 MISSPELT = {
     "evel suite.yaml": "did you mean eval",
@@ -189,3 +194,39 @@ except ValueError as error:
     print(error)
 """
     assert "does not recognize this architecture" in python(code, folders[0])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [*DYNLLAVA, "compare", "--output", "out", "--limit", "1"],
+        [*DYNLLAVA, "serve", "tiny", "--port", "0"],
+        [sys.executable, "-m", "dynllava_plugin.evaluation.lmms_eval.command", "--model", "dynllava", "--tasks", "easy_vqa"],
+        [sys.executable, str(ROOT / "run_vlmevalkit.py"), "--pretrained", "tiny", "--data", "EasyVQA"],
+        [sys.executable, str(ROOT / "train" / "finetune.py"), str(ROOT / "train" / "configs" / "tiny.yaml"), "--output_dir", "out"],
+    ],
+    ids=["compare", "serve", "lmms_eval", "run_vlmevalkit", "finetune"],
+)  # fmt: skip
+def test_ctrl_c_while_a_command_starts_is_one_line(typed: list[str], tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        typed, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(0.7)  # torch, or a harness, is being imported
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode in (-signal.SIGINT, 130)
+    assert error.splitlines() == ["stopped"]
+
+
+def test_a_reader_that_has_enough_ends_a_command_well(tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        [*DYNLLAVA, "benchmarks"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert command.stdout is not None and command.stderr is not None
+    command.stdout.close()
+    assert command.stderr.read() == "" and command.wait(60) == 0

@@ -12,6 +12,9 @@ from typing import Any
 if __name__ == "__main__":  # run as a file: find `train` and `dynllava_plugin` from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import dynllava_plugin.interrupts  # noqa: F401  before all that takes time
+
+# isort: split
 import numpy as np
 import torch
 from transformers import IntervalStrategy, set_seed

@@ -7,6 +7,9 @@ run manifest. Its internals that are replaced (`Patches`) were checked on 0.7.3;
 
 from __future__ import annotations
 
+import dynllava_plugin.interrupts  # noqa: F401  before all that takes time
+
+# isort: split
 import os
 import sys
 import traceback
