@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints import load_without_processor
-from dynllava_plugin.model.checkpoints.converting import published_name
+from dynllava_plugin.model.checkpoints.converting import convert, published_name
 from dynllava_plugin.model.checkpoints.weights import IGNORED
 from tests.golden_case import CASES, GOLDEN
 from tests.training_kit import save_checkpoint
@@ -122,3 +124,14 @@ def test_push_uploads_the_model_and_nothing_else(tmp_path, monkeypatch, capsys):
     (uploaded,) = calls
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(uploaded)
     assert "training_args.bin" not in uploaded and "skipped.jsonl" not in uploaded
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    model, processor = load_model("tiny", device="cpu")
+    name = "model.language_model.layers.3.mlp.up_proj.weight"
+    model.get_parameter(name).data[5, 7] = float("nan")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(UserError, match=f"damaged: {name} holds numbers that are not finite"):
+        convert(tmp_path / "damaged", tmp_path / "out", "dynamic")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
