@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -21,3 +22,10 @@ def reason_in(log: str) -> str:
     lines = [line for line in log.strip().splitlines() if line.strip()] or ["it wrote nothing"]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].removeprefix("error: ").strip()
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """Raise `UserError` where one of `packages`, which `what` needs and the extra `extra` brings, can't be imported."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{what}: {', '.join(missing)} not installed; pip install 'dynllava-plugin[{extra}]'")

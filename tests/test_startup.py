@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import dynllava_plugin
+from dynllava_plugin.cli import main
 from dynllava_plugin.evaluation.settings import ModelSettings
 from tests.families.checkpoints import write_checkpoint
 
@@ -230,3 +231,25 @@ def test_a_reader_that_has_enough_ends_a_command_well(tmp_path: Path) -> None:
     assert command.stdout is not None and command.stderr is not None
     command.stdout.close()
     assert command.stderr.read() == "" and command.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "package"),
+    [
+        ("compare --output out --limit 1", "lmms_eval"),
+        ("eval easy_vqa --pretrained tiny --output out --limit 1", "vlmeval"),
+        ("serve tiny --port 0", "uvicorn"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_done(
+    typed: str,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(typed.split()) == 2
+    assert f"{package} not installed; pip install 'dynllava-plugin[" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

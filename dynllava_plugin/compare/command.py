@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, check_installed
 
 if TYPE_CHECKING:
     from dynllava_plugin.compare.measuring import Comparison
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import check_folder
 
+    check_installed("compare", "eval", "lmms_eval")
     for flag, least in (("limit", 1), ("batch_size", 1), ("repeats", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, check_installed
 
 NEEDED = ("fastapi", "uvicorn", "openai")
 
@@ -27,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; the port and the packages are looked at before the checkpoint costs time."""
-    from importlib.util import find_spec
-
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise UserError(f"serve: {', '.join(missing)} not installed; pip install 'dynllava-plugin[serve]'")
+    check_installed("serve", "serve", *NEEDED)
     with bound(args.host, args.port) as listener:
         from dynllava_plugin import load_model
         from dynllava_plugin.serve.app import serve

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.errors import check_installed
 from dynllava_plugin.evaluation.options import add_flags
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
@@ -57,7 +58,7 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
     UserError
         For a setting that is wrong, before anything runs.
     """
-    from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
+    from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
     from dynllava_plugin.evaluation.judges import MODEL, URL, checked_url, find_judge
     from dynllava_plugin.evaluation.results.footer import count_of_runs
     from dynllava_plugin.evaluation.suite.report import report
@@ -79,6 +80,8 @@ def evaluate(suite: Path, overrides: Mapping[str, Any]) -> int:
         print(f"left out, {config.harness} has no task for them: {names}", file=sys.stderr, flush=True)
     judged = [task for benchmark in config.wanted() for task in benchmark.tasks(LMMS_EVAL)]
     runs = plan(config, find_judge(LMMS_EVAL, judged))
+    packages = {LMMS_EVAL: "lmms_eval", VLMEVALKIT: "vlmeval"}
+    check_installed("eval", "eval", *sorted({packages[run.harness] for run in runs}))
     print(f"{count_of_runs(len(runs))} into {config.output}", flush=True)
     try:
         outcomes = Runner(runs, config.jobs, config.data, lambda line: print(line, flush=True)).run()
