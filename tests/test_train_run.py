@@ -349,6 +349,18 @@ def test_clipping_leaves_each_groups_scale_to_itself(flags, tmp_path, monkeypatc
     assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
 
 
+def test_a_run_that_misses_its_keep_rate_says_so(flags, tmp_path, capsys):
+    """Fresh predictors keep about half; a demo whose text predictor had drifted to keep everything went unnoticed."""
+    flags = [*flags, "--max_steps", "1", "--global_batch_size", "8"]
+    for rate, off in (("0.2", True), ("0.5", False), ("0.05:0.2", False)):
+        output = tmp_path / rate.replace(":", "-")
+        assert main([*flags, "--vision_keep_rate", rate, "--output_dir", str(output)]) == 0
+        found = log(output)[-1]["image_keep_rate"]
+        assert abs(found - 0.5) < 0.1  # else the rates above ask for nothing
+        line = f"warning: image_keep_rate is {found:.2f}, not {rate}"
+        assert (line in capsys.readouterr().out) == off
+
+
 def test_a_run_says_nothing_of_deprecated_names(flags, tmp_path):
     flags = [*flags, "--max_steps", "1", "--global_batch_size", "8", "--activation_checkpointing", "true"]
     with warnings.catch_warnings(record=True) as said:

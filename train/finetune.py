@@ -35,6 +35,7 @@ from train.data import Collator, ConversationDataset, encoder_of
 from train.held_out import HeldOut, readable
 from train.images import missing_images
 from train.interruption import Interruption
+from train.measures import off_target
 from train.mixture import Mixture, open_mixture
 from train.outputs import (
     EVALUATION_COLUMNS,
@@ -207,6 +208,8 @@ def fit(
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         note = f"; skipped samples: {sum(counts.values())} ({words}), see {skipped.path}" if counts else ""
         say(args, f"saved {output_dir}{note}")
+        if line := off_target(trainer.state.log_history, trainer.dynamic.config.sparsity):
+            say(args, line)
     return 0
 
 

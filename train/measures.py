@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.selection import last_answer
 
 GIB = 2**30
+OFF_TARGET = 0.1  # a keep rate so far from its target is told
 
 
 class Measures:
@@ -120,6 +121,26 @@ class Measures:
             logs["hours_left"] = (max_steps - step) * seconds / steps / 3600
         self._since, self._step = now, step
         return logs
+
+
+def off_target(history: Sequence[dict[str, float]], sparsity: SparsityConfig) -> str:
+    """Return one line that names the predictors whose last logged keep rate is over 0.1 from what they were trained for, or "".
+
+    Several gates, and keep rates drawn per sample, have no one target.
+    """
+    targets = {"text_keep_rate": sparsity.text_keep_rate, "prompt_keep_rate": sparsity.prompt_keep_rate}
+    if not sparsity.vision_keep_range and len(sparsity.image_gates) == 1:
+        targets["image_keep_rate"] = sparsity.image_gates[0][1]
+    last = {name: [row[name] for row in history if name in row][-1:] for name in targets}
+    off = [
+        f"{name} is {rate:.2f}, not {targets[name]:g}"
+        for name, rates in last.items()
+        for rate in rates
+        if abs(rate - targets[name]) > OFF_TARGET
+    ]
+    if not off:
+        return ""
+    return f"warning: {'; '.join(off)} at the last step: train longer, raise --keep_loss_weight, or clip (--max_grad_norm 1)"
 
 
 def peak_memory(accelerator: Any) -> float:

@@ -23,18 +23,13 @@ from dynllava_plugin.evaluation.results.tables import read_results, render
 from dynllava_plugin.files import write_json, write_text
 
 CHECKPOINT = "dynamic_tiny"
-# The paper's recipe with larger steps: its rates suit 665K samples, here are a few minutes on two cores.
+PRESET = ROOT / "train" / "configs" / "tiny.yaml"
 FINETUNE = {
-    "model_name_or_path": "tiny",
-    "learning_rate": "2e-4",
-    "predictor_learning_rate": "2e-3",
-    "keep_loss_weight": "20",
-    "global_batch_size": "8",
-    "per_device_train_batch_size": "8",
+    "held_out": "0",
     "logging_steps": "5",
     "dataloader_num_workers": "0",
     "seed": "0",
-}
+}  # over the preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +117,12 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     options = {**FINETUNE, "max_steps": str(steps), "output_dir": str(folder)}
     options |= {"data_path": str(data / "train.json"), "image_folder": str(data)}
     tiny = ROOT / "dynllava_plugin" / "assets" / "tiny_llava" / "model.safetensors"
-    made_from = {"options": options, "start": digest(tiny), "data": digest(data / "train.json")}
+    made_from = {
+        "options": options,
+        "preset": digest(PRESET),
+        "start": digest(tiny),
+        "data": digest(data / "train.json"),
+    }
     if is_done(folder, made_from):
         print("finetuning: done before")
         return folder
@@ -133,7 +133,7 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     script = str(ROOT / "train" / "finetune.py")
     call(
-        [sys.executable, *launch, script, *flags, "--overwrite_output_dir", "true"],
+        [sys.executable, *launch, script, str(PRESET), *flags, "--overwrite_output_dir", "true"],
         "the finetuning",
         KEEP_MEMORY,
     )
