@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -12,10 +11,9 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.bench import loading, measuring, timing
-from dynllava_plugin.bench.command import main
+from dynllava_plugin.bench.command import PHASES, main
 from dynllava_plugin.bench.modes import MODES, modes_named
 from dynllava_plugin.bench.paper import paper_figures
-from dynllava_plugin.bench.parsers import PHASES
 from dynllava_plugin.bench.report import markdown
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import shape_named
@@ -52,11 +50,9 @@ def subject():
     return Subject(shape, torch.device("cpu"), torch.float32, 16, 8, 0.25, 0.5)
 
 
-def in_this_process(what, folder, cold):
-    """What a child process of `bench load` does, without another import of PyTorch."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        loading._child(what, folder)
-    return json.loads(printed.getvalue())
+def in_this_process(call, *arguments):
+    """What a child process does, without another import of PyTorch."""
+    return call(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def everything(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynllava_plugin.bench.shapes.VOCABULARY", 300)
         patch.setattr("dynllava_plugin.bench.score.ANSWER", 6)
-        patch.setattr(loading, "_in_a_process", in_this_process)
+        patch.setattr(loading, "in_a_process", in_this_process)
         arguments = [
             "all",
             *TINY,
@@ -202,7 +198,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("dynllava_plugin.bench.passes.interleaved", second_is_interrupted)
+    monkeypatch.setattr("dynllava_plugin.bench.run.interleaved", second_is_interrupted)
     assert main(arguments) == 130
     first = json.loads(file.read_text())
     assert [(row["mode"], row["batch"]) for row in first] == [("full", 1), ("image", 1)]
@@ -218,13 +214,13 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, monkeypatch):
             ["--shape", "400x65536x64"],
             r"--shape 400x65536x64: needs about \d+\.\d GiB, cpu has \d+\.\d GiB free",
         ),
-        (["--new-tokens", "0"], "--new-tokens: 0 is not positive"),
-        (["--new-tokens", "-5"], "--new-tokens: -5 is not positive"),
-        (["--batch", "0"], "--batch: 0 is not positive"),
-        (["--batch", "-1"], "--batch: '-1' must be positive"),
+        (["--new-tokens", "0"], "--new-tokens: 0 is less than 1"),
+        (["--new-tokens", "-5"], "--new-tokens: -5 is less than 1"),
+        (["--batch", "0"], "--batch: .0. must be numbers of at least 1"),
+        (["--batch", "-1"], "--batch: '-1' must be numbers of at least 1"),
         (["--batch", "two"], "--batch: 'two' is not a comma-separated list"),
-        (["--at", "-3"], "--at: '-3' must be positive"),
-        (["--image-tokens", "0"], "--image-tokens: 0 is not positive"),
+        (["--at", "-3"], "--at: '-3' must be numbers of at least 0"),
+        (["--image-tokens", "0"], "--image-tokens: 0 is less than 1"),
         (["--vision-keep-rate", "0"], "--vision-keep-rate: 0.0 is outside"),
         (["--vision-keep-rate", "0.01"], "--vision-keep-rate: 0.01 keeps none of 16 image tokens"),
         (["--text-keep-rate", "0"], "--text-keep-rate: 0.0 is outside"),
@@ -235,16 +231,17 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, monkeypatch):
         (["--mode", "half"], "--mode half: policy: unknown value .half."),
         (["--path", "fast"], "--path: fast; choose from eager"),
         (["--dtype", "int8"], "--dtype: 'int8' is not one of"),
-        (["--device", "tpu"], "--device: 'tpu' is not a device"),
-        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--device", "tpu"], "device: 'tpu' is not a device"),
+        (["--repeats", "0"], "--repeats: 0 is less than 1"),
+        (["--repeats", "x"], "--repeats: 'x' is not a whole number"),
+        (["--warmup", "-1"], "--warmup: -1 is less than 0"),
+        (["--device", "meta"], "--device: 'meta'; the benchmark knows cpu and cuda"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, message):
     assert main(["decode", *TINY, "--new-tokens", "5", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
-    import re
-
     assert re.search(message, error), error
 
 
@@ -414,25 +411,25 @@ def test_calls_take_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     times = timing.interleaved(calls, torch.device("cpu"), repeats=2, warmup=1)
-    assert "".join(order) == "abc" + "abc" + "bca" and all(len(values) == 2 for values in times.values())
+    assert "".join(order) == "cab" + "abc" + "bca" and all(len(values) == 2 for values in times.values())
 
 
 def test_full_context_is_always_there_to_compare_with():
-    assert [mode.name for mode in modes_named("image_text")] == ["full", "image_text"]
+    assert [mode.name for mode in modes_named("--mode", "image_text")] == ["full", "image_text"]
     with pytest.raises(UserError):
-        modes_named("")
+        modes_named("--mode", "")
 
 
 def test_a_list_of_modes_may_name_policies():
     modes = modes_named(
-        "image_text,h2o,r=0.5,downsample,schedule,2:fastv:0.5,3:random:0.3,fastv+h2o,fastv.r=0.5"
+        "--mode", "image_text,h2o,r=0.5,downsample,schedule,2:fastv:0.5,3:random:0.3,fastv+h2o,fastv.r=0.5"
     )
     assert [mode.name for mode in modes] == [
         "full", "image_text", "h2o,r=0.5", "downsample", "schedule,2:fastv:0.5,3:random:0.3", "fastv+h2o,fastv.r=0.5",
     ]  # fmt: skip
     for wrong, why in (("visionzip", "dynllava compare"), ("h2o,r=2", "r=2"), ("half", "choose one of")):
         with pytest.raises(UserError, match=f"--mode {wrong}: .*{why}"):
-            modes_named(wrong)
+            modes_named("--mode", wrong)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +440,7 @@ def test_a_list_of_modes_may_name_policies():
 @torch.inference_mode()
 def test_a_policys_context_is_what_its_cache_holds(subject, policy):
     subject.text_keep_rate = 0.5
-    (mode,) = [mode for mode in modes_named(policy) if mode.name == policy]
+    (mode,) = [mode for mode in modes_named("--mode", policy) if mode.name == policy]
     prompts = subject.prompts(2, 40)
     prompts.calibrate()
     subject.switch(mode)
@@ -457,4 +454,4 @@ def test_a_policys_context_is_what_its_cache_holds(subject, policy):
 
 
 def test_markdown_of_no_rows_is_a_heading():
-    assert markdown([]).startswith("# Efficiency")
+    assert markdown([]).startswith("# Measured")

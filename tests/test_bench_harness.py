@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 from dynllava_plugin.bench import harness
-from dynllava_plugin.bench.harness_report import markdown, medians
+from dynllava_plugin.bench.report import markdown, medians
 from dynllava_plugin.cli import main
+
+
+def cells(table: str, *first: str) -> list[str]:
+    """What stands behind the `first` cells of a line in a Markdown table."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return next(line[len(first) :] for line in lines if line[: len(first)] == list(first))
 
 
 def value(command: list[str], flag: str) -> str:
@@ -79,7 +85,7 @@ def test_runs_take_turns_and_the_report_has_ratios_to_one_at_a_time(
     assert float(rows[1]["outside_model"]) == pytest.approx(0.1) and float(rows[1]["shared"]) == 0.5
     assert [row["same_answers"] for row in rows] == ["yes"] * 4
     text = (tmp_path / "table.md").read_text()
-    assert "| lmms-eval | 8 | 2.7 | 5.33x | 10.0% | 50% | yes |" in text
+    assert cells(text, "lmms-eval", "8") == ["2.7", "5.33", "10.0%", "50%", "yes", "4", "2"]
     assert (tmp_path / "chart.png").stat().st_size > 1000 and (tmp_path / "machine.json").is_file()
     # The rows alone make the same report, on any machine; a rerun measures nothing again.
     assert main(["bench", "report", str(tmp_path / "rows.json"), "--output", str(tmp_path / "again")]) == 0
@@ -97,7 +103,7 @@ def test_other_answers_in_a_batch_are_shown(ran: list[list[str]], tmp_path: Path
     assert table["same_answers"].tolist() == ["yes", "NO", "yes", "NO"]
     alone = medians([row for row in json.loads(path.read_text()) if row["batch"] == 3])
     assert alone["same_answers"].isna().all() and alone["speedup"].isna().all()
-    assert "| - |" in markdown(alone)
+    assert cells(markdown(alone.to_dict("records")), "lmms-eval", "3")[1] == "-"
 
 
 def test_rows_of_other_settings_are_measured_beside(ran: list[list[str]], tmp_path: Path) -> None:
@@ -114,7 +120,7 @@ def test_rows_of_other_settings_are_measured_beside(ran: list[list[str]], tmp_pa
     ]
     for more in (["--limit", "4"], ["--limit", "3"], ["--limit", "4", "--policy", "fastv"]):
         assert main(["bench", "harness", *flags, *more]) == 0
-    assert len(ran) == 3 and (tmp_path / "table.md").read_text().count("| lmms-eval | 1 |") == 3
+    assert len(ran) == 3 and (tmp_path / "table.md").read_text().count("| lmms-eval ") == 3
 
 
 def test_an_interruption_before_the_first_row_is_no_error(
@@ -132,7 +138,7 @@ def test_an_interruption_before_the_first_row_is_no_error(
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--batch", "8,16"], "--batch: '8,16' must have 1 in it"),
+        (["--batch", "8,16"], "--batch: [8, 16] must have 1 in it"),
         (["--batch", "1,x"], "--batch: '1,x'"),
         (["--harness", "helm"], "--harness: helm; choose from lmms-eval, vlmevalkit"),
         (["--limit", "0"], "--limit: 0 is less than 1"),

@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from dynllava_plugin.bench import train, train_memory, train_report
-from dynllava_plugin.bench.masked_cases import AttentionShape, training_keep
+from dynllava_plugin.bench import plots, train
+from dynllava_plugin.bench.attention import AttentionShape, model_attention, training_keep
 from dynllava_plugin.bench.shapes import SHAPES
-from dynllava_plugin.bench.train_attention import model_attention
 from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, peak_flops
 from dynllava_plugin.cli import main
 from dynllava_plugin.flops import DecoderShape
@@ -69,17 +68,17 @@ def test_rows_table_and_chart(measured, tmp_path, capsys):
     with open(tmp_path / "table.csv") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     text = (tmp_path / "table.md").read_text()
-    assert "0.100x" in text and "A CUDA GPU: not measured" in text
+    assert "0.100" in text and "A CUDA GPU: not measured" in text
     assert (tmp_path / "chart.png").stat().st_size > 1000 and (tmp_path / "machine.json").exists()
 
 
 def test_each_devices_chart_is_of_its_own_lengths(tmp_path, monkeypatch):
     """The committed rows: no title cut, no axis beyond what was measured, SDPA as one line of all its lengths."""
     drawn = []
-    monkeypatch.setattr(train_report, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(plots, "write_figure", lambda path, figure: drawn.append(figure))
     table = pd.read_csv(Path(__file__).parents[1] / "results/training/table.csv")
     table = table[table["phase"] == "attention"]
-    train_report.draw(table, tmp_path / "chart.png")
+    plots.draw_training(table, tmp_path / "chart.png")
     drawn[0].draw_without_rendering()
     for number, axis in enumerate(drawn[0].axes):
         lengths = sorted(
@@ -114,7 +113,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(measured, tmp_path, monke
 def test_what_has_no_room_is_measured_smaller_or_left_out(measured, tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.json"
     shape = AttentionShape(32, 1, 2, 2, 16)
-    monkeypatch.setattr(train, "free_bytes", lambda device: 2 * train.plain_bytes(shape))
+    monkeypatch.setattr(train, "free_bytes", lambda device: 2 * shape.plain_bytes)
     arguments = [*ARGUMENTS[:4], "--lengths", "32,64", "--only", "attention", "--kept", "all", "--batch", "5"]
     assert main([*arguments, "--device", "cpu", "--repeats", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
@@ -130,13 +129,13 @@ def test_what_has_no_room_is_measured_smaller_or_left_out(measured, tmp_path, mo
     [
         (["--only", "all"], "--only: all; choose from attention, step"),
         (["--lengths", "a"], "--lengths: 'a' is not a comma-separated list"),
-        (["--lengths", "0"], "--lengths: '0' must be positive"),
+        (["--lengths", "0"], "--lengths: '0' must be numbers of at least 1"),
         (["--repeats", "0"], "--repeats: 0 is less than 1"),
         (["--batch", "0"], "--batch: 0 is less than 1"),
         (["--peak-tflops", "-3"], "--peak-tflops: -3.0 is less than"),
         (["--peak-tflops", "nan"], "--peak-tflops: nan is less than"),
         (["--text-tokens", "2"], "--text-tokens: 2 is less than 4"),
-        (["--device", "tpu"], "--device"),
+        (["--device", "tpu"], "device: 'tpu' is not a device"),
         (["--shape", "llava-1.5-70b"], "--shape: 'llava-1.5-70b' is neither one of"),
         (
             ["--json", "/proc/no/rows.json", "--only", "attention"],
@@ -153,7 +152,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 def test_peak_memory_of_a_process():
     """Several full matrices, but not the inputs and not the process."""
     shape = AttentionShape(1024, 1, 2, 2, 16)
-    peak = train_memory.attention_peak(shape, "all", "plain", torch.device("cpu"))
+    peak = train.attention_peak(shape, "all", "plain", torch.device("cpu"))
     if peak is None:
         pytest.skip("only Linux can reset the high-water mark of a process")
     assert 4 <= peak / (4 * 2 * 1024**2) <= 20  # a busy machine adds a few MiB

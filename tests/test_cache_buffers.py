@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynllava_plugin.bench.resident import resident_bytes
+from dynllava_plugin.bench.process import resident_bytes
 from dynllava_plugin.sparsity import cache as cache_module
 from dynllava_plugin.sparsity.cache import RESERVE, RaggedLayer, grown, zeros
 from dynllava_plugin.sparsity.tracks import ContextTrack

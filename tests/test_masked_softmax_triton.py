@@ -12,7 +12,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux only")
 
+from dynllava_plugin.bench.attention import AttentionInputs, AttentionShape, attention_inputs  # noqa: E402
 from dynllava_plugin.sparsity import masked_softmax_kernels as kernels  # noqa: E402
+from dynllava_plugin.sparsity.masked_softmax import (  # noqa: E402
+    context_matrix,
+    masked_softmax_attention,
+    plain_masked_softmax,
+    training_context,
+    visible_matrix,
+)
 from dynllava_plugin.sparsity.masked_softmax_triton import Tile, constants  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +83,43 @@ def test_compiles_to_tensor_core_code_without_a_gpu(kernel, more):
     assert "mma.sync" in compiled.asm["ptx"] and compiled.asm["cubin"]
 
 
+def errors(inputs: AttentionInputs, plain: bool) -> list[float]:
+    """Relative errors of the output and of the gradients of query, key, value and keep mask, against the full matrix in float64."""
+    found = []
+    for full, dtype in ((plain, inputs.query.dtype), (True, torch.float64)):
+        query, key, value, keep = (leaf.detach().to(dtype).requires_grad_() for leaf in inputs.leaves)
+        if full:
+            masks = context_matrix(keep), visible_matrix(inputs.valid)
+            out = plain_masked_softmax(query, key, value, *masks, inputs.scaling)
+        else:
+            keep = inputs.keep.detach().requires_grad_()
+            context = training_context(keep, inputs.valid)
+            out = masked_softmax_attention(query, key, value, context, inputs.scaling)
+        gradients = torch.autograd.grad(out, (query, key, value, keep), inputs.upstream.to(out.dtype))
+        found.append([tensor.detach().double() for tensor in (out, *gradients)])
+    return [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*found, strict=True)]
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; without one the interpreter runs the kernels"
 )
-def test_equals_the_full_matrix_on_this_gpu():
-    from dynllava_plugin.bench.masked_check import check
-
-    assert check()
+@pytest.mark.parametrize(
+    ("shape", "kept", "padding"),
+    [
+        (AttentionShape(640, 2, 4, 4, 128, torch.bfloat16), "paper", (0, 0)),
+        (AttentionShape(333, 3, 4, 2, 128, torch.float32), "paper", (17, 0)),
+        (AttentionShape(257, 2, 4, 1, 64, torch.float16), "paper", (0, 40)),
+        (AttentionShape(130, 2, 2, 2, 32, torch.bfloat16), "all", (0, 130)),  # the second sample is padding
+        (AttentionShape(200, 1, 2, 2, 80, torch.float16), "paper", (0, 0)),
+        (AttentionShape(200, 1, 2, 2, 256, torch.bfloat16), "paper", (0, 0)),
+        (AttentionShape(2048, 1, 4, 4, 128, torch.bfloat16), "paper", (0, 0)),
+    ],
+)
+def test_equals_the_full_matrix_on_this_gpu(shape, kept, padding):
+    """Both are rounded; ours must not be much worse. `padding`: of each sample but the first, left and right."""
+    inputs = attention_inputs(shape, kept, "cuda")
+    inputs.valid[1:, : padding[0]] = False
+    inputs.valid[1:, shape.length - padding[1] :] = False
+    ours, full = errors(inputs, plain=False), errors(inputs, plain=True)
+    floor = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[shape.dtype]
+    assert all(a <= max(3 * b, floor) for a, b in zip(ours, full, strict=True)), (ours, full)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dynllava_plugin.bench.modes import Mode
-from dynllava_plugin.bench.run import Run, against_full, held_bytes, kept_share, kind, spaced
+from dynllava_plugin.bench.run import Run, against_full, held, kind, spaced
 from dynllava_plugin.bench.subject import Prompts
-from dynllava_plugin.bench.timing import interleaved, release, summary
+from dynllava_plugin.bench.timing import release, summary
 from dynllava_plugin.flops import decode_step_flops, decode_step_weights
-from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 WINDOW = 8  # steps timed together
@@ -19,100 +19,87 @@ WINDOW = 8  # steps timed together
 
 @dataclass
 class _Stream:
-    """A mode that decodes its batch in one way."""
+    """A mode that decodes its batch in one way; `at` answer tokens have been fed."""
 
     mode: Mode
     path: str
     prompts: Prompts
     cache: SparseContextCache
-    at: int = 0  # answer tokens fed
+    at: int = 0
+
+    @classmethod
+    def start(cls, run: Run, prompts: Prompts, mode: Mode, path: str) -> _Stream:
+        """Return the stream behind its prefill."""
+        run.subject.switch(mode)
+        cache = run.new_cache(path)
+        prompts.prefill(cache)
+        return cls(mode, path, prompts, cache)
 
     def window(self) -> None:
+        """Take the steps that are timed together."""
         for _ in range(WINDOW):
             self.prompts.step(self.cache, self.at)
             self.at += 1
 
     def advance(self, run: Run, length: int) -> None:
+        """Feed answer tokens up to `length`."""
         run.subject.switch(self.mode)
         self.prompts.feed(self.cache, self.at, length)
         self.at = max(self.at, length)
 
 
-def steps_measured(run: Run) -> int:
-    """Decode steps that measuring one length takes."""
+def steps_measured(run: Any) -> int:
+    """Return how many decode steps it takes to measure one length, in so many `repeats` and `warmup` turns."""
     return WINDOW * (run.repeats + run.warmup)
 
 
 @torch.inference_mode()
 def decode(run: Run) -> None:
-    """Steps of every mode and path, in turns, after each number of generated tokens."""
+    """Time steps of every mode and path, in turns, after each number of generated tokens."""
     lengths = spaced(run.lengths, steps_measured(run))
     for batch in run.batches:
-        wanted = [length for length in lengths if not _has(run, batch, length)]
+        wanted = [
+            length for length in lengths
+            if not all(run.has("decode", run.modes_on(path), path=path, batch=batch, length=length) for path in run.paths)
+        ]  # fmt: skip
         if not wanted:
             continue
         prompts = run.subject.prompts(batch, lengths[-1] + steps_measured(run))
         prompts.calibrate()
-        streams = {
-            (mode.name, path): _start(run, prompts, mode, path)
-            for path in run.paths
-            for mode in run.modes_on(path)
-        }
+        pairs = [(mode, path) for path in run.paths for mode in run.modes_on(path)]
+        streams = {(mode.name, path): _Stream.start(run, prompts, mode, path) for mode, path in pairs}
         for length in wanted:
             for stream in streams.values():
                 stream.advance(run, length)
             calls = {key: stream.window for key, stream in streams.items()}
-            times = interleaved(
-                calls, run.device, run.repeats, run.warmup, before=lambda key: run.switch(key[0])
-            )
-            _add(run, batch, length, streams, times)
+            times = run.times(calls, run.repeats, before=lambda key: run.switch(key[0]))
+            _add(run, batch, length, streams, {key: _per_step(taken) for key, taken in times.items()})
         del streams, prompts
-        release(run.device)
+        release(run.subject.device)
 
 
 @torch.inference_mode()
 def batching(run: Run) -> None:
-    """Tokens a second of a batch of mixed prompt lengths against a batch of one, in one interleaved run."""
-    largest, length = max(run.batches), min(run.lengths)
-    if largest == 1 or run.rows.has(
-        {"phase": "batching", "mode": mode.name, "batch": batch}
-        for mode in run.modes_on(run.paths[0])
-        for batch in (1, largest)
-    ):
+    """Time a batch of mixed prompt lengths and a batch of one in turns, and add their tokens a second."""
+    sizes, length, path = (1, max(run.batches)), min(run.lengths), run.paths[0]
+    if sizes[1] == 1 or all(run.has("batching", run.modes_on(path), batch=batch) for batch in sizes):
         return
-    for mode in run.modes_on(run.paths[0]):
-        batches = {
-            batch: run.subject.prompts(batch, length + steps_measured(run), mixed=batch > 1)
-            for batch in (1, largest)
-        }
-        batches[largest].calibrate()  # both are timed under one predictor
-        streams = {}
-        for batch, prompts in batches.items():
-            streams[batch] = _start(run, prompts, mode, run.paths[0])
-            streams[batch].advance(run, length)
-        calls = {batch: stream.window for batch, stream in streams.items()}
-        times = interleaved(calls, run.device, run.repeats, run.warmup)
-        single = summary(times[1])["median_s"]
+    for mode in run.modes_on(path):
+        prompts = [
+            run.subject.prompts(batch, length + steps_measured(run), mixed=batch > 1) for batch in sizes
+        ]
+        prompts[1].calibrate()  # both are timed under one predictor
+        streams = {each.batch: _Stream.start(run, each, mode, path) for each in prompts}
+        for stream in streams.values():
+            stream.advance(run, length)
+        times = run.times({batch: stream.window for batch, stream in streams.items()}, run.repeats)
+        single = _per_step(times[1])["median_s"]
         for batch, stream in streams.items():
             measured = _per_step(times[batch])
-            run.add(
-                phase="batching", mode=mode.name, path=stream.path, prompts=kind(stream.prompts), batch=batch,
-                length=length, **measured, tokens_per_s=batch / measured["median_s"],
-                speedup=batch * single / (measured["median_s"] * WINDOW),
+            run.rows.add(
+                phase="batching", mode=mode.name, path=path, prompts=kind(stream.prompts), batch=batch, length=length,
+                **measured, tokens_per_s=batch / measured["median_s"], speedup=batch * single / measured["median_s"],
             )  # fmt: skip
-
-
-def _has(run: Run, batch: int, length: int) -> bool:
-    return all(
-        run.has("decode", run.modes_on(path), path=path, batch=batch, length=length) for path in run.paths
-    )
-
-
-def _start(run: Run, prompts: Prompts, mode: Mode, path: str) -> _Stream:
-    run.subject.switch(mode)
-    cache = run.new_cache(path)
-    prompts.prefill(cache)
-    return _Stream(mode, path, prompts, cache)
 
 
 def _per_step(times: list[float]) -> dict[str, float]:
@@ -124,21 +111,22 @@ def _add(
     batch: int,
     length: int,
     streams: dict[tuple[str, str], _Stream],
-    times: dict[tuple[str, str], list[float]],
+    times: dict[tuple[str, str], dict[str, float]],
 ) -> None:
-    subject = run.subject
-    shape, full_weights = subject.shape, decode_step_weights(subject.shape, text_predictor=False)
-    for (name, path), stream in streams.items():
-        held = held_bytes(stream.cache, subject)
-        asks = OUTPUT in subject.policy(stream.mode).predictors
-        read = decode_step_weights(shape, asks) * subject.itemsize + held["needed_bytes"]
-        full_held = held_bytes(streams["full", path].cache, subject)["needed_bytes"]
-        measured = _per_step(times[name, path])
-        full = _per_step(times["full", path])["median_s"]
-        run.add(
-            phase="decode", mode=name, path=path, prompts=kind(stream.prompts), batch=batch, length=length,
-            **measured, tokens_per_s=batch / measured["median_s"],
-            **against_full(full, measured["median_s"], full_weights * subject.itemsize + full_held, read),
-            tflops_exact=decode_step_flops(shape, subject.context(stream.mode), length, batch) / 1e12,
-            read_bytes=read, kept_share=kept_share(stream.cache), **held,
+    subject, shape = run.subject, run.subject.shape
+    caches = {key: held(stream.cache, subject) for key, stream in streams.items()}
+    contexts = {mode.name: subject.context(mode) for mode in run.modes}
+
+    def read_bytes(name: str, path: str) -> int:
+        weights = decode_step_weights(shape, contexts[name].text_predictor) * subject.itemsize
+        return weights + caches[name, path]["needed_bytes"]
+
+    for (name, path), measured in times.items():
+        median, full = measured["median_s"], times["full", path]["median_s"]
+        read = read_bytes(name, path)
+        run.rows.add(
+            phase="decode", mode=name, path=path, prompts=kind(streams[name, path].prompts), batch=batch, length=length,
+            **measured, tokens_per_s=batch / median, **against_full(full, median, read_bytes("full", path), read),
+            tflops_exact=decode_step_flops(shape, contexts[name], length, batch) / 1e12,
+            read_bytes=read, **caches[name, path],
         )  # fmt: skip

@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dynllava_plugin.bench.flags import chosen, numbers
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
-from dynllava_plugin.evaluation.benchmarks import HARNESSES, LMMS_EVAL, find_benchmark
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.results.manifest import read_json
@@ -29,43 +29,28 @@ from dynllava_plugin.evaluation.results.predictions import lmms_eval_predictions
 from dynllava_plugin.evaluation.results.results import MANIFEST_NAME
 from dynllava_plugin.evaluation.settings import ModelSettings
 
-OWN = "the checkpoint's own"  # policy
 
-
-class HarnessRows(Rows):
-    """One row a run of a harness; seconds since its first question, of these in the engine, of these in the model."""
-
-    keys = (
-        "phase", "device", "checkpoint", "checkpoint_hash", "policy", "benchmark", "limit", "threads", "harness", "batch",
-        "repeat",
-    )  # fmt: skip
-    needed = ("phase", "harness", "batch", "answering_s")
-    columns = (
-        *keys, "questions", "answering_s", "engine_s", "model_s", "process_s", "questions_per_s", "shared_prompts",
-        "predictions",
-    )  # fmt: skip
-
-
-def run_harness(args: argparse.Namespace) -> int:
-    """Measure; 130 where the user interrupts, with the rows so far kept."""
-    harnesses = chosen("--harness", args.harness, HARNESSES)
-    batches = sorted(set(numbers("--batch", args.batch)))
+def run(args: argparse.Namespace) -> int:
+    """Measure a row for each run of a harness; return 130 where the user interrupts, with the rows so far kept."""
+    batches = sorted(set(args.batch))
     if 1 not in batches:
-        raise UserError(f"--batch: {args.batch!r} must have 1 in it, to compare with")
-    for name, value in (("--limit", args.limit), ("--repeats", args.repeats)):
-        if value < 1:
-            raise UserError(f"{name}: {value} is less than 1")
+        raise UserError(f"--batch: {args.batch} must have 1 in it, to compare with")
     benchmark = find_benchmark(args.benchmark)
-    for harness in harnesses:
+    for harness in args.harness:
         if len(benchmark.tasks(harness)) != 1:
             raise UserError(f"--benchmark: {args.benchmark} isn't one task in {harness}; take another")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    rows = HarnessRows.of(
-        args, phase="harness", device=device, benchmark=args.benchmark, limit=args.limit, policy=args.policy or OWN,
-        checkpoint=Path(args.pretrained).name, checkpoint_hash=resolve_checkpoint(args.pretrained),
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-    plan = [(r, h, b) for r in range(args.repeats) for h in harnesses for b in batches]
+    common = {
+        "phase": "harness",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "checkpoint": Path(args.pretrained).name,
+        "checkpoint_hash": resolve_checkpoint(args.pretrained),
+        "policy": args.policy or "the checkpoint's own",
+        "benchmark": args.benchmark,
+        "limit": args.limit,
+    }
+    rows = Rows.of(args, common, "harness", "answering_s")
+    plan = [(r, h, b) for r in range(args.repeats) for h in args.harness for b in batches]
 
     def work() -> None:
         with tempfile.TemporaryDirectory(prefix="dynllava-bench-") as folder:
@@ -78,9 +63,8 @@ def run_harness(args: argparse.Namespace) -> int:
     return rows.carry_out(work, args.output)
 
 
-def _measure(
-    args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path
-) -> dict[str, float | int | str]:
+def _measure(args: argparse.Namespace, harness: str, batch: int, task: str, folder: Path) -> dict[str, Any]:
+    """Seconds since the first question, of these in the engine, of these in the model; what was answered, as a hash."""
     folder.mkdir(parents=True)
     settings = ModelSettings.from_dict({"pretrained": args.pretrained, "policy": args.policy})
     asked = module_and_arguments(harness, settings, [task], batch, folder, args.limit)

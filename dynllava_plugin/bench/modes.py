@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dynllava_plugin.errors import UserError
@@ -19,27 +19,25 @@ class Mode:
 
     Parameters
     ----------
-    name : str
-        As on the command line.
-    title : str
-        As in tables and plots.
+    name, title : str
+        As on the command line; as in plots.
     sparsity : dict
         Arguments of `set_sparsity`.
     """
 
     name: str
     title: str
-    sparsity: dict[str, Any] = field(default_factory=dict)
+    sparsity: dict[str, Any]
 
     def policy(self, vision_rate: float = 0.2) -> Policy:
-        """The policy behind it; one without a budget in its name keeps the share `vision_rate` of the image tokens."""
+        """Return the policy behind it; one without a budget in its name keeps the share `vision_rate` of the image tokens."""
         from dynllava_plugin.policies.registry import policy_changes, policy_of
 
         base = SparsityConfig(vision_keep_rate=vision_rate)
         return policy_of(base.replace(**policy_changes(self.sparsity)))
 
     def context(self, layers: int, images: int, text: int, vision_rate: float, text_rate: float) -> Context:
-        """What this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
+        """Return what this mode leaves of a prompt with `images` image tokens and `text` text tokens."""
         from dynllava_plugin.policies.contexts import context_of
 
         policy = self.policy(vision_rate).of_depth(layers)
@@ -57,8 +55,8 @@ MODES = {
 }
 
 
-def modes_named(names: str) -> list[Mode]:
-    """Modes from a comma-separated list; "full", which the others are compared with, comes first and always.
+def modes_named(flag: str, text: str) -> list[Mode]:
+    """Return the modes of a comma-separated list; "full", which the others are compared with, comes first and always.
 
     Besides `MODES` a list may name policies with their arguments: ``image_text,h2o,r=0.5,downsample``.
 
@@ -67,35 +65,29 @@ def modes_named(names: str) -> list[Mode]:
     UserError
         An unknown name or argument, or a policy that chooses inside the vision tower, which the benchmark leaves out.
     """
-    texts = _texts(names)
-    if not texts:
+    names: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if ("=" in part or ":" in part) and names:  # an argument, or a step of a schedule
+            names[-1] += f",{part}"
+        elif part:
+            names.append(part)
+    if not names:
         from dynllava_plugin.policies.registry import POLICIES
 
-        raise UserError(f"--mode: empty; choose from {', '.join([*MODES, *POLICIES])}")
-    return [_mode(text) for text in dict.fromkeys(["full", *texts])]
+        raise UserError(f"{flag}: empty; choose from {', '.join([*MODES, *POLICIES])}")
+    return [_mode(flag, name) for name in dict.fromkeys(["full", *names])]
 
 
-def _texts(names: str) -> list[str]:
-    """``"a,b,k=3,c"`` -> ["a", "b,k=3", "c"]."""
-    texts: list[str] = []
-    for part in (part.strip() for part in names.split(",")):
-        if ("=" in part or ":" in part) and texts:  # an argument, or a step of a schedule
-            texts[-1] += f",{part}"
-        elif part:
-            texts.append(part)
-    return texts
-
-
-def _mode(text: str) -> Mode:
-    if text in MODES:
-        return MODES[text]
-    mode = Mode(text, text, {"policy": text})
+def _mode(flag: str, name: str) -> Mode:
+    if name in MODES:
+        return MODES[name]
+    mode = Mode(name, name, {"policy": name})
     try:
         policy = mode.policy()
     except UserError as error:
-        raise UserError(f"--mode {text}: {error}") from None
+        raise UserError(f"{flag} {name}: {error}") from None
     if policy.reduces_patches:
         raise UserError(
-            f"--mode {text}: chooses inside the vision tower, which this benchmark leaves out; `dynllava compare` times it"
+            f"{flag} {name}: chooses inside the vision tower, which this benchmark leaves out; `dynllava compare` times it"
         )
     return mode

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin import load_model
 from dynllava_plugin.bench.subject import Prompts, Subject
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.images import load_image
@@ -28,30 +29,28 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 class PicturePrompts(Prompts):
-    """The same of a checkpoint's questions about pictures; its own predictors decide."""
+    """A checkpoint's questions about pictures, and random answers; its own predictors decide."""
 
     def __init__(self, subject: Subject, batch: int, new_tokens: int, mixed: bool) -> None:
         assert subject.loaded is not None
         self.subject, self.batch = subject, batch
         found = {
-            name: values.to(subject.device) for name, values in subject.loaded.inputs(batch, mixed).items()
+            name: value.to(subject.device) for name, value in subject.loaded.inputs(batch, mixed).items()
         }
         self.ids, self.mask = found.pop("input_ids"), found.pop("attention_mask")
         self.lengths, self.width = self.mask.sum(1).tolist(), self.ids.shape[1]
         self.mixed = min(self.lengths) < self.width
-        generator = torch.Generator(device=subject.device).manual_seed(batch)
-        size = batch, max(new_tokens, 1)
-        self.answers = torch.randint(3, subject.shape.vocab, size, generator=generator, device=subject.device)
+        self.answers = self.random_answers(new_tokens)
         self._pixels = {
-            name: values.to(subject.dtype) if values.is_floating_point() else values
-            for name, values in found.items()
+            name: value.to(subject.dtype) if value.is_floating_point() else value
+            for name, value in found.items()
         }
         self._encoded: dict[Policy, dict[str, Any]] = {}
 
     @property
     def more(self) -> dict[str, Any]:
         """Return sizes and grids."""
-        return {name: values for name, values in self._pixels.items() if name != "pixel_values"}
+        return {name: value for name, value in self._pixels.items() if name != "pixel_values"}
 
     @property
     def encoded(self) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class PicturePrompts(Prompts):
         return self._encoded[policy]
 
     def calibrate(self) -> float:
-        """Nothing is set."""
+        """Set nothing; return the share that was asked for."""
         return self.subject.text_keep_rate
 
 
@@ -80,36 +79,24 @@ class Loaded:
     prompts = PicturePrompts
 
     def __init__(self, pretrained: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        from dynllava_plugin import load_model
-
-        files = pictures_in(folder)
+        self.files = pictures_in(folder)
         self.model, self.processor = load_model(pretrained, device=device, dtype=dtype, mode="full")
         self.model.eval().requires_grad_(False)
-        self.files, self.shape = files, DecoderShape.of(self.model.config.text_config)
+        self.shape = DecoderShape.of(self.model.config.text_config)
 
     def tokens(self) -> tuple[int, int]:
         """Return how many image and text tokens a prompt has, on average over one of each picture (16 at most)."""
         batch = min(len(self.files), 16)
-        ids, mask = (self.inputs(batch, mixed=False)[name] for name in ("input_ids", "attention_mask"))
-        images = round(int((ids == self.model.config.image_token_id).sum()) / batch)
-        return images, round(int(mask.sum()) / batch) - images
+        found = self.inputs(batch, mixed=False)
+        images = round(int((found["input_ids"] == self.model.config.image_token_id).sum()) / batch)
+        return images, round(int(found["attention_mask"].sum()) / batch) - images
 
     def inputs(self, batch: int, mixed: bool) -> dict[str, Any]:
         """Return the processor's tensors for `batch` questions, each about the next picture; `mixed`: of other lengths."""
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": self._question(row, mixed)}],
-                }
-            ]
-            for row in range(batch)
-        ]
-        texts = [
-            self.processor.apply_chat_template(turns, add_generation_prompt=True) for turns in conversations
-        ]
+        texts = []
+        for row in range(batch):
+            question = " ".join([QUESTION] * (1 + (row % 3 if mixed else 0)))
+            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+            texts.append(self.processor.apply_chat_template([turn], add_generation_prompt=True))
         images = [[load_image(self.files[row % len(self.files)], "--images")] for row in range(batch)]
         return dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))
-
-    def _question(self, row: int, mixed: bool) -> str:
-        return " ".join([QUESTION] * (1 + (row % 3 if mixed else 0)))

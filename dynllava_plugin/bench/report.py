@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,78 +10,131 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.bench.harness_report import write_harness_report
-from dynllava_plugin.bench.paper import views
+from dynllava_plugin.bench.figures import heading, written
+from dynllava_plugin.bench.paper import beside_the_paper
 from dynllava_plugin.bench.plots import draw
-from dynllava_plugin.bench.rows import COLUMNS, machine_file, read_rows
-from dynllava_plugin.bench.train_report import write_training_report
+from dynllava_plugin.bench.rows import machine_file, read_rows
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import write_json, write_text
+from dynllava_plugin.markup import in_markdown
 
-# phase -> (title, columns of its table)
 RATIOS = ("speedup", "ideal_speedup", "of_ideal")
+ABOUT = ("batch", "length", "mode")
+TRAINED = (
+    "length",
+    "batch",
+    "kept",
+    "implementation",
+    "median_s",
+    "time_ratio",
+    "peak_bytes",
+    "memory_ratio",
+)
+# phase -> (title, columns of its table); a column that is empty all the way isn't shown.
 SECTIONS = {
-    "prefill": ("Prefill", ("median_s", *RATIOS, "tflops_paper", "tflops_exact")),
-    "nocache": ("Decoding without cache, one step", ("median_s", *RATIOS, "tflops_exact")),
+    "prefill": ("Prefill", (*ABOUT, "median_s", *RATIOS, "tflops_paper", "tflops_exact")),
+    "nocache": ("Decoding without cache, one step", (*ABOUT, "median_s", *RATIOS, "tflops_exact")),
     "decode": ("Decoding with cache, one step", (
-        "path", "median_s", "tokens_per_s", *RATIOS, "tflops_exact", "kept_share", "cache_bytes", "needed_bytes",
+        *ABOUT, "path", "median_s", "tokens_per_s", *RATIOS, "tflops_exact", "kept_share", "cache_bytes", "needed_bytes",
     )),
     "batching": ("Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)", (
-        "path", "median_s", "tokens_per_s", "speedup",
+        *ABOUT, "path", "median_s", "tokens_per_s", "speedup",
     )),
     "score": ("Scoring an answer in one pass against token by token", (
-        "median_s", "baseline_s", "speedup", "max_difference",
+        *ABOUT, "median_s", "baseline_s", "speedup", "max_difference",
     )),
-    "memory": ("Memory", (
-        "cache_bytes", "resident_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits",
+    "memory": ("Memory; the peak is above the weights", (
+        *ABOUT, "cache_bytes", "resident_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits",
     )),
     "serve": ("Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens", (
-        "requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests",
+        *ABOUT, "requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests",
     )),
     "load": ("Loading a checkpoint against reading it with safetensors alone", (
-        "path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes",
+        *ABOUT, "path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes",
+    )),
+    "attention": ("One training attention, forward and backward; plain: the full matrix, sdpa: causal, without masks", TRAINED),
+    "step": ("A whole training step", (
+        *TRAINED, "samples_per_s", "mfu", "peak_tflops", "peak_from", "devices", "epoch_hours", "optimizer", "checkpointing",
+    )),
+    "harness": ("Questions a second from the first on, medians of interleaved runs; speed-up over batch 1", (
+        "harness", "batch", "questions_per_s", "speedup", "outside_model", "shared", "same_answers", "questions", "repeats",
     )),
 }  # fmt: skip
-HEADINGS = {
-    "requests_per_s": "requests/s", "first_token_s": "ms to the first token", "first_token_speedup": "speed-up to the first",
-    "median_s": "ms", "baseline_s": "baseline ms", "tokens_per_s": "tokens/s", "speedup": "speed-up", "ideal_speedup": "ideal",
-    "of_ideal": "measured/ideal", "tflops_paper": "TFLOPs (Eq. 13)", "tflops_exact": "TFLOPs (exact)",
-    "kept_share": "text kept", "max_difference": "largest difference", "cache_bytes": "cache MiB", "resident_bytes": "in memory MiB",
-    "needed_bytes": "needed MiB",
-    "growth_bytes": "growth step MiB", "peak_bytes": "peak above weights MiB", "weight_bytes": "weights MiB",
-}  # fmt: skip
+# What rows of one part of the report have in common; named, where the value alone says nothing.
+COMMON = ("shape", "benchmark", "checkpoint", "policy", "device", "dtype", "limit", "threads")
+NAMED = ("policy", "limit", "threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Report over the files that the command line names; return 0."""
+    report(args.files, args.output)
+    return 0
 
 
 def report(paths: list[Path], folder: Path) -> None:
-    """One report over files of rows, each with its machine's description beside it; `bench train`'s have one of their own.
+    """Write one report over files of rows, each with its machine's description beside it.
 
     Raises
     ------
     UserError
-        A file that isn't there or holds something else.
+        A file that isn't there or holds something else, or rows of several kinds.
     """
-    rows = [row for path in paths for row in read_rows(path, ("phase", "batch"))]
-    machines = _machines(paths)
+    rows = [row for path in paths for row in read_rows(path)]
     if not rows:
         raise UserError(f"{paths[0]}: no rows in it; measure something first")
-    if all("harness" in row for row in rows):
-        write_harness_report(rows, machines, folder)
-        return
-    if all("implementation" in row for row in rows):
-        write_training_report(rows, machines, folder)
-        return
-    if any(name not in row for row in rows for name in ("mode", "length")):
+    kinds = {
+        next((name for name in ("harness", "implementation", "mode") if name in row), None) for row in rows
+    }
+    if len(kinds) > 1 or None in kinds:
         raise UserError(
             "report: rows of `bench train`, `bench harness` and other phases don't go into one table; name them apart"
         )
-    table = pd.DataFrame(rows, columns=[name for name in COLUMNS if any(name in row for row in rows)])
-    write_text(folder / "table.csv", table.to_csv(index=False))
+    if kinds == {"harness"}:
+        rows = [{str(name): value for name, value in row.items()} for row in medians(rows).to_dict("records")]
+    write_text(folder / "table.csv", pd.DataFrame(rows).to_csv(index=False))
     write_text(folder / "table.md", markdown(rows))
-    write_json(folder / "machine.json", machines)
+    write_json(folder / "machine.json", _machines(paths))
     try:
-        draw(rows, folder)
+        draw(pd.DataFrame(rows), folder)
     except ImportError:
         print("no plots: matplotlib isn't installed", file=sys.stderr)
+
+
+def medians(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a harness and batch size.
+
+    Returns
+    -------
+    DataFrame
+        What ran; medians over the repeats of ``questions_per_s``, ``outside_model`` (share of the time since the first question
+        that was spent outside the model), ``speedup`` (of a repeat to its neighbour of batch size 1) and ``shared`` (share of the
+        prompts in batches that shared a prefill); ``same_answers`` (as batch size 1 in every repeat), ``questions``, ``repeats``.
+        NaN where batch size 1 is missing.
+    """
+    ran = [
+        "phase",
+        "device",
+        "checkpoint",
+        "checkpoint_hash",
+        "policy",
+        "benchmark",
+        "limit",
+        "threads",
+        "harness",
+    ]
+    table = pd.DataFrame(rows)
+    table["outside_model"] = 1 - table["model_s"] / table["answering_s"]
+    table["shared"] = table["shared_prompts"] / table["questions"]
+    single = table[table["batch"] == 1][[*ran, "repeat", "questions_per_s", "predictions"]]
+    table = table.merge(single, on=[*ran, "repeat"], suffixes=("", "_single"), how="left")
+    table["speedup"] = table["questions_per_s"] / table["questions_per_s_single"]
+    same = (table["predictions"] == table["predictions_single"]).astype(float)
+    table["same_answers"] = same.where(table["predictions_single"].notna())
+    groups = table.groupby([*ran, "batch"], sort=False)
+    found = groups[["questions_per_s", "speedup", "outside_model", "shared"]].median()
+    found["same_answers"] = groups["same_answers"].min().map({1.0: "yes", 0.0: "NO"})
+    found["questions"], found["repeats"] = groups["questions"].max(), groups["repeat"].nunique()
+    return found.reset_index().sort_values(["device", "harness", "batch"], ignore_index=True)
 
 
 def _machines(paths: list[Path]) -> dict[str, Any]:
@@ -95,48 +149,30 @@ def _machines(paths: list[Path]) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table a phase and shape, then the paper's layouts."""
+    """Return a table for each phase of rows that were measured under the same conditions, then the paper's layouts."""
     parts = [
-        "# Efficiency",
-        "",
-        "Medians of one interleaved run; random weights. ms a call, a step of decoding is one token a sample.",
-        "",
+        "# Measured",
+        "Medians of interleaved runs. ms a call; a step of decoding is one token a sample.",
     ]
-    for shape, device, dtype in dict.fromkeys((row["shape"], row["device"], row["dtype"]) for row in rows):
-        here = [row for row in rows if (row["shape"], row["device"], row["dtype"]) == (shape, device, dtype)]
-        parts += [f"## {shape}, {device}, {dtype}", ""]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        texts = (f"{name} {row[name]}" if name in NAMED else str(row[name]) for name in COMMON if name in row)
+        groups.setdefault(tuple(texts), []).append(row)
+    for common, here in groups.items():
+        parts.append(f"## {in_markdown(', '.join(common))}")
         for phase, (title, columns) in SECTIONS.items():
             found = [row for row in here if row["phase"] == phase]
             if found:
-                parts += [f"### {title}", "", _table(found, columns), ""]
-    return "\n".join([*parts, "## Beside the paper", "", views(rows)])
+                parts += [f"### {title}", _table(found, columns)]
+    parts += beside_the_paper(rows)
+    if rows and all(row["device"] == "cpu" for row in rows):
+        parts.append("A CUDA GPU: not measured.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    columns = tuple(name for name in columns if any(row.get(name) is not None for row in rows))
-    rows = sorted(rows, key=lambda row: (row["batch"], row["length"], row.get("path") or ""))
-    head = ["batch", "at", "mode", *(HEADINGS.get(name, name) for name in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [
-            str(row["batch"]),
-            str(row["length"]),
-            row["mode"],
-            *(_cell(name, row.get(name)) for name in columns),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if name.endswith("_bytes"):
-        return f"{value / 2**20:.1f}"
-    if name in ("median_s", "baseline_s", "first_token_s"):
-        return f"{value * 1e3:.2f}"
-    if name in ("speedup", "ideal_speedup", "of_ideal", "first_token_speedup"):
-        return f"{value:.2f}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    if "mode" in shown:
+        rows = sorted(rows, key=lambda row: (row["batch"], row["length"], row.get("path") or ""))
+    cells = [{heading(name): in_markdown(written(name, row.get(name))) for name in shown} for row in rows]
+    return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)

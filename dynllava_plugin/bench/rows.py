@@ -11,21 +11,16 @@ from typing import Any
 
 import torch
 
+from dynllava_plugin.bench.figures import described
 from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.files import check_file, write_json, write_text
 
-# What a row is about; everything else is what was measured.
-KEYS = ("phase", "shape", "device", "dtype", "mode", "path", "prompts", "batch", "length")
-NEEDED = ("phase", "mode", "batch", "length")
-COLUMNS = (
-    *KEYS, "median_s", "min_s", "max_s", "iqr_s", "repeats", "tokens_per_s", "speedup", "ideal_speedup", "of_ideal",
-    "tflops_paper", "tflops_exact", "read_bytes", "requests", "requests_per_s", "first_token_s", "first_token_speedup",
-    "kept_share", "cache_bytes", "resident_bytes",
-    "needed_bytes", "growth_bytes", "peak_bytes",
-    "weight_bytes", "fits", "baseline_s", "max_difference", "image_tokens", "text_tokens", "vision_keep_rate",
-    "text_keep_rate", "threads",
+# What a row is about; everything else is how it was measured, and what.
+KEYS = (
+    "phase", "shape", "device", "dtype", "mode", "path", "prompts", "implementation", "kept", "checkpoint", "checkpoint_hash",
+    "policy", "benchmark", "limit", "harness", "batch", "length", "repeat",
 )  # fmt: skip
 SAME_MACHINE = ("processor", "cores", "accelerator", "threads")
 
@@ -41,6 +36,8 @@ class Rows:
         Go on from the rows that the file already holds.
     common : dict
         Fields of every row of this run: shape, device, dtype, rates.
+    needed : tuple of str
+        Fields of the rows that may be gone on from.
 
     Raises
     ------
@@ -48,18 +45,20 @@ class Rows:
         A file that isn't of rows, or can't be written; or, to go on from, one of another machine's rows.
     """
 
-    keys: tuple[str, ...] = KEYS
-    columns: tuple[str, ...] = COLUMNS
-    needed: tuple[str, ...] = NEEDED
-
-    def __init__(self, path: Path | None, resume: bool, common: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        resume: bool,
+        common: dict[str, Any],
+        needed: tuple[str, ...] = ("mode", "length"),
+    ) -> None:
         self.path, self.common = path, common
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
         check_file("--json", path)
         if path.is_file():  # what isn't of rows isn't written over
-            before = read_rows(path, self.needed if resume else ("phase",))
+            before = read_rows(path, needed if resume else ())
             self.rows = before if resume else []
         if resume:
             _check_machine(path)
@@ -67,10 +66,10 @@ class Rows:
         write_json(machine_file(path), {"host": host(), "versions": versions()})
 
     @classmethod
-    def of(cls, args: argparse.Namespace, **common: Any) -> Rows:
+    def of(cls, args: argparse.Namespace, common: dict[str, Any], *needed: str) -> Rows:
         """Return the rows that a command line's `--json`, `--output` and `--resume` ask for."""
         path = args.json or (args.output / "rows.json" if args.output else None)
-        return cls(path, args.resume, common)
+        return cls(path, args.resume, common, needed or ("mode", "length"))
 
     def carry_out(self, work: Callable[[], None], output: Path | None) -> int:
         """Do the work that adds rows, then write the report into `output`, or print rows that no file holds.
@@ -104,27 +103,42 @@ class Rows:
         return status
 
     def has(self, wanted: Iterable[dict[str, Any]]) -> bool:
-        """Whether every one of these rows (given by its own `KEYS`) is there already."""
-        return all(any(_matches(row, {**self.common, **keys}) for row in self.rows) for keys in wanted)
+        """Return whether every one of these rows (given by its own `KEYS`) is there already."""
+        return all(
+            any({**self.common, **keys}.items() <= row.items() for row in self.rows) for keys in wanted
+        )
 
-    def add(self, **values: Any) -> dict[str, Any]:
-        """A row, in place of an older one about the same."""
+    def add(self, **values: Any) -> None:
+        """Add a row in place of an older one about the same, and print it as a line."""
         row = {**self.common, **values}
-        about = {key: row.get(key) for key in self.keys}
-        row = {name: row[name] for name in self.columns if name in row}
-        self.rows = [old for old in self.rows if {key: old.get(key) for key in self.keys} != about]
+        about = {key: row.get(key) for key in KEYS}
+        row = {**{key: row[key] for key in KEYS if key in row}, **row}
+        self.rows = [old for old in self.rows if {key: old.get(key) for key in KEYS} != about]
         self.rows.append(row)
-        if self.path is not None:
-            self._write()
-        return row
+        self._write()
+        print(described(row), file=sys.stderr, flush=True)
 
     def _write(self) -> None:
-        write_text(self.path, json.dumps(self.rows, indent=1) + "\n")  # type: ignore[arg-type]
+        if self.path is not None:
+            write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
 
 
 def machine_file(path: Path) -> Path:
-    """Where the machine is described that the rows in `path` were measured on."""
+    """Return where the machine is described that the rows in `path` were measured on."""
     return path.with_suffix(".machine.json")
+
+
+def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return the rows of a file, each with a phase, a batch and the fields `needed`, or raise `UserError`."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            _ = [row[name] for name in ("phase", "batch", *needed)]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: not a list of benchmark rows; take another file") from None
+    return rows
 
 
 def _check_machine(path: Path) -> None:
@@ -133,27 +147,9 @@ def _check_machine(path: Path) -> None:
     if not described.is_file():
         return
     there, here = read_json(described).get("host", {}), host()
-    differing = [name for name in SAME_MACHINE if there.get(name) != here.get(name)]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"--resume {path}: measured on another machine ({name} {there.get(name)}, here {here.get(name)}); "
-            "take another file, or leave --resume out to measure everything anew"
-        )
-
-
-def read_rows(path: Path, needed: tuple[str, ...] = NEEDED) -> list[dict[str, Any]]:
-    """The rows of a file, each with at least the fields `needed`, or a `UserError`."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        for row in rows:
-            _ = [row[name] for name in needed]
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: not a list of benchmark rows; take another file") from None
-    return rows
-
-
-def _matches(row: dict[str, Any], keys: dict[str, Any]) -> bool:
-    return all(row.get(key) == value for key, value in keys.items())
+    for name in SAME_MACHINE:
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"--resume {path}: measured on another machine ({name} {there.get(name)}, here {here.get(name)}); "
+                "take another file, or leave --resume out to measure everything anew"
+            )

@@ -1,17 +1,16 @@
-"""What every phase shares: the subject, the modes, the rows, and the ratio to full context."""
+"""What the phases that time a model share: the subject, the modes, the rows, and the ratio to full context."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dynllava_plugin.bench.modes import Mode
-from dynllava_plugin.bench.resident import resident_bytes
+from dynllava_plugin.bench.process import resident_bytes
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.subject import Prompts, Subject
+from dynllava_plugin.bench.timing import Key, interleaved
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 
@@ -28,7 +27,7 @@ class Run:
     batches, lengths : list of int
         Batch sizes; generated tokens at which to measure.
     paths : list of str
-        Of `parsers.PATHS`: how decode steps run.
+        Of `command.PATHS`: how decode steps run.
     repeats, warmup : int
         Measured and unmeasured turns of every call.
     """
@@ -42,13 +41,17 @@ class Run:
     repeats: int
     warmup: int
 
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.subject.device
+    def times(
+        self,
+        calls: Mapping[Key, Callable[[], Any]],
+        repeats: int,
+        before: Callable[[Key], None] = lambda key: None,
+    ) -> dict[Key, list[float]]:
+        """Return each call's seconds, the calls taking turns after this run's warm-up."""
+        return interleaved(calls, self.subject.device, repeats, self.warmup, before)
 
     def new_cache(self, path: str) -> SparseContextCache:
-        """A cache for the model's present mode that decodes in the given way."""
+        """Return a cache for the model's present mode that decodes in the given way."""
         if path == "eager":
             return self.subject.model.new_cache()
         compiling = {"fullgraph": True} if path == "compiled" else None
@@ -58,29 +61,23 @@ class Run:
         """Bring the model into the mode of this name."""
         self.subject.switch(next(mode for mode in self.modes if mode.name == name))
 
-    def add(self, **values: Any) -> dict[str, Any]:
-        """Store a row and show it."""
-        row = self.rows.add(**values)
-        print(describe(row), file=sys.stderr, flush=True)
-        return row
-
     @property
     def parallel_modes(self) -> list[Mode]:
-        """The modes that can take many tokens at once, without a cache."""
+        """Return the modes that can take many tokens at once, without a cache."""
         return [mode for mode in self.modes if not mode.policy().sequential]
 
     def modes_on(self, path: str) -> list[Mode]:
-        """The modes that can decode in the given way: what lets tokens go again has no static cache."""
+        """Return the modes that can decode in the given way: what lets tokens go again has no static cache."""
         return self.modes if path == "eager" else self.parallel_modes
 
     def has(self, phase: str, modes: list[Mode] | None = None, **keys: Any) -> bool:
-        """Whether the rows of all of `modes` (None: of the run's) are there already."""
+        """Return whether the rows of all of `modes` (None: of the run's) are there already."""
         wanted = self.modes if modes is None else modes
         return self.rows.has({"phase": phase, "mode": mode.name, **keys} for mode in wanted)
 
 
 def spaced(lengths: list[int], steps: int) -> list[int]:
-    """The lengths in order, without those that lie within the `steps` fed while the one before is measured."""
+    """Return the lengths in order, without those that lie within the `steps` fed while the one before is measured."""
     found: list[int] = []
     for length in sorted(lengths):
         if not found or length >= found[-1] + steps:
@@ -88,49 +85,31 @@ def spaced(lengths: list[int], steps: int) -> list[int]:
     return found
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A row in one line."""
-    parts = [
-        f"{row['phase']:8s} {row['mode']:10s} {row.get('path', ''):8s} batch {row['batch']:<2d} at {row['length']:<5d}"
-    ]
-    if row.get("median_s") is not None:
-        parts.append(f"{row['median_s'] * 1e3:10.2f} ms")
-    if row.get("speedup") is not None:
-        parts.append(f"{row['speedup']:5.2f}x")
-    if row.get("of_ideal") is not None:
-        parts.append(f"of ideal {row['ideal_speedup']:.2f}x: {row['of_ideal']:.2f}")
-    for name in ("cache_bytes", "peak_bytes"):
-        if row.get(name) is not None:
-            parts.append(f"{name.removesuffix('_bytes')} {row[name] / 2**20:.0f} MiB")
-    if row.get("fits") is False:
-        parts.append("does not fit")
-    return "  ".join(parts)
-
-
 def against_full(full_time: float, time: float, full_cost: float, cost: float) -> dict[str, float]:
-    """Measured and ideal speed-up over full context, and their ratio."""
+    """Return the measured and the ideal speed-up over full context, and their ratio."""
     speedup, ideal = full_time / time, full_cost / cost
     return {"speedup": speedup, "ideal_speedup": ideal, "of_ideal": speedup / ideal}
 
 
-def held_bytes(cache: SparseContextCache, subject: Subject) -> dict[str, Any]:
-    """Bytes: of the buffers, of them really in memory (CPU), what the tokens need, and what one growth step of every layer adds."""
-    token = subject.shape.kv_bytes(subject.itemsize)
-    lengths = cache.kept_lengths()
+def held(cache: SparseContextCache, subject: Subject) -> dict[str, Any]:
+    """Return what a cache holds.
+
+    Returns
+    -------
+    dict
+        ``cache_bytes``: its buffers; ``resident_bytes``: of them really in memory (CPU); ``needed_bytes``: the tokens' own;
+        ``growth_bytes``: what one growth step of every layer adds; ``kept_share``: of the output tokens fed, those that stay.
+    """
+    token, lengths, keep = subject.shape.kv_bytes(subject.itemsize), cache.kept_lengths(), cache.output_keep()
     return {
         "cache_bytes": cache.num_bytes(),
-        "resident_bytes": resident_bytes(t for t in cache.tensors() if t.dim() == 4),
+        "resident_bytes": resident_bytes(tensor for tensor in cache.tensors() if tensor.dim() == 4),
         "needed_bytes": int(lengths.sum()) * token,
         "growth_bytes": lengths.numel() * cache.tracks[0].growth_step * token,
+        "kept_share": None if keep is None else round(float(keep.float().mean()), 4),
     }
 
 
-def kept_share(cache: SparseContextCache) -> float | None:
-    """Share of the output tokens fed so far that stay as context."""
-    keep = cache.output_keep()
-    return None if keep is None else round(float(keep.float().mean()), 4)
-
-
 def kind(prompts: Prompts) -> str:
-    """Whether the batch's prompts are of one length."""
+    """Return whether the batch's prompts are of one length: "mixed" or "equal"."""
     return "mixed" if prompts.mixed else "equal"

@@ -15,41 +15,37 @@ ANSWER = 160  # tokens
 
 @torch.inference_mode()
 def score(run: Run) -> None:
-    """Both ways for every mode and batch size, with the largest difference of a log-probability."""
-    answer = ANSWER
+    """Time both ways for every mode and batch size, with the largest difference of a log-probability."""
     for batch in run.batches:
-        if run.has("score", run.parallel_modes, batch=batch, length=answer):
+        if run.has("score", run.parallel_modes, batch=batch, length=ANSWER):
             continue
-        prompts = run.subject.prompts(batch, answer)
+        prompts = run.subject.prompts(batch, ANSWER)
         prompts.calibrate()
         for mode in run.parallel_modes:
             run.subject.switch(mode)
             ways = {"parallel": partial(in_one_pass, prompts), "serial": partial(token_by_token, prompts)}
             difference = (ways["parallel"]() - ways["serial"]()).abs().max()
-            times = interleaved(ways, run.device, max(run.repeats // 2, 2), 0)
+            times = interleaved(ways, run.subject.device, max(run.repeats // 2, 2), warmup=0)
             measured, serial = summary(times["parallel"]), summary(times["serial"])["median_s"]
-            run.add(
-                phase="score", mode=mode.name, path="eager", prompts=kind(prompts), batch=batch, length=answer,
-                **measured, baseline_s=serial, speedup=serial / measured["median_s"],
-                max_difference=float(difference),
+            run.rows.add(
+                phase="score", mode=mode.name, path="eager", prompts=kind(prompts), batch=batch, length=ANSWER,
+                **measured, baseline_s=serial, speedup=serial / measured["median_s"], max_difference=float(difference),
             )  # fmt: skip
-        release(run.device)
+        release(run.subject.device)
 
 
 def in_one_pass(prompts: Prompts) -> torch.Tensor:
-    """float32 [B, T] log-probabilities of the answers by `model.score`."""
+    """Return float32 [B, T] log-probabilities of the answers by `model.score`."""
     ids = torch.cat([prompts.ids, prompts.answers], 1)
     labels = ids.clone()
     labels[:, : prompts.width] = -100
-    mask = torch.cat([prompts.mask, torch.ones_like(prompts.answers)], 1) if prompts.mixed else None
-    scores = prompts.subject.model.score(
-        ids, mask, labels=labels, mm_encoder_outputs=prompts.encoded, **prompts.more
-    )
-    return scores[:, prompts.width :]
+    mask = prompts.mask_with(prompts.answers.shape[1])
+    more = {"mm_encoder_outputs": prompts.encoded, **prompts.more}
+    return prompts.subject.model.score(ids, mask, labels=labels, **more)[:, prompts.width :]
 
 
 def token_by_token(prompts: Prompts) -> torch.Tensor:
-    """The same by prefill and one decode step a token."""
+    """Return the same by prefill and one decode step a token."""
     cache = prompts.subject.model.new_cache()
     logits = [prompts.prefill(cache).logits[:, -1]]
     for column in range(prompts.answers.shape[1] - 1):

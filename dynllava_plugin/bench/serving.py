@@ -19,54 +19,41 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dynllava_plugin.bench.flags import numbers
-from dynllava_plugin.bench.modes import modes_named
 from dynllava_plugin.bench.pictures import QUESTION, pictures_in
 from dynllava_plugin.bench.rows import Rows
-from dynllava_plugin.bench.timing import about_here, find_device
+from dynllava_plugin.bench.timing import place
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 
+Burst = tuple[list[float], float]  # seconds to the first text of each request, seconds of all
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Measure; 130 where the user interrupts, with the rows so far kept."""
-    device, modes, clients = (
-        find_device(args.device),
-        modes_named(args.mode),
-        numbers("--clients", args.clients),
-    )
-    for flag, value in (
-        ("requests", args.requests),
-        ("new-tokens", args.new_tokens),
-        ("repeats", args.repeats),
-    ):
-        if value < 1:
-            raise UserError(f"--{flag}: {value} is less than 1")
-    rows = Rows.of(args, phase="serve", shape=Path(args.pretrained).name, **about_here(device, args.dtype))
+
+def run(args: argparse.Namespace) -> int:
+    """Measure bursts of requests; return 130 where the user interrupts, with the rows so far kept."""
+    device, _, here = place(args.device, args.dtype)
+    common = {"phase": "serve", "shape": Path(args.pretrained).name, **here}
     find_checkpoint(args.pretrained, weights=False)
-    urls = [_data_url(path) for path in pictures_in(args.images)] if args.images else [_data_url(None)]
-    asked = {mode.name: mode.sparsity.get("policy") or mode.sparsity["mode"] for mode in modes}
-    flags = ["--device", str(device), "--dtype", rows.common["dtype"]]
+    urls = [_data_url(path) for path in (pictures_in(args.images) if args.images else [None])]
+    rows = Rows.of(args, common)
+    asked = {mode.name: mode.sparsity.get("policy") or mode.sparsity["mode"] for mode in args.mode}
+    bodies = {name: _body(args.pretrained, policy, args.new_tokens) for name, policy in asked.items()}
 
     def work() -> None:
         wanted = [
-            number for number in clients
-            if not rows.has({"mode": name, "batch": number, "length": args.new_tokens} for name in asked)
+            clients for clients in args.clients
+            if not rows.has({"mode": name, "batch": clients, "length": args.new_tokens} for name in asked)
         ]  # fmt: skip
         if not wanted:
             return
-        with serving(args.pretrained, flags) as url:
-            bodies = {name: _body(args.pretrained, policy, args.new_tokens) for name, policy in asked.items()}
-            for body in bodies.values():
+        with serving(args.pretrained, ["--device", str(device), "--dtype", common["dtype"]]) as url:
+            for body in bodies.values():  # warm
                 asyncio.run(burst(url, body, urls, 1, 1))
-            for number in wanted:
-                found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in asked}
+            for clients in wanted:
+                requests, found = max(clients, args.requests), {name: list[Burst]() for name in asked}
                 for _ in range(args.repeats):
                     for name, body in bodies.items():
-                        found[name].append(
-                            asyncio.run(burst(url, body, urls, number, max(number, args.requests)))
-                        )
-                _add(rows, number, args.new_tokens, max(number, args.requests), found)
+                        found[name].append(asyncio.run(burst(url, body, urls, clients, requests)))
+                _add(rows, clients, args.new_tokens, requests, found)
 
     return rows.carry_out(work, args.output)
 
@@ -75,18 +62,9 @@ def run_serve(args: argparse.Namespace) -> int:
 def serving(checkpoint: str, flags: list[str]) -> Iterator[str]:
     """Run `dynllava serve` on a free port and yield its address; end it by Ctrl-C."""
     with tempfile.TemporaryFile("w+") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "dynllava_plugin.cli",
-            "serve",
-            checkpoint,
-            "--port",
-            "0",
-            "--policy",
-            "full",
-        ]
-        process = subprocess.Popen([*command, *flags], stdout=log, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-m", "dynllava_plugin.cli", "serve", checkpoint]
+        command += ["--port", "0", "--policy", "full", *flags]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
         try:
             while not (found := re.search(r"at (http://\S+)", _read(log))):
                 if process.poll() is not None:
@@ -104,9 +82,7 @@ def _read(log: Any) -> str:
     return log.read()
 
 
-async def burst(
-    url: str, body: dict[str, Any], images: list[str], clients: int, requests: int
-) -> tuple[list[float], float]:
+async def burst(url: str, body: dict[str, Any], images: list[str], clients: int, requests: int) -> Burst:
     """Return each request's seconds to its first text, and the seconds of all, of `clients` that ask one after the other."""
     from openai import AsyncOpenAI
 
@@ -152,9 +128,7 @@ def _data_url(path: Path | None) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _add(
-    rows: Rows, clients: int, length: int, requests: int, found: dict[str, list[tuple[list[float], float]]]
-) -> None:
+def _add(rows: Rows, clients: int, length: int, requests: int, found: dict[str, list[Burst]]) -> None:
     rates = {name: median(requests / seconds for _, seconds in bursts) for name, bursts in found.items()}
     firsts = {name: median(s for times, _ in bursts for s in times) for name, bursts in found.items()}
     for name, bursts in found.items():
@@ -162,9 +136,4 @@ def _add(
             mode=name, path="http", prompts="equal", batch=clients, length=length, requests_per_s=rates[name],
             first_token_s=firsts[name], speedup=rates[name] / rates["full"], requests=requests, repeats=len(bursts),
             first_token_speedup=firsts["full"] / firsts[name],
-        )  # fmt: skip
-        print(
-            f"serve     {name:10s} {clients:3d} clients  {rates[name]:7.2f} requests/s {rates[name] / rates['full']:5.2f}x  "
-            f"first token {firsts[name] * 1e3:8.1f} ms {firsts['full'] / firsts[name]:5.2f}x",
-            file=sys.stderr, flush=True,
         )  # fmt: skip

@@ -17,7 +17,7 @@ ALIASES = {"7b": "llava-1.5-7b", "13b": "llava-1.5-13b"}
 
 
 def shape_named(name: str) -> DecoderShape:
-    """A known shape, or LxDxH: Llama's proportions (MLP 2.6875 D wide, predictors D/8) and vocabulary.
+    """Return a known shape, or LxDxH: Llama's proportions (MLP 2.6875 D wide, predictors D/8) and vocabulary.
 
     Raises
     ------

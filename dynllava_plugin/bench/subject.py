@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
 from dynllava_plugin.model.token_layout import with_checksum
-from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.selection import KEEP
 from dynllava_plugin.sparsity.tracks import GROWTH_STEP
@@ -22,6 +20,10 @@ if TYPE_CHECKING:
     from dynllava_plugin.bench.pictures import Loaded
 
 PREDICTOR_HEAD = 64  # width of the image predictor's heads at any width of its own: the paper's, 512 / 8
+IMAGE_ID = 1
+# The prompts' images are encoded already: the vision tower is as small as one can be.
+NO_TOWER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
+            "intermediate_size": 8, "projection_dim": 8}  # fmt: skip
 FILL_CHUNK = 128  # tokens fed at once between two measured lengths
 
 
@@ -61,26 +63,24 @@ class Subject:
             self.model.set_sparsity(vision_keep_rate=vision_keep_rate)
         else:
             with torch.device(device):
-                self.model = DynamicLlavaForConditionalGeneration._from_config(
-                    _config(shape, vision_keep_rate, images), dtype=dtype
-                ).eval()
+                heads = max(1, shape.predictor_dim // PREDICTOR_HEAD)
+                config = random_config(
+                    shape, images, NO_TOWER, vision_keep_rate=vision_keep_rate, predictor_heads=heads
+                )
+                self.model = DynamicLlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
         self.model.requires_grad_(False)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number."""
+        """Return the bytes of one number."""
         return self.dtype.itemsize
 
     def context(self, mode: Mode) -> Context:
-        """The mode's context for this prompt."""
+        """Return the mode's context for this subject's prompts."""
         return mode.context(
             self.shape.layers, self.images, self.text, self.vision_keep_rate, self.text_keep_rate
         )
-
-    def policy(self, mode: Mode) -> Policy:
-        """The mode's policy at this benchmark's rate."""
-        return mode.policy(self.vision_keep_rate)
 
     def switch(self, mode: Mode) -> None:
         """Bring the model into a mode."""
@@ -88,7 +88,7 @@ class Subject:
         self.model.set_sparsity(**mode.sparsity)
 
     def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
-        """A batch of prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to one and a half times the length."""
+        """Return `batch` prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to 1.5 times the length."""
         kind = Prompts if self.loaded is None else self.loaded.prompts
         return kind(self, batch, new_tokens, mixed)
 
@@ -100,13 +100,12 @@ class Prompts:
         self.subject, self.batch, self.mixed = subject, batch, mixed
         images, text, device = subject.images, subject.text, subject.device
         generator = torch.Generator(device=device).manual_seed(batch)
-        spread = (
-            [round(text * (0.5 + i / max(batch - 1, 1))) for i in range(batch)] if mixed else [text] * batch
-        )
-        self.lengths = [images + max(n, 2) for n in spread]
+        spread = [0.5 + row / max(batch - 1, 1) if mixed else 1.0 for row in range(batch)]
+        self.lengths = [images + max(round(text * times), 2) for times in spread]
         self.width = max(self.lengths)
-        high = subject.shape.vocab
-        self.ids = torch.randint(3, high, (batch, self.width), generator=generator, device=device)
+        self.ids = torch.randint(
+            3, subject.shape.vocab, (batch, self.width), generator=generator, device=device
+        )
         self.mask = torch.ones_like(self.ids)
         token = subject.model.config.image_token_id
         for row, length in enumerate(self.lengths):
@@ -114,9 +113,15 @@ class Prompts:
             before = padding + (length - images) // 2
             self.ids[row, :padding], self.mask[row, :padding] = 0, 0
             self.ids[row, before : before + images] = token
-        self.answers = torch.randint(3, high, (batch, max(new_tokens, 1)), generator=generator, device=device)
+        self.answers = self.random_answers(new_tokens)
         features = torch.randn(batch, images, subject.shape.hidden, generator=generator, device=device) * 0.02
         self.features = list(features.to(subject.dtype))
+
+    def random_answers(self, new_tokens: int) -> torch.Tensor:
+        """Return int64 [B, T] tokens, the same for every batch of this size."""
+        device, size = self.subject.device, (self.batch, max(new_tokens, 1))
+        generator = torch.Generator(device=device).manual_seed(self.batch)
+        return torch.randint(3, self.subject.shape.vocab, size, generator=generator, device=device)
 
     @property
     def more(self) -> dict[str, Any]:
@@ -132,38 +137,37 @@ class Prompts:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of the model's `forward` for the prompts; the images are encoded already."""
-        inputs: dict[str, Any] = {"input_ids": self.ids, "mm_encoder_outputs": self.encoded, **self.more}
-        return {**inputs, "attention_mask": self.mask} if self.mixed else inputs
+        """Return arguments of the model's `forward`; the images are encoded already."""
+        return {"attention_mask": self.mask_with(0), "mm_encoder_outputs": self.encoded, **self.more}
 
     def prefill(self, cache: SparseContextCache | None) -> Any:
-        """The model's output on the prompts, logits of the last token only."""
+        """Return the model's output on the prompts, logits of the last token only."""
         return self.subject.model(
-            **self.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+            self.ids, **self.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
         )
 
-    def mask_with(self, answered: int) -> torch.Tensor:
-        """int64 [B, L] attention mask of the prompts and `answered` tokens behind each."""
-        return torch.cat([self.mask, self.mask.new_ones(self.batch, answered)], 1)
+    def mask_with(self, answered: int) -> torch.Tensor | None:
+        """Return the int64 [B, L] attention mask of the prompts and `answered` tokens behind each; None without padding."""
+        return torch.cat([self.mask, self.mask.new_ones(self.batch, answered)], 1) if self.mixed else None
 
     def feed(self, cache: SparseContextCache, first: int, last: int) -> None:
         """Feed answer tokens first..last-1 behind `cache`, many at once: the same decisions as one by one."""
         for start in range(first, last, FILL_CHUNK):
             ids = self.answers[:, start : min(start + FILL_CHUNK, last)]
-            mask = self.mask_with(start + ids.shape[1]) if self.mixed else None
+            mask = self.mask_with(start + ids.shape[1])
             self.subject.model(
                 ids, attention_mask=mask, past_key_values=cache, prompt_length=self.width, logits_to_keep=1
             )
 
     def step(self, cache: SparseContextCache, column: int) -> Any:
-        """One decode step: answer token number `column`."""
+        """Take one decode step, of answer token number `column`, and return the model's output."""
         return self.subject.model(
             self.answers[:, column : column + 1], past_key_values=cache, logits_to_keep=1
         )
 
     @torch.no_grad()
     def calibrate(self) -> float:
-        """Set the output predictor's bias so that the asked share of these answers is kept (bf16 rounds it); returns the share.
+        """Set the output predictor's bias so that the asked share of these answers is kept (bf16 rounds it); return the share.
 
         Layers before l see every token, so what enters the predictor doesn't depend on what it decides.
         """
@@ -203,7 +207,7 @@ def estimated_bytes(
     itemsize: int,
     prefill: bool = True,
 ) -> tuple[float, float]:
-    """(weights, everything else) that a run needs at its largest: caches of `contexts` side by side, and a pass's activations."""
+    """Return the bytes of weights and of all else at its largest: caches of `contexts` side by side, a pass's activations."""
     weights = shape.parameters * itemsize
     caches = sum(cache_bytes(shape, context, new_tokens, itemsize, batch) for context in contexts)
     steps = len(contexts) * batch * shape.layers * GROWTH_STEP * shape.kv_bytes(itemsize)
@@ -212,41 +216,22 @@ def estimated_bytes(
     return weights, caches + steps + tokens * widest * itemsize + batch * shape.vocab * (itemsize + 4)
 
 
-def check_tokens(images: int, text: int, batch: list[int], new_tokens: int) -> None:
-    """`UserError` for counts that aren't positive."""
-    for flag, value in (("--image-tokens", images), ("--text-tokens", text), ("--new-tokens", new_tokens)):
-        if value < 1:
-            raise UserError(f"{flag}: {value} is not positive")
-    for value in batch:
-        if value < 1:
-            raise UserError(f"--batch: {value} is not positive")
-
-
-def check_rates(vision: float, text: float, images: int) -> None:
-    """`UserError` for a rate that keeps nothing or is out of range."""
-    for flag, rate in (("--vision-keep-rate", vision), ("--text-keep-rate", text)):
-        if not (math.isfinite(rate) and 0 < rate <= 1):
-            raise UserError(f"{flag}: {rate} is outside (0, 1]; nothing would be kept, or more than there is")
-    if math.floor(vision * images + 1e-9) < 1:
-        raise UserError(f"--vision-keep-rate: {vision} keeps none of {images} image tokens")
-
-
-def _config(shape: DecoderShape, vision_keep_rate: float, images: int) -> DynamicLlavaConfig:
+def random_config(
+    shape: DecoderShape, images: int, vision: dict[str, Any], **sparsity: Any
+) -> DynamicLlavaConfig:
+    """Return the configuration of a model of a shape whose images are `images` tokens, with a CLIP tower of `vision`'s sizes."""
     text: dict[str, Any] = dict(
         model_type="dynamic_llama", vocab_size=shape.vocab, hidden_size=shape.hidden,
         intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads, max_position_embeddings=1 << 16, pad_token_id=0,
         sparsity=dict(
-            vision_keep_rate=vision_keep_rate, predictor_dim=shape.predictor_dim,
-            predictor_ffn_dim=shape.predictor_ffn_dim, predictor_layers=shape.predictor_layers,
-            predictor_heads=max(1, shape.predictor_dim // PREDICTOR_HEAD),
+            predictor_dim=shape.predictor_dim, predictor_ffn_dim=shape.predictor_ffn_dim,
+            predictor_layers=shape.predictor_layers, **sparsity,
         ),
     )  # fmt: skip
-    # The prompts' images are encoded already: the vision tower is as small as one can be.
-    vision: dict[str, Any] = dict(
-        model_type="clip_vision_model", hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-        image_size=28, patch_size=14, intermediate_size=8, projection_dim=8,
-    )  # fmt: skip
     return DynamicLlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=1, image_seq_length=images
+        vision_config={"model_type": "clip_vision_model", **vision},
+        text_config=text,
+        image_token_index=IMAGE_ID,
+        image_seq_length=images,
     )

@@ -1,60 +1,46 @@
-"""Clocks and memory of a device, and interleaved repeats."""
+"""Clocks and memory of a device, and interleaved repeats.
+
+`torch.utils.benchmark.Timer` runs what it times twice more for warmth and one piece of work after the other: a step that
+fills a cache may run once only, and a slow minute of the machine would make one of them slow.
+"""
 
 from __future__ import annotations
 
 import gc
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.model.checkpoints.placement import find_device
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def find_device(name: str | None) -> torch.device:
-    """Return a device that is here, by default the GPU where there is one, or raise `UserError`."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: {name!r} is not a device (cpu, cuda, cuda:0, ...)") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device: {name!r} asked for, but PyTorch sees no GPU here")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device: {name!r} asked for, but there are {torch.cuda.device_count()} GPUs")
-    elif device.type != "cpu":
-        raise UserError(f"--device: {name!r}; the benchmark knows cpu and cuda")
-    return device
+def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, dict[str, Any]]:
+    """Return the device, the GPU by default where there is one, the data type, and what every row says of where it was measured.
 
-
-def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
-    """Return a data type by name; by default float32 on a CPU and bfloat16 elsewhere."""
-    name = name or ("float32" if device.type == "cpu" else "bfloat16")
+    Raises
+    ------
+    UserError
+        A device that isn't here or that there is no clock for, or a data type that models aren't run in.
+    """
+    found = find_device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: {device!r}; the benchmark knows cpu and cuda")
+    name = dtype or ("float32" if found.type == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype: {name!r} is not one of float32, bfloat16, float16")
-    return getattr(torch, name)
-
-
-def about_here(device: torch.device, dtype: str | None) -> dict[str, Any]:
-    """Return what every row of a run says of where it was measured."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(dtype_named(dtype, device)).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
+    called = torch.cuda.get_device_name(found) if found.type == "cuda" else "cpu"
+    return found, getattr(torch, name), {"device": called, "dtype": name, "threads": torch.get_num_threads()}
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long `call` takes, by CUDA events or the monotonic clock."""
+    """Return how long `call` takes, by CUDA events or the monotonic clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -76,26 +62,23 @@ def interleaved(
     warmup: int = 1,
     before: Callable[[Key], None] = lambda key: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of each call, `repeats` times, the calls taking turns so that a slow minute slows all of them.
+    """Return the seconds of each call, `repeats` times, the calls taking turns so that a slow minute slows all of them.
 
     `before(key)` makes ready for a call and isn't timed.
     """
-    for key, call in calls.items():
-        for _ in range(warmup):
-            before(key)
-            call()
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
-    for turn in range(repeats):
+    for turn in range(-warmup, repeats):
         # Each goes first in its turn: what the one before leaves in the caches is nobody's lasting advantage.
         for key in order[turn % len(order) :] + order[: turn % len(order)]:
             before(key)
-            times[key].append(seconds(calls[key], device))
+            taken = seconds(calls[key], device)
+            times[key] += [taken] if turn >= 0 else []
     return times
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """Median, extremes and interquartile range, in seconds."""
+    """Return median, extremes and interquartile range, in seconds."""
     quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return {
         "median_s": statistics.median(times),
@@ -107,7 +90,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def require_memory(needed: float, device: torch.device, what: str) -> None:
-    """Refuse what can't fit, before anything is allocated."""
+    """Raise `UserError` for what can't fit into free memory, `needed` bytes, before anything is allocated."""
     free = free_bytes(device)
     if needed > free:
         raise UserError(
@@ -116,17 +99,17 @@ def require_memory(needed: float, device: torch.device, what: str) -> None:
         )
 
 
-def require_disk(needed: float, folder: Path) -> None:
-    """Refuse a checkpoint that the disk can't hold."""
-    free = shutil.disk_usage(folder).free
-    if needed * 1.1 > free:
-        raise UserError(
-            f"load: needs {needed / 2**30:.1f} GiB in {folder}, which has {free / 2**30:.1f} GiB free; set TMPDIR"
-        )
-
-
 def release(device: torch.device) -> None:
     """Give unused memory back."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_allocated(work: Callable[[], Any], device: torch.device) -> int:
+    """Return the allocator's peak in bytes while a GPU does `work`."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.bench.train_attention import model_attention
+from dynllava_plugin.bench.attention import IMAGE_TOKENS, PROMPT_TOKENS, model_attention
+from dynllava_plugin.bench.subject import IMAGE_ID, random_config
+from dynllava_plugin.bench.timing import seconds
 from dynllava_plugin.flops import DecoderShape
-from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaForConditionalGeneration
 from dynllava_plugin.sparsity.selection import KEEP
 
-IMAGE_TOKENS = 576
-SYSTEM_TOKENS = 35
-IMAGE_ID = 1
 EPOCH_SAMPLES = 665_000  # LLaVA-1.5's finetuning mixture
 # Dense bfloat16 FLOP/s of data sheets, by a part of the device's name; the longest that fits.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+    "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
+# CLIP ViT-L/14-336 before models as wide as LLaVA's, else the least tower that gives as many tokens.
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+         "image_size": 336, "patch_size": 14, "projection_dim": 768}  # fmt: skip
+SMALL_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 32,
+               "image_size": 96, "patch_size": 4, "projection_dim": 8}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,15 @@ class StepSettings:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample."""
+        """Return the tokens of a sample."""
         return IMAGE_TOKENS + self.text
 
     @property
     def flops(self) -> float:
-        """Of a step's model: forward once, backward twice that, causal pairs of tokens only; nothing for recomputing, the optimiser
-        or the (frozen) vision tower."""
+        """Return the FLOPs of the model in a step: forward once, backward twice that, causal pairs of tokens only.
+
+        Recomputing, the optimiser and the (frozen) vision tower count nothing.
+        """
         shape, length = self.shape, self.length
         matrices = shape.layers * shape.layer_parameters + shape.hidden * shape.vocab
         attention = 4.0 * shape.hidden * shape.layers * length * (length + 1) / 2
@@ -72,7 +73,7 @@ class StepSettings:
 
     @property
     def needed_bytes(self) -> float:
-        """Weights, gradients and optimiser states, which must fit whatever the attention."""
+        """Return the bytes of weights, gradients and optimiser states, which must fit whatever the attention."""
         copies = 2 if self.optimizer == "sgd" else 4
         return copies * self.shape.parameters * self.dtype.itemsize
 
@@ -84,10 +85,10 @@ class Step:
         self.settings = settings
         torch.manual_seed(0)
         with torch.device(settings.device):
-            self.model = DynamicLlavaForConditionalGeneration._from_config(
-                _config(settings.shape), dtype=settings.dtype
-            )
-            self.batch = _batch(settings, self.model.config)
+            tower = TOWER if settings.shape.hidden >= 4096 else SMALL_TOWER
+            config = random_config(settings.shape, IMAGE_TOKENS, tower, min_text_length=1)
+            self.model = DynamicLlavaForConditionalGeneration._from_config(config, dtype=settings.dtype)
+            self.batch = _batch(settings, tower["image_size"])
         self.model.train()
         llm = self.model.model.language_model
         _bias(llm.image_predictor, settings.vision_keep_rate)
@@ -104,7 +105,7 @@ class Step:
             self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
 
     def __call__(self, implementation: str) -> float:
-        """One step; its loss."""
+        """Take one step and return its loss."""
         torch.manual_seed(0)
         with model_attention(implementation):
             loss = self.model(**self.batch).loss
@@ -115,7 +116,7 @@ class Step:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given: float | None) -> tuple[float, str]:
-    """(FLOP/s, where from): the user's figure in TFLOP/s, the data sheet's, or a large matrix product timed here."""
+    """Return (FLOP/s, where from): the user's figure in TFLOP/s, the data sheet's, or a large matrix product timed here."""
     if given:
         return given * 1e12, "--peak-tflops"
     if device.type == "cuda" and dtype != torch.float32:
@@ -123,8 +124,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given: float | None) ->
         known = sorted((part for part in PEAK_FLOPS if part in name), key=len)
         if known:
             return PEAK_FLOPS[known[-1]], f"data sheet of {known[-1]}"
-    from dynllava_plugin.bench.timing import seconds
-
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds(lambda: left @ right, device) for _ in range(5))
@@ -132,7 +131,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given: float | None) ->
 
 
 def epoch_hours(samples_per_s: float, devices: int) -> float:
-    """Hours of an epoch of the mixture on so many devices, were nothing lost between them."""
+    """Return the hours of an epoch of the mixture on so many devices, were nothing lost between them."""
     return EPOCH_SAMPLES / (samples_per_s * devices) / 3600
 
 
@@ -145,16 +144,15 @@ def _bias(predictor: Any, rate: float) -> None:
         head.bias[KEEP] = math.log(rate / (1 - rate))
 
 
-def _batch(settings: StepSettings, config: DynamicLlavaConfig) -> dict[str, torch.Tensor]:
+def _batch(settings: StepSettings, image_size: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = settings.batch, settings.length
     ids = torch.randint(2, settings.shape.vocab, shape, generator=generator, device="cpu")
-    start = min(SYSTEM_TOKENS, settings.text // 4)
+    start = min(PROMPT_TOKENS, settings.text // 4)
     ids[:, start : start + IMAGE_TOKENS] = IMAGE_ID
     labels = ids.clone()
     labels[:, : settings.length - settings.text // 2] = -100
-    size = config.vision_config.image_size
-    pixels = torch.randn(settings.batch, 3, size, size, generator=generator, device="cpu")
+    pixels = torch.randn(settings.batch, 3, image_size, image_size, generator=generator, device="cpu")
     device = settings.device
     return {
         "input_ids": ids.to(device),
@@ -162,32 +160,3 @@ def _batch(settings: StepSettings, config: DynamicLlavaConfig) -> dict[str, torc
         "labels": labels.to(device),
         "pixel_values": pixels.to(device, settings.dtype),
     }
-
-
-def _config(shape: DecoderShape) -> DynamicLlavaConfig:
-    """CLIP ViT-L/14-336 before models as wide as LLaVA's, else the least that gives as many tokens."""
-    if shape.hidden >= 4096:
-        vision: dict[str, Any] = dict(
-            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-            image_size=336, patch_size=14, projection_dim=768,
-        )  # fmt: skip
-    else:
-        vision = dict(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=1, intermediate_size=32, image_size=96,
-            patch_size=4, projection_dim=8,
-        )  # fmt: skip
-    text = dict(
-        model_type="dynamic_llama", vocab_size=shape.vocab, hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, pad_token_id=0,
-        sparsity=dict(
-            predictor_dim=shape.predictor_dim, predictor_ffn_dim=shape.predictor_ffn_dim,
-            predictor_layers=shape.predictor_layers, min_text_length=1,
-        ),
-    )  # fmt: skip
-    return DynamicLlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **vision},
-        text_config=text,
-        image_token_index=IMAGE_ID,
-        image_seq_length=IMAGE_TOKENS,
-    )

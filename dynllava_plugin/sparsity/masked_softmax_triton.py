@@ -44,7 +44,7 @@ def takes(query: torch.Tensor) -> bool:
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Return tiles that fit Ampere, Ada or Hopper GPUs; for 128 on Hopper they are the fastest of `bench.masked_check --tune`."""
+    """Return tiles that fit Ampere, Ada or Hopper GPUs; for 128 on Hopper they were the fastest of those tried."""
     large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     if dtype == torch.float32:
         small = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)

@@ -1,0 +1,87 @@
+"""Memory of processes: what the system has given to a cache, and pieces of work measured in a process of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dynllava_plugin.errors import UserError
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident_bytes(tensors: Iterable[torch.Tensor]) -> int | None:
+    """Return the bytes in memory of the mappings that hold `tensors`; None on a GPU and where the system doesn't tell.
+
+    A CPU cache lies in reserved address space, and a page is given when its first slot is written (`sparsity/cache.py`): a short
+    sample beside a long one takes what it holds. Pages that were only read are the system's one page of zeros and don't count.
+    """
+    tensors = list(tensors)
+    if any(tensor.device.type != "cpu" for tensor in tensors) or not Path("/proc/self/smaps").exists():
+        return None
+    starts = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    total = 0
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        first, last = (int(bound, 16) for bound in mapping.addr.split("-"))
+        total += mapping.rss if any(first <= start < last for start in starts) else 0
+    return total
+
+
+def peak_above(work: Callable[[], Any]) -> int | None:
+    """Return how many bytes more than now this process holds at the most during `work`; None where only Linux could tell."""
+    if not _CLEAR.exists():
+        return None
+    before = psutil.Process().memory_info().rss
+    _CLEAR.write_text("5")  # sets the high-water mark to what is resident now
+    work()
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before
+
+
+def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return `call(*arguments)` from a process of its own, which no other work has left pages in.
+
+    Raises
+    ------
+    UserError
+        The process failed, or was killed: by the system, where memory ran out.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_answer, args=(theirs, torch.get_num_threads(), call, arguments), daemon=True
+    )
+    handler = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the child keeps it: who interrupts speaks to the parent
+    child.start()
+    signal.signal(signal.SIGINT, handler)
+    theirs.close()
+    try:
+        failed, result = ours.recv()
+    except EOFError:
+        child.join()
+        raise UserError(
+            f"bench: the process of {call.__name__} ended with {child.exitcode}, as where memory runs out; measure something smaller"
+        ) from None
+    finally:
+        child.kill()
+        child.join()
+    if failed:
+        raise UserError(f"bench: {call.__name__} failed: {result}")
+    return result
+
+
+def _answer(to: Connection, threads: int, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    try:
+        to.send((False, call(*arguments)))
+    except Exception as error:
+        to.send((True, f"{type(error).__name__}: {error}"))
