@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "dynllava_plugin"
-READ = ("evaluation", "visualize", "demo")
-# Test data, which is to leave the package.
-NOT_READ = ("evaluation/minis/", "evaluation/smoke/")
+ROOT = Path(__file__).parents[1]
+ROOMS = ("bench", "compare", "demo", "easy_vqa", "evaluation", "serve", "visualize")
+READ = (*(f"dynllava_plugin/{room}" for room in ROOMS), "train")
+# Test data, which is to leave the package, and the bundled model's own recipe.
+NOT_READ = ("dynllava_plugin/evaluation/minis/", "dynllava_plugin/evaluation/smoke/", "train/tiny_llava/")
 # What a fragment begins with: "The layer before.", "Of a long answer.", "``mode`` as it was.", "Means over samples."
 FRAGMENT = re.compile(
     r"(?:an?|the|this|these|those|its|their|what|how|where|which|one|two|each|every|all|some|no|any|as|of|from|for|in|on|at|by|with"
@@ -39,9 +40,9 @@ def fragments(source: str) -> Iterator[str]:
 @pytest.mark.parametrize("room", READ)
 def test_docstrings_are_sentences(room: str) -> None:
     found = [
-        f"{path.relative_to(PACKAGE)}: {line}"
-        for path in sorted((PACKAGE / room).rglob("*.py"))
-        if not str(path.relative_to(PACKAGE)).startswith(NOT_READ)
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if not str(path.relative_to(ROOT)).startswith(NOT_READ)
         for line in fragments(path.read_text(encoding="utf-8"))
     ]
     assert found == []

@@ -23,7 +23,7 @@ DECODER = "model.language_model.layers"
 
 
 def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) -> Any:
-    """The model with LoRA in its decoder layers; predictors trainable, everything else frozen.
+    """Return the model with LoRA in its decoder layers; predictors trainable, everything else frozen.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) 
 
 
 def trained_predictors(model: Any) -> list[str]:
-    """The predictors that a model's mode uses; one that never runs gets no gradient, and learns nothing."""
+    """Return the predictors that a model's mode uses; one that never runs gets no gradient, and learns nothing."""
     sparsity = model.config.sparsity
     used: tuple[str, ...] = PREDICTORS[:1] if sparsity.mode == "image" else PREDICTORS[:2]
     used += PREDICTORS[2:] if sparsity.drops_prompt else ()
@@ -94,7 +94,7 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
 
 
 def bases(model_name: str) -> list[Path]:
-    """The folders that a model is loaded from: its own, and where that holds an adapter the one under it."""
+    """Return the folders that a model is loaded from: its own, and where that holds an adapter the one under it."""
     folder = Path(model_name)
     if not folder.is_dir():
         return []

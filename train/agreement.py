@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, in order of rank; called on all of them."""
+    """Return every process's value, in order of rank; called on all of them."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -28,7 +28,7 @@ def from_the_first(work: Callable[[], T]) -> T:
 
 
 def together(work: Callable[[], T]) -> T:
-    """This process's result of `work`, once all processes are through with theirs.
+    """Return this process's result of `work`, once all processes are through with theirs.
 
     Raises
     ------

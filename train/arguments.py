@@ -98,7 +98,7 @@ class ModelArguments:
         SparsityConfig.from_dict(self.sparsity())
 
     def sparsity(self) -> dict[str, Any]:
-        """The given `SparsityConfig` fields."""
+        """Return the given `SparsityConfig` fields."""
         known = {item.name for item in fields(SparsityConfig)}
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
         if self.prompt_keep_rate < 1:

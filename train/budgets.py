@@ -115,7 +115,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, checkpoint: Path, flags: list[str], seed: int) -> None:
-    """One training by the command that users type; one that is there already is left alone."""
+    """Run one training by the command that users type; leave one that is there already alone."""
     data = ["--data_path", str(args.data / args.train_file), "--image_folder", str(args.data)]
     place = ["--data_cache", str(args.work / "cache"), "--output_dir", str(checkpoint), "--seed", str(seed)]
     start = ["--model_name_or_path", args.model, "--max_steps", str(args.steps)]

@@ -19,20 +19,20 @@ NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """A run's checkpoint folders, oldest first, whole or not."""
+    """Return a run's checkpoint folders, oldest first, whole or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if NAME.match(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step a checkpoint was saved after."""
+    """Return the optimiser step a checkpoint was saved after."""
     name = NAME.match(checkpoint.name)
     assert name, checkpoint
     return int(name[1])
 
 
 def saved_step(checkpoint: Path) -> int:
-    """The optimiser step of a whole checkpoint under any name, as Trainer's state says."""
+    """Return the optimiser step of a whole checkpoint under any name, as Trainer's state says."""
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 

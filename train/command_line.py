@@ -72,7 +72,7 @@ def parse(
 
 
 def config_flags(argv: list[str]) -> list[str]:
-    """The flags of the YAML file after `--config`, as a command line."""
+    """Return the flags of the YAML file after `--config`, as a command line."""
     flags: list[str] = []
     for place, word in enumerate(argv):
         if word != "--config" and not word.startswith("--config="):

@@ -159,7 +159,7 @@ def label_spans(
 def answer_spans(
     sample: Sample, prepare_text: Callable[[str], str] = str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and where each answer (blank before it, `</s>` after it) begins and ends.
+    """Return the conversation as text, and where each answer (blank before it, `</s>` after it) begins and ends.
 
     `prepare_text` is the processor's: what it does to a text it does alike to each beginning of that text.
     """

@@ -65,7 +65,7 @@ class ConversationDataset(Dataset):
         return len(self.mixture)
 
     def name(self, index: int) -> str:
-        """How errors call a sample."""
+        """Return how errors call a sample."""
         return self.mixture.name(index)
 
     def lengths(self) -> np.ndarray:
@@ -111,7 +111,7 @@ class ConversationDataset(Dataset):
             raise UserError(f"{error}; without --strict it would be skipped") from None
 
     def load(self, index: int) -> dict[str, Any]:
-        """One sample, without replacement for an unusable one."""
+        """Return one sample, without replacement for an unusable one."""
         sample = self.mixture[index]
         tokens, images = self.encode.encoded(sample, open_images(sample, self.image_folder))
         if all(label == IGNORE for label in tokens.labels):  # trained on for its image alone, as LLaVA does
@@ -121,7 +121,7 @@ class ConversationDataset(Dataset):
         return {"input_ids": tokens.input_ids, "labels": tokens.labels, "images": images, "sample": index}
 
     def truncate(self, sample: Sample, tokens: Tokens) -> Tokens:
-        """At most `max_length` tokens, as LLaVA cuts them: at the end, but never through or before an image.
+        """Return at most `max_length` tokens, as LLaVA cuts them: at the end, but never through or before an image.
 
         Raises
         ------
@@ -144,7 +144,7 @@ class ConversationDataset(Dataset):
 
 
 def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
-    """A sample's images, decoded to RGB; `UnusableSample` where one can't be."""
+    """Return a sample's images, decoded to RGB; `UnusableSample` where one can't be."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # an imported library may have had them filled with gray
     images = []
     for image in sample.images:
@@ -170,7 +170,7 @@ def encoder_of(model: Any, processor: Any) -> ConversationEncoder | ChatEncoder:
 
 
 def count_image_tokens(processor: Any, image_token_id: int) -> int:
-    """How many placeholder tokens the processor makes of one image (LLaVA-1.5: always the same)."""
+    """Return how many placeholder tokens the processor makes of one image (LLaVA-1.5: always the same)."""
     blank = Image.new("RGB", (8, 8))
     input_ids = processor(images=[blank], text=[IMAGE_TOKEN], return_tensors="pt")["input_ids"]
     return int((input_ids == image_token_id).sum())

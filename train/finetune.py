@@ -54,7 +54,7 @@ from train.trainer import DynamicLlavaTrainer, freeze
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0, 2 after a one-line error, 143 where SIGTERM stopped it (saved; the same command goes on)."""
+    """Run the command and return 0, 2 after a one-line error, 143 where SIGTERM stopped it (saved; the same command goes on)."""
     try:
         return train(*parse(argv))
     except UserError as error:
@@ -216,7 +216,7 @@ def fit(
 def build_model(
     model_args: ModelArguments, args: RecipeArguments, adapter_args: AdapterArguments
 ) -> tuple[Any, Any, torch.dtype]:
-    """The model with what is trained in it, its processor, and the dtype to save it in.
+    """Return the model with what is trained in it, its processor, and the dtype to save it in.
 
     Trained weights are float32, and autocast computes in bfloat16 under `--bf16`; DeepSpeed keeps its own float32
     copy of bfloat16 weights, and a frozen LLM needs no float32.
@@ -322,7 +322,7 @@ def read_data(data_args: DataArguments, args: RecipeArguments) -> Data:
 
 
 def split(mixture: Mixture, held_out: int, seed: int) -> tuple[Mixture, Mixture | None]:
-    """The mixture without `held_out` of its samples, and those, drawn by the run's seed."""
+    """Return the mixture without `held_out` of its samples, and those, drawn by the run's seed."""
     if not held_out:
         return mixture, None
     if held_out >= len(mixture):
@@ -338,7 +338,7 @@ def say(args: RecipeArguments, line: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message; from a data-loading process it arrives with a traceback before it."""
+    """Return the error's message; from a data-loading process it arrives with a traceback before it."""
     line = str(error).strip().splitlines()[-1]
     return (
         line.split("Error: ", 1)[1]

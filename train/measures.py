@@ -33,12 +33,12 @@ class Measures:
         self._since, self._step = time.monotonic(), 0
 
     def start(self, step: int) -> None:
-        """The clock starts at this optimiser step."""
+        """Start the clock at this optimiser step."""
         self._since, self._step = time.monotonic(), step
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The clock stands still: saving and evaluating are not training."""
+        """Stop the clock for a while: saving and evaluating are not training."""
         begin = time.monotonic()
         try:
             yield
@@ -96,7 +96,7 @@ class Measures:
             self._sums[name] = self._sums.get(name, 0.0) + part.double()
 
     def take(self, accelerator: Any, step: int, max_steps: int) -> dict[str, float]:
-        """The means since the last call, over all processes; empty where nothing was added."""
+        """Return the means since the last call, over all processes; empty where nothing was added."""
         if not self._sums:
             return {}
         names = list(self._sums)
@@ -153,7 +153,7 @@ def peak_memory(accelerator: Any) -> float:
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """How many predicted tokens [B, L] labels ask for."""
+    """Return how many predicted tokens [B, L] labels ask for."""
     return (labels[:, 1:] != -100).sum()
 
 

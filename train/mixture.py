@@ -61,12 +61,12 @@ class Mixture:
         return (self[index] for index in range(len(self)))
 
     def name(self, index: int) -> str:
-        """How errors call a sample: its place in the file and its id."""
+        """Return how errors call a sample: its place in the file and its id."""
         row = int(self.rows[index])
         return _name(self.data_path, row, self._table["id"][row].as_py())
 
     def take(self, indices: np.ndarray) -> Mixture:
-        """The samples with these numbers."""
+        """Return the samples with these numbers."""
         return Mixture(self.arrow_file, self.data_path, self.rows[indices])
 
     @property
@@ -95,7 +95,7 @@ class Mixture:
         return text + np.array(of_images).round().astype(np.int64)
 
     def images(self) -> list[str]:
-        """Every image's path, once, in order of first use."""
+        """Return every image's path, once, in order of first use."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -103,7 +103,7 @@ class Mixture:
         return pc.unique(pc.list_flatten(used)).to_pylist()
 
     def users(self, images: Collection[str]) -> Iterator[tuple[int, str]]:
-        """(place in `rows`, image) of every sample that has any of these images, once a sample."""
+        """Yield (place in `rows`, image) of every sample that has any of these images, once a sample."""
         column = self._table["images"].combine_chunks()
         for index, row in enumerate(self.rows.tolist()):
             for image in column[row].as_py():
@@ -112,7 +112,7 @@ class Mixture:
                     break
 
     def problems(self) -> dict[int, str]:
-        """What is wrong with each malformed sample, by its place in the file."""
+        """Return what is wrong with each malformed sample, by its place in the file."""
         column = self._table["problem"]
         if column.null_count == len(column):
             return {}
@@ -120,7 +120,7 @@ class Mixture:
         return {row: problem for row, problem in found if problem is not None}
 
     def without(self, rows: Collection[int]) -> Mixture:
-        """The samples but those with these places in the file."""
+        """Return the samples but those with these places in the file."""
         return Mixture(self.arrow_file, self.data_path, np.setdiff1d(self.rows, np.fromiter(rows, int)))
 
     def is_text(self) -> np.ndarray:
@@ -131,7 +131,7 @@ class Mixture:
 def open_mixture(
     data_path: str | Path, cache: str | Path | None = None, text_only: bool = False
 ) -> tuple[Mixture, int]:
-    """A mixture, through the cache: parsed and checked where it is new or has changed.
+    """Return a mixture, through the cache: parsed and checked where it is new or has changed.
 
     Parameters
     ----------

@@ -190,7 +190,7 @@ def save_model(trainer: Any, output_dir: Path, dtype: torch.dtype) -> None:
 
 
 def gather_weights(trainer: Any, dtype: torch.dtype, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The state dict, of names with any of `parts`, on the process that saves; {} elsewhere.
+    """Return the state dict, of names with any of `parts`, on the process that saves; {} elsewhere.
 
     Every process takes part: sharded weights are put together one tensor at a time. Floating tensors are `dtype`.
     """

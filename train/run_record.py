@@ -30,7 +30,7 @@ def describe(
     adapter_args: AdapterArguments,
     data: str,
 ) -> dict[str, Any]:
-    """The arguments that decide a run's weights, JSON-ready."""
+    """Return the arguments that decide a run's weights, JSON-ready."""
     values = {
         **vars(model_args),
         **model_args.sparsity(),
@@ -63,7 +63,7 @@ class RunRecord:
         self.found = read_record(output_dir)
 
     def difference(self) -> str | None:
-        """The first argument that the folder's run had otherwise, in words; None where it is this run."""
+        """Return the first argument that the folder's run had otherwise, in words; None where it is this run."""
         if self.found is None:
             return "another run"
         before = self.found.get("arguments", {})
@@ -98,7 +98,7 @@ class RunRecord:
         return f"was saved under {before} and can't be read under {self.sharding}"
 
     def named(self, name: str | None) -> Path | None:
-        """The checkpoint of `--resume_from_checkpoint`; None where this run has a newer one of its own.
+        """Return the checkpoint of `--resume_from_checkpoint`; None where this run has a newer one of its own.
 
         Raises
         ------
@@ -163,7 +163,7 @@ class RunRecord:
 
 
 def read_record(output_dir: Path) -> dict[str, Any] | None:
-    """A folder's `run.json`; None where there is none that can be read."""
+    """Return a folder's `run.json`; None where there is none that can be read."""
     try:
         record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -29,7 +29,7 @@ class Sample:
 
 
 def read_sample(name: str, row: Any) -> Sample:
-    """A sample from its JSON value.
+    """Return a sample from its JSON value.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def read_sample(name: str, row: Any) -> Sample:
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """Return what JSON calls a value."""
     names = {dict: "JSON object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 

@@ -29,7 +29,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order the next iteration gives."""
+        """Set which epoch's order the next iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:

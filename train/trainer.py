@@ -78,7 +78,7 @@ class DynamicLlavaTrainer(Trainer):
         self.add_callback(StepRules(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One group of parameters for the LLM, one for the predictors; what needs no gradient is left out."""
+        """Make the optimizer with one group of parameters for the LLM, one for the predictors; what needs no gradient is left out."""
         if self.optimizer is None:  # type: ignore[has-type]
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             predictors = [p for n, p in named if any(part in n for part in PREDICTORS)]
@@ -111,7 +111,7 @@ class DynamicLlavaTrainer(Trainer):
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimiser step and its number of labels; remembers that of samples."""
+        """Return the micro-batches of one optimiser step and its number of labels; remembers that of samples."""
         batches = list(islice(epoch_iterator, num_batches))
         labels = sum(int(count_labels(batch["labels"])) for batch in batches)
         samples = sum(len(batch["sample"]) for batch in batches)
@@ -127,7 +127,7 @@ class DynamicLlavaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the global batch's loss.
+        """Return this micro-batch's part of the global batch's loss.
 
         Raises
         ------
@@ -270,11 +270,11 @@ class StepRules(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The log's clock starts."""
+        """Start the log's clock."""
         self.trainer.measures.start(state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The epoch's order of samples; accelerate's wrappers don't always pass the epoch on."""
+        """Set the epoch's order of samples; accelerate's wrappers don't always pass the epoch on."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -289,7 +289,7 @@ class StepRules(TrainerCallback):
 
 
 def sparse_model(model: Any) -> SparseVLM:
-    """The model with predictors inside whatever wraps it (an adapter's model, a compiled one)."""
+    """Return the model with predictors inside whatever wraps it (an adapter's model, a compiled one)."""
     return next(part for part in model.modules() if isinstance(part, SparseVLM))
 
 

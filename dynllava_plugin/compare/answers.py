@@ -189,6 +189,6 @@ def _loaded(engine: Engine, settings: ModelSettings, journal: Journal) -> Any:
         new_journal = staticmethod(lambda: journal)
 
         def clean(self) -> None:
-            """The engine serves the next policy too."""
+            """Keep nothing: the engine serves the next policy too."""
 
     return Loaded(str(engine.batch_size), **settings.to_dict())

@@ -19,7 +19,7 @@ DEFAULT_KEEP = (0.4, 0.2, 0.1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     parser.epilog = "Several GPUs: accelerate launch --num_processes N -m dynllava_plugin.cli compare ..."
     add = parser.add_argument
     add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")

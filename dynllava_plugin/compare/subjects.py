@@ -36,7 +36,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """Its name and budget."""
+        """Return its name and budget."""
         if self.tokens is not None:
             return f"{self.name} at {self.tokens:g} tokens"
         return self.name if self.keep is None else f"{self.name} at {self.keep:.0%}"

@@ -91,7 +91,7 @@ def stated_facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | No
 
 
 def load_tiles(split: str, package: Path | None = None) -> list[Tile]:
-    """All images of a split with their questions and facts, by image number.
+    """Return all images of a split with their questions and facts, by image number.
 
     Parameters
     ----------

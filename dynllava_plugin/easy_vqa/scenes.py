@@ -125,7 +125,7 @@ DESCRIPTIONS = {
 
 
 def describe(facts: list[Fact], prompt: str = DESCRIBE) -> str:
-    """The description that a prompt of `DESCRIPTIONS` asks for: all four facts joined, 65 to 75 tokens."""
+    """Return the description that a prompt of `DESCRIPTIONS` asks for: all four facts joined, 65 to 75 tokens."""
     return DESCRIPTIONS[prompt](
         [f"a {color} {shape}" for color, shape in facts], [color for color, _ in facts]
     )

@@ -20,7 +20,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's
 
 
 def conversation(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One sample in LLaVA's format: `<image>` opens the first turn, the short-answer prompt ends it."""
+    """Return one sample in LLaVA's format: `<image>` opens the first turn, the short-answer prompt ends it."""
     rounds: list[dict[str, str]] = []
     for number, (question, answer) in enumerate(turns):
         short = SHORT_ANSWER if number == 0 and question not in DESCRIPTIONS else ""

@@ -11,7 +11,7 @@ NEEDED = ("fastapi", "uvicorn", "openai")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the command's options."""
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, hub id, or tiny; requests call it so")
     add(
