@@ -111,10 +111,7 @@ def sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return attention [B, L, H, D] of query [B, H, L, D] and key, value [B, H_kv, K, D], and weights where there are any.
 
-    Raises
-    ------
-    UserError
-        Dropout beside a training context: Eq. 7 has none.
+    Raises `UserError` for dropout beside a training context: Eq. 7 has none.
     """
     name = implementation_of(module.config)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -152,10 +149,7 @@ def implementation_of(config: Any) -> str:
 def use_sparse_attention(config: Any) -> None:
     """Let the layers of a text config go through `sparse_attention`, whatever implementation was chosen for them.
 
-    Raises
-    ------
-    UserError
-        An implementation whose masks aren't tensors of [q, K] or [K] columns.
+    Raises `UserError` for an implementation whose masks aren't tensors of [q, K] or [K] columns.
     """
     name = config._attn_implementation or "eager"
     if name.startswith(PREFIX):

@@ -33,10 +33,7 @@ class SparseTextConfig:
 class SparseVLMConfig:
     """To stand before a family's stock config in a class's bases: its LLM's part becomes one with `sparsity`.
 
-    Raises
-    ------
-    UserError
-        An LLM of a kind that isn't supported.
+    Raises `UserError` for an LLM of a kind that isn't supported.
     """
 
     model_type: str
@@ -71,10 +68,7 @@ class SparseVLMConfig:
 def sparse_text_config(stock: Any) -> Any:
     """Return a stock text config as the one with `sparsity`; one that has it already as it is.
 
-    Raises
-    ------
-    UserError
-        An LLM of a kind that isn't supported.
+    Raises `UserError` for an LLM of a kind that isn't supported.
     """
     if isinstance(stock, SparseTextConfig):
         return stock

@@ -17,44 +17,23 @@ class Conversation:
     """One user's turns with a model, in the checkpoint's chat template.
 
     What a turn decided stays decided: an image's tokens are chosen when it comes, and what the text predictor drops of an answer
-    is no context for later turns.
-
-    Parameters
-    ----------
-    model, processor
-        As `load_model` gives them, of any family.
-    policy : str, optional
-        Of all turns, ``"fastv,k=3"``; default: the model's own.
-    **settings
-        Of every turn's `model.generate`; a turn may have its own.
-
-    Attributes
-    ----------
-    cache : SparseContextCache or None
-        What the turns so far left; None before the first.
-    ids : int64 [1, L]
-        Tokens so far.
-    answers : list of str
-    spans : list of (int, int)
-        Where each answer begins and ends in `ids`.
+    is no context for later turns. `model` and `processor` are as `load_model` gives them, of any family; `policy`,
+    ``"fastv,k=3"``, is that of all turns (default: the model's own), `settings` are those of every turn's `model.generate`.
     """
 
     def __init__(self, model: Any, processor: Any, policy: str | None = None, **settings: Any) -> None:
         self.model, self.processor, self.policy, self.settings = model, processor, policy, settings
-        self.cache: SparseContextCache | None = None
-        self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)
+        self.cache: SparseContextCache | None = None  # what the turns so far left; None before the first
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)  # [1, L], tokens so far
         self.answers: list[str] = []
-        self.spans: list[tuple[int, int]] = []
+        self.spans: list[tuple[int, int]] = []  # where each answer begins and ends in `ids`
         self._question = ""
 
     def ask(self, question: str, *images: Any, **settings: Any) -> str:
         """Return the answer to a question about `images` (PIL images or what the family's processor takes) and all before.
 
-        Raises
-        ------
-        UserError
-            As the processor and `generate` raise it; for a conversation longer than the model has positions, or one whose last turn
-            was cut short.
+        Raises `UserError` as the processor and `generate` do; for a conversation longer than the model has positions, or one
+        whose last turn was cut short.
         """
         if self.cache is not None and self.cache.seen != self.ids.shape[1]:
             raise UserError("ask: the turn before was cut short; start a new conversation")

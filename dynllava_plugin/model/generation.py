@@ -44,10 +44,7 @@ class SparseGeneration(nn.Module):
         `cache_implementation="static"` decodes with steps of one shape, as CUDA graphs where there is CUDA, which is the
         default there, and compiled with `compile_config` (transformers' `CompileConfig`); "dynamic" doesn't.
 
-        Raises
-        ------
-        UserError
-            Assisted decoding or prefill in chunks, which drop other tokens than the method does.
+        Raises `UserError` for assisted decoding or prefill in chunks, which drop other tokens than the method does.
         """
         policy, training = kwargs.pop("policy", None), self.training
         if generation_config is not None:
@@ -98,10 +95,7 @@ class SparseGeneration(nn.Module):
         A "static" one, the default on CUDA unless the policy lets tokens go later, decodes in steps of one shape, replayed as CUDA
         graphs where there is CUDA; `compile_options` are arguments of `torch.compile` for its steps. The other is "dynamic".
 
-        Raises
-        ------
-        UserError
-            Another implementation.
+        Raises `UserError` for another implementation.
         """
         llm = self.model.language_model
         if implementation is None:

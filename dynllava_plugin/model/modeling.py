@@ -114,11 +114,8 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         float [B] is the share of each sample's image tokens that is to stay behind the first gate, drawn from `vision_keep_range`
         where that is set. `num_items_in_batch` is the divisor of lm_loss, the labels of the whole accumulated batch.
 
-        Raises
-        ------
-        UserError
-            Image places and images that don't match; a cache of another kind; an attention mask of another length; a
-            video; hidden states or attentions asked for; labels on image tokens or padding.
+        Raises `UserError` for image places and images that don't match; a cache of another kind; an attention mask of
+        another length; a video; hidden states or attentions asked for; labels on image tokens or padding.
         """
         self._refuse(kwargs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -354,10 +351,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
     def encode_images(self, images: dict[str, Any]) -> Any:
         """Return what the family's `get_image_features` makes of forward's arguments for images.
 
-        Raises
-        ------
-        UserError
-            An argument that is missing, or pixels that don't fit the others.
+        Raises `UserError` for an argument that is missing, or pixels that don't fit the others.
         """
         given = {name: images[name] for name in self.image_inputs if images.get(name) is not None}
         for name in self.image_needs:

@@ -66,10 +66,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
         Other arguments are `LlavaProcessor`'s, e.g. ``padding=True, return_tensors="pt"``. ``input_ids`` and ``attention_mask`` are
         int64 [B, L], a marker repeated once per image token; ``pixel_values`` float32 [number of images, 3, H, W].
 
-        Raises
-        ------
-        UserError
-            A sample whose markers and images do not match; an image that cannot be read.
+        Raises `UserError` for a sample whose markers and images do not match; an image that cannot be read.
         """
         samples = [text] if isinstance(text, str) else text
         groups = _grouped(images, samples, self.image_token)
@@ -253,10 +250,8 @@ def _rgb(image: Any, name: str) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Return `image` with 16-bit grey values scaled to 8 bits, where PIL would cut them off; any other as it is.
 
-    Raises
-    ------
-    UserError
-        Grey values on a scale that the file doesn't tell (32-bit integers, floating-point numbers).
+    Raises `UserError` for grey values on a scale that the file doesn't tell (32-bit integers, floating-point
+    numbers).
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)

@@ -16,10 +16,7 @@ def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
 
     Questions carry their own ``<image>`` markers (see `with_images`). The last answer may be None, as in this example.
 
-    Raises
-    ------
-    ValueError
-        No turn at all, or an answer missing before the last turn.
+    Raises `ValueError` where there is no turn, or an answer is missing before the last one.
     """
     if not turns:
         raise ValueError("vicuna_v1: a conversation needs at least one turn")

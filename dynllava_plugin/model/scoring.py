@@ -62,10 +62,7 @@ class SparseScoring(nn.Module):
         It takes one pass, which equals step by step. The arguments are those of `forward`: `labels` int64 [B, L] are ignored where
         they are -100; their last run is the output text, earlier ones are scored as prompt text.
 
-        Raises
-        ------
-        UserError
-            Labels of another shape; weights whose logits are not finite.
+        Raises `UserError` for labels of another shape; weights whose logits are not finite.
         """
         return self.score_details(
             input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs, **images

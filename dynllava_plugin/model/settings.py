@@ -32,11 +32,8 @@ class SparseSettings(nn.Module):
     def set_sparsity(self, **changes: Any) -> SparsityConfig:
         """Change the policy, the mode, a keep rate or l of the loaded model: `set_sparsity(policy="fastv", k=3, r=0.75)`.
 
-        Raises
-        ------
-        UserError
-            An unknown setting or policy, a value out of range, a policy that this family can't run, or a predictor size,
-            which the weights fix.
+        Raises `UserError` for an unknown setting or policy, a value out of range, a policy that this family can't
+        run, or a predictor size, which the weights fix.
         """
         settings = self.checked(self.config.sparsity, changes)
         self.config.text_config.sparsity = settings
@@ -60,10 +57,7 @@ class SparseSettings(nn.Module):
 
         Other threads, and `set_sparsity` meanwhile, change nothing in it.
 
-        Raises
-        ------
-        UserError
-            An unknown policy, or one that the model can't run.
+        Raises `UserError` for an unknown policy, or one that the model can't run.
         """
         settings = self.model.language_model.config.sparsity
         if policy is not None:

@@ -38,10 +38,7 @@ def split_features(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return M images' features [N_i, width] and what is in the channels behind them, [T, n] or None.
 
-    Raises
-    ------
-    UserError
-        Features that were encoded under another policy.
+    Raises `UserError` for features that were encoded under another policy.
     """
     wanted = width + extra_channels(policy)
     for image in features:
@@ -60,10 +57,7 @@ def valid_columns(
 ) -> torch.Tensor:
     """Return bool [B, L], False on padding, of the call's `length` columns behind `seen` cached ones.
 
-    Raises
-    ------
-    UserError
-        An attention mask of another shape.
+    Raises `UserError` for an attention mask of another shape.
     """
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -142,10 +136,7 @@ def read_layout(
     `output` is output text and its first column, as from `output_columns`. In training one image without a place may stand in
     for none: every process of a sharded run has to go through the same modules, whatever its samples.
 
-    Raises
-    ------
-    UserError
-        Image places and images that don't match, in number or from sample to sample.
+    Raises `UserError` for image places and images that don't match, in number or from sample to sample.
     """
     places = torch.zeros_like(valid) if image_mask is None else image_mask
     facts = torch.stack([valid.sum(1), valid[:, -1].long(), places.sum(1)])

@@ -10,17 +10,11 @@ from dynllava_plugin.policies.policy import Policy
 def context_of(
     policy: Policy, layers: int, images: float, kept: float, text: float, predicted_text_keep: float = 1.0
 ) -> Context:
-    """The context behind `policy` in a model of `layers` layers.
+    """Return the context behind `policy` in a model of `layers` layers.
 
-    Parameters
-    ----------
-    images, kept, text : float
-        Image tokens of the prompt, those that stay behind the last gate, and its text tokens; may be means over samples.
-    predicted_text_keep : float
-        Share of the output tokens that the text predictor keeps, for a policy that asks it.
+    The prompt has `images` image tokens, of which `kept` stay behind the last gate, and `text` text tokens; they may be means
+    over samples. `predicted_text_keep` is the share of output tokens that the text predictor keeps, for a policy that asks it.
 
-    Notes
-    -----
     What chooses the tokens besides the predictors (one row of attention, a similarity matrix) is not counted; it is in a
     measured time.
     """

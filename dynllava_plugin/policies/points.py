@@ -14,59 +14,35 @@ class TokenLayout:
     """Which tokens of a forward call are what; built once and not written again.
 
     An image is a run of places: images may differ in their number of tokens.
-
-    Parameters
-    ----------
-    image_mask : bool [B, L], optional
-        Image tokens; None where the call has no image.
-    image_lengths : tuple of int
-        Tokens of each of the call's M images, in the order of their places.
-    image_totals : tuple of int
-        The same before any gate; empty where no gate has dropped a token.
-    image_rows : tuple of int
-        The sample that each image belongs to.
-    image_index : int64 [T], optional
-        Where the image tokens are in the flattened [B * L] columns.
-    output_mask : bool [B, L], optional
-        Output text, the only text that may be dropped, save `question`; None where the call has none.
-    output_start : int
-        First column that holds output text in any sample.
-    counts : tuple of int, optional
-        Real tokens of each sample, known on the host; None in a step, where no one asks.
-    ends_real : bool
-        Whether every sample's last column is a real token.
-    image_seeds : tuple of int, optional
-        One an image, for policies that use chance.
-    image_marks : [T, 2], optional
-        What the vision side decided of each image token: 1 where it stays, and its score.
-    question : bool [B, L], optional
-        Text of the prompt's last question, where it may be dropped.
-    watched : bool [B, L], optional
-        Tokens whose attention the policy looks at; None means the last prompt token's.
     """
 
-    image_mask: torch.Tensor | None = None
-    image_lengths: tuple[int, ...] = ()
-    image_rows: tuple[int, ...] = ()
-    image_index: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None  # bool [B, L], image tokens; None where the call has no image
+    image_lengths: tuple[int, ...] = ()  # tokens of each of the M images, in the order of their places
+    image_rows: tuple[int, ...] = ()  # the sample that each image belongs to
+    image_index: torch.Tensor | None = None  # int64 [T], the image tokens in the flattened [B * L] columns
+    # bool [B, L], output text, the only text that may be dropped, save `question`; None where the call has none
     output_mask: torch.Tensor | None = None
-    output_start: int = 0
+    output_start: int = 0  # the first column that holds output text in any sample
+    # real tokens of each sample, known on the host; None in a step, where no one asks
     counts: tuple[int, ...] | None = None
-    ends_real: bool = True
-    image_seeds: tuple[int, ...] | None = None
+    ends_real: bool = True  # whether every sample's last column is a real token
+    image_seeds: tuple[int, ...] | None = None  # one an image, for policies that use chance
+    # [T, 2], what the vision side decided of each image token: 1 where it stays, and its score
     image_marks: torch.Tensor | None = None
+    # `image_lengths` before any gate; empty where none has dropped a token
     image_totals: tuple[int, ...] = ()
+    # bool [B, L], tokens whose attention the policy looks at; None means the last prompt token's
     watched: torch.Tensor | None = None
-    question: torch.Tensor | None = None
+    question: torch.Tensor | None = None  # bool [B, L], the last question's text, where it may be dropped
 
     def before_output(self, columns: torch.Tensor) -> torch.Tensor:
-        """bool [L] or [B, L]: which of the call's `columns` int64 [L] come before each sample's first output token."""
+        """Return bool [L] or [B, L], which of the call's `columns` int64 [L] come before each sample's first output token."""
         if self.output_mask is None:
             return columns >= 0
         return columns < torch.where(self.output_mask, columns, len(columns)).amin(1, keepdim=True)
 
     def image_groups(self) -> list[tuple[int, list[int]]]:
-        """(tokens an image, the images that have and had so many), so that each group is one rectangle."""
+        """Return (tokens an image, the images that have and had so many), so that each group is one rectangle."""
         groups: dict[tuple[int, int], list[int]] = {}
         for image, both in enumerate(
             zip(self.image_lengths, self.image_totals or self.image_lengths, strict=True)
@@ -77,104 +53,73 @@ class TokenLayout:
 
 @dataclass
 class Choice:
-    """What stays.
+    """What stays."""
 
-    Parameters
-    ----------
-    keep : bool [M, N] of images, or [B, L - output_start] of output text
-    score : the same shape, optional
-        How much each token speaks for staying, on any scale; None where there is no such figure.
-    tokens : [M, N, d], optional
-        The states that go on, where a policy merges tokens; None leaves them as they are.
-    count : int, optional
-        How many stay of each image, where that is one number known without looking.
-    """
-
-    keep: torch.Tensor
-    score: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    count: int | None = None
+    keep: torch.Tensor  # bool [M, N] of images, or [B, L - output_start] of output text
+    score: torch.Tensor | None = None  # how much each speaks for staying, on any scale
+    tokens: torch.Tensor | None = None  # [M, N, d], the states that go on where a policy merges tokens
+    count: int | None = None  # how many stay of each image, where that is one number known without looking
 
 
 @dataclass
 class Gate:
-    """What is known at a gate.
+    """What is known at a gate."""
 
-    Parameters
-    ----------
-    hidden : [B, L, d]
-        States that enter the gate's layer; at layer 0 the embeddings.
-    valid : bool [B, L]
-        False on padding.
-    position_ids : int64 [B, L]
-        The place of each token in its text, as in the input: the same token has the same one alone, in a batch, with and
-        without a cache.
-    layout : TokenLayout
-    image_predictor, text_predictor, prompt_predictor : modules
-        The checkpoint's.
-    attention : float32 [B, L], optional
-        The attention of the last prompt token, or of `TokenLayout.watched`, in a layer of `attention_layers` before this gate, mean
-        over heads and those tokens; None where no one asked.
-    entered : [B, L, d], optional
-        The states that entered the layer before this gate; None at layer 0.
-    layer : int
-        The layer whose input this is.
-    group : list of int, optional
-        The images in question, all of one number of tokens; None means all of them.
-    """
-
-    hidden: torch.Tensor
-    valid: torch.Tensor
+    hidden: torch.Tensor  # [B, L, d], the states that enter the gate's layer; at layer 0 the embeddings
+    valid: torch.Tensor  # bool [B, L], False on padding
+    # int64 [B, L], each token's place in its text: the same one alone, in a batch, with and without a cache
     position_ids: torch.Tensor
     layout: TokenLayout
-    image_predictor: Any = None
+    image_predictor: Any = None  # the checkpoint's, as the other two
     text_predictor: Any = None
+    # float32 [B, L], the attention of the last prompt token, or of `TokenLayout.watched`, in a layer of `attention_layers`
+    # before this gate, mean over heads and those tokens; None where no one asked
     attention: torch.Tensor | None = None
-    layer: int = 0
-    entered: torch.Tensor | None = None
+    layer: int = 0  # the one whose input this is
+    entered: torch.Tensor | None = None  # [B, L, d], what entered the layer before; None at layer 0
     prompt_predictor: Any = None
-    group: list[int] | None = None
+    group: list[int] | None = None  # images in question, all of one number of tokens; None: all
 
     def of_group(self, images: list[int]) -> Gate:
-        """The same gate with these images in question."""
+        """Return the same gate with these images in question."""
         return self if len(images) == len(self.layout.image_lengths) else replace(self, group=images)
 
     @property
     def images(self) -> Sequence[int]:
-        """The images in question."""
+        """Return the images in question."""
         return range(len(self.layout.image_lengths)) if self.group is None else self.group
 
     @property
     def tokens_per_image(self) -> int:
-        """N of the images in question."""
+        """Return N of the images in question."""
         return self.layout.image_lengths[self.images[0]] if len(self.images) else 0
 
     @property
     def whole_image(self) -> int:
-        """What N was before any gate."""
+        """Return what N was before any gate."""
         totals = self.layout.image_totals
         return totals[self.images[0]] if totals and len(self.images) else self.tokens_per_image
 
     @property
     def image_seeds(self) -> list[int]:
-        """A seed for each image in question."""
+        """Return a seed for each image in question."""
         assert self.layout.image_seeds is not None
         return [self.layout.image_seeds[image] for image in self.images]
 
     def of_images(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] values -> [M, N, ...] of the N tokens of the M images in question."""
+        """Return, of values [B, L, ...], those [M, N, ...] of the N tokens of the M images in question."""
         assert self.layout.image_index is not None
         return self.in_question(values.flatten(0, 1)[self.layout.image_index])
 
     def in_question(self, values: torch.Tensor) -> torch.Tensor:
-        """[T, ...] values of all image tokens -> [M, N, ...] of the images in question."""
+        """Return, of values [T, ...] of all image tokens, those [M, N, ...] of the images in question."""
         if self.group is None:
             return values.view(-1, self.tokens_per_image, *values.shape[1:])
         parts = values.split(list(self.layout.image_lengths))
         return torch.stack([parts[image] for image in self.group])
 
     def of_output(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] values -> [B, L - output_start, ...]: the columns that may hold output text."""
+        """Return, of values [B, L, ...], [B, L - output_start, ...], the columns that may hold output text."""
         return values[:, self.layout.output_start :]
 
     def question_text(self) -> torch.Tensor:
@@ -195,30 +140,18 @@ class Gate:
 
 @dataclass
 class Patches:
-    """What is known in the vision tower.
+    """What is known in the vision tower; queries and keys are before they are split into heads, the class token first."""
 
-    Parameters
-    ----------
-    hidden : [M, N, c]
-        Patches that go to the projector.
-    cls : [M, c]
-        The class token's state of the same layer.
-    query, key : [M, 1 + N, c]
-        Of the policy's `vision_layer`, before they are split into heads; the class token first.
-    heads : int
-    earlier : ([M, 1 + N, c], [M, 1 + N, c]), optional
-        Queries and keys of the policy's `earlier_layer`.
-    """
-
-    hidden: torch.Tensor
-    cls: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
+    hidden: torch.Tensor  # [M, N, c], the patches that go to the projector
+    cls: torch.Tensor  # [M, c], the class token's state of the same layer
+    query: torch.Tensor  # [M, 1 + N, c], of the policy's `vision_layer`
+    key: torch.Tensor  # [M, 1 + N, c]
     heads: int
+    # queries and keys [M, 1 + N, c] of the policy's `earlier_layer`
     earlier: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def cls_attention(self, heads: int | None = None) -> torch.Tensor:
-        """float32 [M, N]: the class token's attention to the patches, mean over `heads` (default: the tower's)."""
+        """Return float32 [M, N], the class token's attention to the patches, mean over `heads` (default: the tower's)."""
         heads = heads or self.heads
         width = self.query.shape[-1] // heads
         query = self.query[:, 0].unflatten(-1, (heads, width)).float()

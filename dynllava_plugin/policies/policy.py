@@ -33,17 +33,9 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Methods that decide different things; nothing is dropped that none of them decides.
+    """Methods that decide different things, at most one of each kind; nothing is dropped that none of them decides."""
 
-    Parameters
-    ----------
-    name : str
-        As a user writes it, without arguments: `fastv+h2o`.
-    image, output, cache : optional
-        Who decides on image tokens, on output tokens, and on what leaves the cache later.
-    """
-
-    name: str = "full"
+    name: str = "full"  # as a user writes it, without arguments: `fastv+h2o`
     image: ImagePolicy | None = None
     output: OutputPolicy | None = None
     cache: CachePolicy | None = None

@@ -78,10 +78,8 @@ _EXCLUSIVE = ("keep", "r", "n", "ratio", "shares", "tokens", "threshold")  # way
 def policy_of(sparsity: SparsityConfig) -> Policy:
     """The policy that the settings name; without `policy`, the one that `mode` and `image_policy` stand for.
 
-    Raises
-    ------
-    UserError
-        An unknown policy or argument (the known ones are listed), or a combination that decides something twice.
+    Raises `UserError` for an unknown policy or argument (the known ones are listed), or a combination that decides
+    something twice.
     """
     name = sparsity.policy
     if name is None:
@@ -142,10 +140,7 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
     """What a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`.
 
-    Raises
-    ------
-    UserError
-        A policy beside a mode or an image policy.
+    Raises `UserError` for a policy beside a mode or an image policy.
     """
     if changes.get("policy") is None:
         return changes

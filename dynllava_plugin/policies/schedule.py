@@ -89,10 +89,7 @@ class Schedule(ImagePolicy):
 def read_steps(text: str, make: Callable[[str, int, float], Part]) -> tuple[ImagePolicy, ...]:
     """Return the steps written `layer:policy:share-layer:policy:share`, in order; `make(name, layer, keep)` gives a method.
 
-    Raises
-    ------
-    UserError
-        Naming the step that can't be one.
+    Raises `UserError`, naming the step that can't be one.
     """
     steps: list[ImagePolicy] = []
     for part in filter(None, text.split("-")):

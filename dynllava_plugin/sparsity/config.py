@@ -24,74 +24,48 @@ _LEAST = {
 class SparsityConfig:
     """What is dropped, where, and how large the predictors are. Defaults are the paper's.
 
-    Parameters
-    ----------
-    mode : "full" | "image" | "image_text"
-        Nothing is dropped; image tokens (Dynamic-LLaVA_I); image and output-text tokens (Dynamic-LLaVA_I|T).
-    image_policy : "learned" | "random"
-        Who ranks the image tokens: the image predictor, or chance (a control; seeded by image and `random_seed`).
-    policy : str, optional
-        A name of `dynllava_plugin.policies`, several joined by "+"; at inference it stands for `mode` and `image_policy`.
-    policy_args : dict
-        Its arguments.
-    sparse_layer : int
-        l: layers 0..l-1 see every token, layers l.. the reduced context. 1 <= l < number of layers.
-    vision_keep_rate, text_keep_rate : float in (0, 1]
-        r_I and r_OT of Eq. 10. At inference floor(r_I * N) tokens of each image stay (at least one); the text rate is a
-        training target only.
-    min_text_length : int
-        LEN_OT, tokens: shorter answers are kept whole in training.
-    keep_loss_weight : float
-        lambda, the weight of the two keep losses.
-    predictor_dim, predictor_heads, predictor_ffn_dim, predictor_layers : int
-        Width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c.
-    text_predictor : bool
-        Whether the checkpoint has an output-text predictor; without one `mode` is "full" or "image".
-    prompt_predictor : bool
-        Whether the checkpoint has a predictor for the text of the prompt's last question.
-    prompt_keep_rate : float in (0, 1]
-        Its target in training; 1 leaves prompt text alone, the paper's method (0.7 is its Table 9). At inference a rate below 1
-        says that the predictor decides, token by token, in the modes "image" and "image_text".
-    min_prompt_length : int
-        Shorter questions are kept whole in training (tokens).
-    question_marks : (tuple of int, tuple of int)
-        The token ids of "USER:" and "ASSISTANT:", between which the last question stands: Vicuna's.
-    later_gates : tuple of (layer, rate)
-        Further gates of the image tokens, each with a predictor of its own: which share of what reaches it stays. The first
-        gate is at `sparse_layer`, its share `vision_keep_rate`.
-    vision_keep_range : (low, high), optional
-        Each sample of training has a keep rate of its own from this range, and the image predictors are told it: one checkpoint
-        for every budget. `vision_keep_rate` is what it is used at.
-
-    Raises
-    ------
-    UserError
-        A value outside its range.
+    Raises `UserError` for a value outside its range.
     """
 
+    # "full": nothing is dropped, "image": image tokens (Dynamic-LLaVA_I), "image_text": also output text (Dynamic-LLaVA_I|T)
     mode: str = "image_text"
+    # who ranks the image tokens: the image predictor, "learned", or chance, "random", a control seeded by image and `random_seed`
     image_policy: str = "learned"
     random_seed: int = 0
+    # a name of `dynllava_plugin.policies`, several joined by "+", with arguments; stands for `mode` and `image_policy` at inference
     policy: str | None = None
     policy_args: dict[str, Any] = field(default_factory=dict)
+    # l: layers 0..l-1 see every token, layers l.. the reduced context; 1 <= l < number of layers
     sparse_layer: int = 2
+    # r_I and r_OT of Eq. 10, in (0, 1]: at inference floor(r_I * N) tokens of each image stay, at least one; r_OT is a target of
+    # training only
     vision_keep_rate: float = 0.2
     text_keep_rate: float = 0.5
-    min_text_length: int = 50
-    keep_loss_weight: float = 100.0
+    min_text_length: int = 50  # LEN_OT, tokens: shorter answers are kept whole in training
+    keep_loss_weight: float = 100.0  # lambda, the weight of the keep losses
+    # width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c
     predictor_dim: int = 512
     predictor_heads: int = 8
     predictor_ffn_dim: int = 2048
     predictor_layers: int = 2
+    # whether the checkpoint has a predictor for output text, without which `mode` is "full" or "image", and for the text of the
+    # prompt's last question
     text_predictor: bool = True
     prompt_predictor: bool = False
+    # the latter's target, in (0, 1]; 1 leaves prompt text alone, the paper's method (0.7 is its Table 9). At inference a rate below
+    # 1 says that the predictor decides, token by token, in the modes "image" and "image_text"
     prompt_keep_rate: float = 1.0
-    min_prompt_length: int = 10
+    min_prompt_length: int = 10  # tokens: shorter questions are kept whole in training
+    # token ids of "USER:" and "ASSISTANT:", between which the last question stands: Vicuna's
     question_marks: tuple[tuple[int, ...], tuple[int, ...]] = (
         (11889, 29901),
         (319, 1799, 9047, 13566, 29901),
     )
+    # (layer, rate) of further gates of the image tokens, each with a predictor of its own: which share of what reaches it stays.
+    # The first gate is at `sparse_layer`, its share `vision_keep_rate`
     later_gates: tuple[tuple[int, float], ...] = ()
+    # (low, high): each sample of training has a keep rate of its own from this range, which the image predictors are told: one
+    # checkpoint for every budget. `vision_keep_rate` is what it is used at
     vision_keep_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

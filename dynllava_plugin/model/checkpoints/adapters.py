@@ -21,12 +21,12 @@ PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_patte
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a folder holds an adapter rather than a model."""
+    """Return whether a folder holds an adapter rather than a model."""
     return (directory / CONFIG).is_file()
 
 
 def base_of(directory: Path) -> str:
-    """The checkpoint that an adapter was trained on: a folder or a hub id."""
+    """Return the checkpoint that an adapter was trained on: a folder or a hub id."""
     base = read_json(directory / CONFIG).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{directory / CONFIG}: names no base_model_name_or_path to merge into")
@@ -36,21 +36,13 @@ def base_of(directory: Path) -> str:
 def merge_adapter(
     directory: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The base's tensors with what was trained in full, and W + scale * B A for each adapted matrix.
+    """Return the base's tensors with what was trained in full, and W + scale * B A for each adapted matrix.
 
-    Parameters
-    ----------
-    directory : Path
-        The adapter's folder.
-    tensors : dict
-        The base's weights under this package's names; not changed.
-    dtype : torch.dtype
-        The model's: sums are taken in float32 and rounded to it once.
+    `directory` is the adapter's; the base's weights `tensors`, under this package's names, are not changed. Sums are taken in
+    float32 and rounded once, to the model's `dtype`.
 
-    Raises
-    ------
-    UserError
-        A kind of adapter that isn't plain LoRA, damaged files, or another base than it was trained on.
+    Raises `UserError` for a kind of adapter that isn't plain LoRA, damaged files, or another base than it was trained
+    on.
     """
     config = read_json(directory / CONFIG)
     for name, plain in PLAIN.items():

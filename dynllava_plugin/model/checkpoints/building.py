@@ -17,10 +17,7 @@ def empty_model(
 ) -> DynamicLlavaForConditionalGeneration:
     """The model without memory for its weights (on the meta device).
 
-    Raises
-    ------
-    ImportError, ValueError
-        An attention implementation that isn't there.
+    Raises `ImportError` or `ValueError` for an attention implementation that isn't there.
     """
     family: Any = FAMILIES[config.model_type.removeprefix(PREFIX)]
     with torch.device("meta"):

@@ -25,19 +25,10 @@ SPARSITY = {
 
 
 def write_card(folder: Path, results: str | None = None) -> Path:
-    """README.md of a checkpoint: what it is, how to load it, its recipe, its results.
+    """Write README.md of a checkpoint and return its path: what it is, how to load it, its recipe, its results.
 
-    Parameters
-    ----------
-    folder : Path
-        A checkpoint in this package's layout, or an adapter's folder; `run.json` of the training holds the recipe.
-    results : str, optional
-        A table in Markdown (`dynllava table` makes it).
-
-    Raises
-    ------
-    UserError
-        Not a checkpoint.
+    `folder` is a checkpoint in this package's layout, or an adapter's; `run.json` of the training there holds the recipe.
+    `results` is a table in Markdown, as `dynllava table` makes it. Raises `UserError` where it is no checkpoint.
     """
     config = read_json(folder / "config.json")
     sparsity = config.get("text_config", {}).get("sparsity") or config.get("sparse_config")
@@ -66,13 +57,7 @@ def write_card(folder: Path, results: str | None = None) -> Path:
 
 
 def push(folder: Path, hub_id: str, results: str | None = None, private: bool = False) -> str:
-    """Write the card and upload a checkpoint; returns the repository's address.
-
-    Raises
-    ------
-    UserError
-        Not a checkpoint, or the hub refuses.
-    """
+    """Write the card, upload a checkpoint and return the repository's address; `UserError` where the hub refuses, too."""
     from huggingface_hub import HfApi
 
     write_card(folder, results)

@@ -59,28 +59,13 @@ TEXT_FIELDS = (
 def convert(
     source: str | Path, target: str | Path, to: str, tokenizer: str | Path | None = None
 ) -> list[str]:
-    """Write a checkpoint of any layout in another one.
+    """Write a checkpoint of any layout in another one; return what the reader of the result has to know, a line each.
 
-    Parameters
-    ----------
-    source : str or Path
-        What `load_model` takes; an adapter is merged.
-    target : path
-        A folder that does not exist yet, or is empty. It appears when all of it is written.
-    to : "dynamic" | "published"
-        This package's own layout, or that of the published code.
-    tokenizer : path, optional
-        Folder with the LLM's ``tokenizer.model``, which the published code needs; default: the source.
+    `source` is what `load_model` takes; an adapter is merged. `target` is a folder that does not exist yet, or is empty, and
+    appears when all of it is written. `to` is "dynamic", this package's own layout, or "published", that of the published code,
+    which needs the LLM's ``tokenizer.model`` from the folder `tokenizer` (default: the source).
 
-    Returns
-    -------
-    list of str
-        What the reader of the result has to know, a line each.
-
-    Raises
-    ------
-    UserError
-        The source can't be read, the target is in use, or the model has no place in the published layout.
+    Raises `UserError` where the source can't be read, the target is in use, or the model has no place in that layout.
     """
     folder = Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

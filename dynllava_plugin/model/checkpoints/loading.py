@@ -94,11 +94,8 @@ def load_model(
     processor : DynamicLlavaProcessor for LLaVA-1.5, the family's own processor otherwise
         Padding on the left.
 
-    Raises
-    ------
-    UserError
-        One line that names the file or setting: no such checkpoint, an unknown layout, missing, extra or
-        damaged weights, a setting out of range.
+    Raises `UserError`, one line that names the file or setting: no such checkpoint, an unknown layout, missing, extra
+    or damaged weights, a setting out of range.
     """
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
     processor = checkpoint.processor()
@@ -132,10 +129,7 @@ def check_settings(
 
     Nothing is built, and of a hub id no weights are fetched.
 
-    Raises
-    ------
-    UserError
-        One line that names the setting or the file.
+    Raises `UserError`, one line that names the setting or the file.
     """
     find_device(device)
     checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides, weights=False)

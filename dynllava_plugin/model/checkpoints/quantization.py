@@ -23,10 +23,7 @@ def find_quantization(name: str | None, dtype: torch.dtype | None) -> BitsAndByt
 
     `dtype` is what four-bit weights are multiplied in.
 
-    Raises
-    ------
-    UserError
-        Another name, or bitsandbytes isn't installed.
+    Raises `UserError` for another name, and where bitsandbytes isn't installed.
     """
     if name is None:
         return None

@@ -19,20 +19,10 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint.
+    """Return the local folder of a checkpoint: a folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``).
 
-    Parameters
-    ----------
-    path_or_hub_id : str or Path
-        A folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``), which is downloaded or taken
-        from the hub's cache.
-    weights : bool
-        Whether a download includes the weights.
-
-    Raises
-    ------
-    UserError
-        No such folder, no ``config.json`` in it, or a hub id that cannot be fetched.
+    The last is downloaded, with its `weights` or without, or taken from the hub's cache. Raises `UserError` where there is no
+    such folder, no ``config.json`` in it, or the hub id cannot be fetched.
     """
     name = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()

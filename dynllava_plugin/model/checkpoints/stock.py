@@ -71,10 +71,8 @@ def read_family_model(
 ) -> tuple[Any, bool]:
     """Return the model of a folder on `device` and whether its predictors are fresh; `before` are the folder's own settings.
 
-    Raises
-    ------
-    UserError
-        Weights that are missing, superfluous, damaged or of another shape; an attention implementation that isn't there.
+    Raises `UserError` for weights that are missing, superfluous, damaged or of another shape; an attention
+    implementation that isn't there.
     """
     family = FAMILIES[config.model_type.removeprefix(PREFIX)]
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}

@@ -89,10 +89,8 @@ def our_name(published: str) -> str:
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint under our names, memory-mapped: reading costs nothing until one is used.
 
-    Raises
-    ------
-    UserError
-        No weight file, one missing that the index names, one truncated, or a ``.bin`` of more than tensors.
+    Raises `UserError` for no weight file, one missing that the index names, one truncated, or a ``.bin`` of more than
+    tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):

@@ -22,29 +22,17 @@ from dynllava_plugin.policies.base import CLASS_TOKEN, SQUARE, Patches
 
 
 class DynamicLlavaConfig(SparseVLMConfig, LlavaConfig):
-    """LLaVA-1.5's config with `sparsity`.
-
-    Parameters
-    ----------
-    image_aspect_ratio : "pad" | "square"
-        "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does.
-    placeholder_tokens : int
-        Rows of the vocabulary that stand for images and padding and were never trained; their logits are masked.
-    placeholder_start : int, optional
-        The first of them, where they are not the last rows.
-    projector_type : str
-        "mlp2x_gelu" (LLaVA-1.5's), "linear", "mlpNx_gelu", "identity" or "tokenpacker".
-    tokenpacker_scale : int, optional
-        Patches a side that a TokenPacker makes one token of.
-    """
+    """LLaVA-1.5's config with `sparsity`."""
 
     model_type = "dynamic_llava"
 
+    # "pad" extends an image to a square with its processor's mean colour before resizing, as LLaVA-1.5 does; or "square"
     image_aspect_ratio: str = "pad"
+    # rows of the vocabulary that stand for images and padding and were never trained: their logits are masked
     placeholder_tokens: int = 0
-    placeholder_start: int | None = None
-    projector_type: str = "mlp2x_gelu"
-    tokenpacker_scale: int | None = None
+    placeholder_start: int | None = None  # the first of them, where they are not the last rows
+    projector_type: str = "mlp2x_gelu"  # LLaVA-1.5's, "linear", "mlpNx_gelu", "identity" or "tokenpacker"
+    tokenpacker_scale: int | None = None  # patches a side that a TokenPacker makes one token of
 
     @property
     def placeholders(self) -> slice:

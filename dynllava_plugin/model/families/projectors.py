@@ -76,13 +76,7 @@ class TokenPacker(nn.Module):
 
 
 def build_projector(config: Any) -> nn.Module:
-    """Return the projector that a `DynamicLlavaConfig` means, from the tower's width to the LLM's.
-
-    Raises
-    ------
-    UserError
-        As `check_projector`.
-    """
+    """Return the projector that a `DynamicLlavaConfig` means, from the tower's width to the LLM's, after `check_projector`."""
     check_projector(config)
     vision, hidden_size, kind = config.vision_config, config.text_config.hidden_size, config.projector_type
     if kind == STOCK:

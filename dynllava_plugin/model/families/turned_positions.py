@@ -31,10 +31,7 @@ class TurnedPositions(SparseVLM):
     ) -> torch.Tensor | None:
         """Return int64 [3, B, L] of a call with images; None of one without, whose decoder counts on.
 
-        Raises
-        ------
-        UserError
-            Encoded images without their grids, or without `input_ids`.
+        Raises `UserError` for encoded images without their grids, or without `input_ids`.
         """
         if not has_images:
             return None
