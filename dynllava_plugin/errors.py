@@ -17,6 +17,11 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     return "did you mean " + " or ".join(spelled[item] for item in close) + "?" if close else otherwise
 
 
+def one_line(error: BaseException, most: int = 160) -> str:
+    """Return what an error says as one line of at most `most` characters; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def reason_in(log: str) -> str:
     """Why a command of ours failed, from what it printed: its last ``error:`` line, or else its last line."""
     lines = [line for line in log.strip().splitlines() if line.strip()] or ["it wrote nothing"]

@@ -234,6 +234,7 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         ),
         (lambda folder: fake.edit_weights(folder, "encoder.layers.0."), "16 missing .*, ..."),
         (lambda folder: fake.edit_weights(folder, "image_score_predictor"), "32 missing .*image_predictor"),
+        (lambda folder: fake.edit_weights(folder, "_score_predictor"), "missing .*image_predictor"),
         (lambda folder: fake.edit_weights(folder, extra=torch.ones(1)), "1 not part of the model .*extra"),
         (
             lambda folder: fake.edit_weights(folder, **{"model.norm.weight": torch.ones(3)}),
@@ -267,7 +268,7 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         (lambda folder: fake.edit_config(folder, mm_vision_tower="../nowhere"), r"\.\./nowhere: no such"),
         (
             lambda folder: (folder / "preprocessor_config.json").write_text("{"),
-            "processor's JSON files are missing or damaged",
+            "processor's files are missing or damaged",
         ),
         (
             lambda folder: fake.edit_config(folder, sparse_config={"vision_keep_rate": 2}),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.decoder import SparseDecoder
 from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
@@ -365,8 +365,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
             others = [name for name in given if name != "pixel_values"]
             if not others:  # nothing that pixels could disagree with
                 raise
-            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"pixel_values: do not fit {' or '.join(others)} ({reason}); pass them as the checkpoint's processor "
+                f"pixel_values: do not fit {' or '.join(others)} ({one_line(error)}); pass them as the checkpoint's processor "
                 "returns them"
             ) from error

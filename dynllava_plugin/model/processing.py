@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN
 
@@ -236,8 +236,7 @@ def _rgb(image: Any, name: str) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{name}: cannot be read as an image ({reason})") from None
+        raise UserError(f"{name}: cannot be read as an image ({one_line(error)})") from None
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from dynllava_plugin.environment import free_bytes
+from dynllava_plugin.errors import one_line
 from dynllava_plugin.model.gate import Tokens, gather_columns, gather_positions, last_column
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
@@ -149,7 +150,7 @@ class StaticPrefill:
                 self.captured += 1
                 return self._graphs[key]
             except RuntimeError as error:  # out of memory, or an operation that no capture takes
-                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                reason = one_line(error)
         self._refused.add(key)
         self.plain["bucket can't be captured"] += 1
         print(f"{to}: {reason}; it runs uncaptured", file=sys.stderr)

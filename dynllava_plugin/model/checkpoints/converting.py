@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import check_folder
@@ -17,36 +18,16 @@ from dynllava_plugin.model.checkpoints.layouts import CLIP_L_336, CLIP_L_336_CON
 from dynllava_plugin.model.checkpoints.loading import load_model, load_without_processor
 from dynllava_plugin.model.checkpoints.processors import has_tokenizer, tokenizer_folder
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
-from dynllava_plugin.model.checkpoints.weights import our_name
+from dynllava_plugin.model.checkpoints.weights import BOTH_WAYS, as_rename, our_name
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 
 DYNAMIC, PUBLISHED = "dynamic", "published"
 CLIP_FOLDER = "clip"
-SHARD = 5 * 10**9  # bytes
-# This package's names -> the published ones, applied top to bottom.
+SHARD = 5 * 10**9  # bytes of a file
+# This package's names -> the published ones; the first that fits counts.
 PUBLISHED_NAMES = (
-    *(
-        (rf"^model\.multi_modal_projector\.linear_{index + 1}\.", f"model.mm_projector.{2 * index}.")
-        for index in range(9)
-    ),
-    (r"^model\.multi_modal_projector\.", "model.mm_projector."),
+    *(as_rename(ours, theirs) for ours, theirs in BOTH_WAYS),
     (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
-    (r"^model\.language_model\.image_predictor\.norm\.", "model.image_score_predictor.down_mlp.0."),
-    (r"^model\.language_model\.image_predictor\.in_proj\.", "model.image_score_predictor.down_mlp.1."),
-    (r"^model\.language_model\.image_predictor\.head\.", "model.image_score_predictor.output_mlp."),
-    (r"^model\.language_model\.image_predictor\.blocks\.", "model.image_score_predictor.transformer."),
-    (r"(?<=_predictor)(\.transformer\.\d+)\.attention_norm\.", r"\1.norm1."),
-    (r"(?<=_predictor)(\.transformer\.\d+)\.ffn_norm\.", r"\1.norm2."),
-    (r"(?<=_predictor)(\.transformer\.\d+)\.qkv_proj\.", r"\1.attn.qkv."),
-    (r"(?<=_predictor)(\.transformer\.\d+)\.out_proj\.", r"\1.attn.proj."),
-    (r"(?<=_predictor)(\.transformer\.\d+)\.fc(\d)\.", r"\1.mlp.fc\2."),
-    (r"^model\.language_model\.text_predictor\.", "model.output_text_score_predictor."),
-    (r"^model\.language_model\.prompt_predictor\.", "model.instruct_score_predictor."),
-    (r"(?<=_score_predictor)\.norm\.", ".output_mlp.0."),
-    (r"(?<=_score_predictor)\.in_proj\.", ".output_mlp.1."),
-    (r"(?<=_score_predictor)\.head\.0\.", ".output_mlp.3."),
-    (r"(?<=_score_predictor)\.head\.2\.", ".output_mlp.5."),
-    (r"(?<=_score_predictor)\.head\.4\.", ".output_mlp.7."),
     (r"^model\.language_model\.", "model."),
 )
 TEXT_FIELDS = (
@@ -85,7 +66,8 @@ def convert(
     try:
         temporary.mkdir(parents=True)
         if to == DYNAMIC:
-            notes = _write_dynamic(model, processor, temporary)
+            _write_dynamic(model, processor, temporary)
+            notes = []
         else:
             notes = _write_published(model, processor, temporary, Path(tokenizer or texts))
         if folder.exists():
@@ -106,14 +88,15 @@ def _check_finite(source: str | Path, model: torch.nn.Module) -> None:
 
 def published_name(ours: str) -> str:
     """The published code's name of one of this package's parameters."""
-    name = ours
     for pattern, replacement in PUBLISHED_NAMES:
-        name = re.sub(pattern, replacement, name)
+        name, found = re.subn(pattern, replacement, ours)
+        if found:
+            break
     assert our_name(name) == ours, (ours, name)
     return name
 
 
-def _write_dynamic(model: Any, processor: Any, folder: Path) -> list[str]:
+def _write_dynamic(model: Any, processor: Any, folder: Path) -> None:
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -121,7 +104,6 @@ def _write_dynamic(model: Any, processor: Any, folder: Path) -> list[str]:
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    return []
 
 
 def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) -> list[str]:
@@ -136,9 +118,11 @@ def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) 
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = tensor[:rows].clone()
         tensors[published_name(name)] = tensor.contiguous()
-    _save_shards(tensors, folder)
-    tower = _vision_tower(config)
-    if tower == CLIP_FOLDER:
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
+    # CLIP ViT-L/14-336 goes by its name, any other tower into a folder of the checkpoint.
+    by_name = all(getattr(config.vision_config, name) == x for name, x in CLIP_L_336_CONFIG.items())
+    tower = CLIP_L_336 if by_name else CLIP_FOLDER
+    if not by_name:
         _write_vision_tower(model, processor, folder / CLIP_FOLDER)
     values = published_config(config, rows, tower, str(model.dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -180,7 +164,10 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
     scaling = None
     if rope.get("rope_type", "default") != "default":
         scaling = {"type": rope["rope_type"], "factor": rope["factor"]}
-    sparsity = config.sparsity
+    sparsity, settings = config.sparsity, {}
+    for ours, theirs in PUBLISHED_SETTINGS.items():
+        if sparsity.prompt_predictor or "prompt" not in ours or ours == "prompt_predictor":
+            settings[theirs] = getattr(sparsity, ours)
     return {
         **values,
         "architectures": ["DynamicLlavaLlamaForCausalLM"],
@@ -205,11 +192,7 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
         "tokenizer_model_max_length": 2048,
         "tokenizer_padding_side": "right",
         "sparse_config": {
-            **{
-                theirs: getattr(sparsity, ours)
-                for ours, theirs in PUBLISHED_SETTINGS.items()
-                if sparsity.prompt_predictor or "prompt" not in ours or ours == "prompt_predictor"
-            },
+            **settings,
             "use_vision_predictor": True,
             "use_text_predictor": sparsity.text_predictor,
             "use_output_text_predictor": sparsity.text_predictor,
@@ -217,25 +200,12 @@ def published_config(config: DynamicLlavaConfig, rows: int, tower: str, dtype: s
     }
 
 
-def _vision_tower(config: DynamicLlavaConfig) -> str:
-    """CLIP ViT-L/14-336 by its name; any other tower goes into a folder of the checkpoint."""
-    vision: Any = config.vision_config
-    same = all(getattr(vision, name) == value for name, value in CLIP_L_336_CONFIG.items())
-    return CLIP_L_336 if same else CLIP_FOLDER
-
-
 def _write_vision_tower(model: Any, processor: Any, folder: Path) -> None:
     folder.mkdir()
     values = {**model.config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]}
     (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     tensors = model.model.vision_tower.state_dict()
-    _save_shards({f"vision_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder)
+    tensors = {f"vision_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
     if processor is not None:
         processor.image_processor.save_pretrained(folder)
-
-
-def _save_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Tensors as safetensors, in files of up to `SHARD` bytes with an index."""
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD)

@@ -16,10 +16,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
-from dynllava_plugin.model.checkpoints.stock import family_of, read_family_config, unknown_family
-from dynllava_plugin.model.configuration import TEXT_CONFIGS, fresh_sparsity
+from dynllava_plugin.model.configuration import PREFIX
+from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.families.projectors import check_projector, image_tokens
 from dynllava_plugin.model.families.text_models import DynamicLlamaConfig
@@ -27,6 +27,17 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 
 OWN, LLAVA_HF, ORIGINAL, PUBLISHED = "own", "llava-hf", "original", "published"
 FAMILY = "family"  # another family's, stock or our own
+# Families that are asked for most and aren't here, with the reason.
+REFUSED = {
+    "gemma3": "image tokens attend both ways and half of the layers see a window",
+    "idefics3": "its generation has a cache of its own",
+    "smolvlm": "its generation has a cache of its own",
+    "qwen2_vl": "the next model of its line, Qwen2.5-VL, is supported",
+    "llava_next_video": "videos are not supported",
+    "video_llava": "videos are not supported",
+}
+# The original code's `mm_vision_select_feature` -> `vision_feature_select_strategy`.
+STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 # Our setting -> the published `sparse_config`'s key. Everything else in there (maskclip*,
 # similar_postive_num, ...) belongs to experiments that the method does not use.
@@ -65,7 +76,7 @@ CLIP_L_336_CONFIG = {
 
 
 def layout_of(directory: Path, values: dict[str, Any]) -> str:
-    """Which layout a checkpoint's config.json is; `UserError` where it is none of them."""
+    """Return which layout a checkpoint's config.json is; `UserError` where it is none of them."""
     kind = values.get("model_type")
     if kind == "dynamic_llava":
         return OWN
@@ -73,119 +84,86 @@ def layout_of(directory: Path, values: dict[str, Any]) -> str:
         return LLAVA_HF
     if kind in ("llava", "llava_llama", "dynamic_llava_llama") and "mm_vision_tower" in values:
         return PUBLISHED if "sparse_config" in values else ORIGINAL
-    if kind != "llava" and family_of(values) is not None:
+    if kind != "llava" and str(kind).removeprefix(PREFIX) in FAMILIES:
         return FAMILY
-    raise unknown_family(directory / "config.json", kind)
+    file = directory / "config.json"
+    if kind in REFUSED:
+        raise UserError(f"{file}: model_type {kind!r} is not supported: {REFUSED[kind]}")
+    raise UserError(
+        f"{file}: model_type {kind!r} is not a layout or a family this package reads (LLaVA-1.5 in its llava-hf, original, "
+        f"published Dynamic-LLaVA and own layouts; {', '.join(sorted(FAMILIES))})"
+    )
 
 
-def read_config(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
-    """config.json of any layout as a `DynamicLlavaConfig`, its vocabulary as published."""
-    readers = {
-        OWN: _from_own, LLAVA_HF: _from_llava_hf, ORIGINAL: _from_original, PUBLISHED: _from_original,
-        FAMILY: lambda directory, values: read_family_config(directory / "config.json", values),
-    }  # fmt: skip
+def read_config(directory: Path, values: dict[str, Any]) -> Any:
+    """Return config.json of any layout as its family's config with `sparsity`, its vocabulary as published."""
+    file, layout = directory / "config.json", layout_of(directory, values)
     try:
-        config = readers[layout_of(directory, values)](directory, values)
-        if isinstance(config, DynamicLlavaConfig):
-            _check_projector(directory / "config.json", config)
+        if layout in (ORIGINAL, PUBLISHED):
+            config: Any = _from_original(directory, values)
+        else:
+            if layout == LLAVA_HF:
+                text = {"model_type": "llama", **values["text_config"]}
+                values = {"image_aspect_ratio": "square", **values, "text_config": text}
+            family: Any = FAMILIES[values["model_type"].removeprefix(PREFIX)]
+            config = family.config_class.from_dict(values)
+        if layout != FAMILY:
+            check_projector(config)
+        if layout in (ORIGINAL, PUBLISHED):
+            config.image_seq_length = image_tokens(config)
         return config
-    except UserError:
-        raise
     except Exception as error:  # transformers checks the types of fields, each its own way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{directory / 'config.json'}: {reason}") from None
-
-
-def _from_own(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
-    try:
-        return DynamicLlavaConfig.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{directory / 'config.json'}: sparsity: {error}") from None
-
-
-def _from_llava_hf(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
-    text = {"model_type": "llama", **values["text_config"]}
-    kind = TEXT_CONFIGS.get(text.pop("model_type"))
-    if kind is None:
-        raise UserError(
-            f"{directory / 'config.json'}: the LLM is a {values['text_config']['model_type']}, supported are "
-            f"{', '.join(sorted(TEXT_CONFIGS))}"
-        )
-    text_config = kind.from_dict(text)
-    rest = {
-        key: value
-        for key, value in values.items()
-        if key not in ("model_type", "architectures", "text_config", "transformers_version")
-    }
-    rest.setdefault("image_aspect_ratio", "square")
-    return DynamicLlavaConfig.from_dict({**rest, "text_config": text_config})
+        reason = one_line(error, 300)
+        raise UserError(reason if reason.startswith(str(file)) else f"{file}: {reason}") from None
 
 
 def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfig:
-    file = directory / "config.json"
-    _refuse_what_is_not_done(file, values)
-    strategy = {"patch": "default", "cls_patch": "full"}.get(values.get("mm_vision_select_feature", "patch"))
-    if strategy is None:
-        raise UserError(f"{file}: mm_vision_select_feature must be patch or cls_patch")
+    _refuse_what_is_not_done(values)
     missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in values]
     if missing:
-        raise UserError(f"{file}: {missing[0]} is missing")
+        raise UserError(f"{missing[0]} is missing")
     text = {key: values[key] for key in LLAMA_FIELDS if values.get(key) is not None}
-    vision = vision_config(directory, values)
     if "sparse_config" in values:
-        sparsity = _published_sparsity(file, values["sparse_config"])
-    else:
-        sparsity = fresh_sparsity(values["hidden_size"])
+        text["sparsity"] = _published_sparsity(values["sparse_config"])
     options: dict[str, Any] = {
-        "vision_feature_select_strategy": strategy,
         "bos_token_id": values.get("bos_token_id", 1),
         "eos_token_id": values.get("eos_token_id", 2),
         "dtype": values.get("torch_dtype") or values.get("dtype"),
     }
-    config = DynamicLlavaConfig(
-        text_config=DynamicLlamaConfig(**text, sparsity=sparsity),
-        vision_config=vision,
+    return DynamicLlavaConfig(
+        text_config=DynamicLlamaConfig(**text),
+        vision_config=vision_config(directory, values),
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=STRATEGIES[values.get("mm_vision_select_feature", "patch")],
         image_aspect_ratio=values.get("image_aspect_ratio") or "square",
         projector_type=values.get("mm_projector_type", "linear"),
         tokenpacker_scale=values.get("scale_factor"),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         **options,
     )
-    _check_projector(file, config)
-    config.image_seq_length = image_tokens(config)
-    return config
 
 
-def _check_projector(file: Path, config: DynamicLlavaConfig) -> None:
-    try:
-        check_projector(config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-def _refuse_what_is_not_done(file: Path, values: dict[str, Any]) -> None:
-    """`UserError` for a setting of the original code that would make another model than LLaVA-1.5."""
+def _refuse_what_is_not_done(values: dict[str, Any]) -> None:
+    """Raise `UserError` for a setting of the original code that would make another model than LLaVA-1.5."""
     scales = values.get("s2_scales")
     if values.get("s2", bool(scales)):
-        raise UserError(f"{file}: s2 (a tower run at several scales, {scales}) is not supported")
+        raise UserError(f"s2 (a tower run at several scales, {scales}) is not supported")
     done = {
         "mm_patch_merge_type": ("flat",),
+        "mm_vision_select_feature": tuple(STRATEGIES),
         "image_aspect_ratio": ("square", "pad"),
         "mm_use_im_start_end": (False,),
     }
     for key, choices in done.items():
         found = values.get(key)
         if found is not None and found not in choices:
-            raise UserError(
-                f"{file}: {key} {found!r} is not supported, only {' and '.join(map(repr, choices))}"
-            )
+            raise UserError(f"{key} {found!r} is not supported, only {' and '.join(map(repr, choices))}")
 
 
-def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig:
+def _published_sparsity(published: dict[str, Any]) -> SparsityConfig:
     settings = {ours: published[theirs] for ours, theirs in PUBLISHED_SETTINGS.items() if theirs in published}
     if not published.get("use_vision_predictor", True):
-        raise UserError(f"{file}: sparse_config has no vision predictor, which this package needs")
+        raise UserError("sparse_config has no vision predictor, which this package needs")
     if not published.get("use_instruct_predictor", False):
         settings["prompt_keep_rate"] = 1.0
     text = bool(
@@ -194,11 +172,11 @@ def _published_sparsity(file: Path, published: dict[str, Any]) -> SparsityConfig
     try:
         return SparsityConfig(**settings, text_predictor=text, mode="image_text" if text else "image")
     except UserError as error:
-        raise UserError(f"{file}: sparse_config: {error}") from None
+        raise UserError(f"sparse_config: {error}") from None
 
 
 def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Path:
-    """Folder of the vision tower that an original-layout checkpoint names.
+    """Return the folder of the vision tower that an original-layout checkpoint names.
 
     A name is looked for relative to the checkpoint first, then on the hub (`weights`: including its weights).
     """
@@ -214,14 +192,14 @@ def vision_folder(directory: Path, values: dict[str, Any], weights: bool) -> Pat
 
 
 def is_clip_l_336(directory: Path, values: dict[str, Any]) -> bool:
-    """Whether `mm_vision_tower` is CLIP ViT-L/14-336: by its hub id, or as a folder of that name on another machine."""
+    """Return whether `mm_vision_tower` is CLIP ViT-L/14-336: by its hub id, or as a folder of that name on another machine."""
     name = str(values.get("mm_vision_tower"))
     here = (directory / name).is_dir() or Path(name).expanduser().is_dir()
     return Path(name).name == Path(CLIP_L_336).name and not here
 
 
 def vision_config(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The vision tower's config as a dict of `CLIPVisionConfig` fields."""
+    """Return the vision tower's config as a dict of `CLIPVisionConfig` fields."""
     if is_clip_l_336(directory, values):
         return dict(CLIP_L_336_CONFIG)
     folder = vision_folder(directory, values, weights=False)

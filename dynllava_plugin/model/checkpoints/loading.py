@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter, merge_adapter
-from dynllava_plugin.model.checkpoints.building import empty_model, fill
+from dynllava_plugin.model.checkpoints.building import build, empty_model
 from dynllava_plugin.model.checkpoints.layouts import (
     FAMILY,
-    LLAVA_HF,
     ORIGINAL,
     OWN,
     PUBLISHED,
@@ -30,13 +26,10 @@ from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
 from dynllava_plugin.model.checkpoints.quantization import find_quantization
 from dynllava_plugin.model.checkpoints.sources import HUB_ID, find_checkpoint, read_json
-from dynllava_plugin.model.checkpoints.stock import read_family_model, read_family_processor
 from dynllava_plugin.model.checkpoints.weights import (
-    PREDICTORS,
     PROMPT_PREDICTOR,
     VISION,
     check_depth,
-    check_weights,
     is_added,
     read_ahead,
     read_file,
@@ -46,7 +39,7 @@ from dynllava_plugin.model.checkpoints.weights import (
 )
 from dynllava_plugin.model.configuration import PREFIX
 from dynllava_plugin.model.families import FAMILIES
-from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.families.projectors import PACKED_STATES, TOKENPACKER
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
@@ -54,6 +47,7 @@ from dynllava_plugin.policies.registry import check_policy, policy_changes
 
 logger = logging.getLogger(__name__)
 
+PLACING = ("device", "dtype", "attn_implementation", "quantization")  # load_model's arguments beside settings
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -102,43 +96,25 @@ def load_model(
     return checkpoint.model(device, dtype, attn_implementation, quantization), processor
 
 
-def load_without_processor(
-    path_or_hub_id: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    quantization: str | None = None,
-    **sparsity_overrides: Any,
-) -> SparseVLM:
-    """`load_model` without the processor: also reads a checkpoint that has no tokenizer."""
-    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
-    return checkpoint.model(device, dtype, attn_implementation, quantization)
+def load_without_processor(path_or_hub_id: str | Path, **arguments: Any) -> SparseVLM:
+    """Return `load_model`'s model, with its arguments, also of a checkpoint that has no tokenizer."""
+    placing = [arguments.pop(name, None) for name in PLACING]
+    return _Checkpoint(path_or_hub_id, arguments).model(*placing)
 
 
-def check_settings(
-    path_or_hub_id: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    quantization: str | None = None,
-    **sparsity_overrides: Any,
-) -> None:
-    """Say what `load_model` would say of its arguments, from the checkpoint's small files and the headers of its weights.
+def check_settings(path_or_hub_id: str | Path, **arguments: Any) -> None:
+    """Raise the `UserError` that `load_model` would, by the checkpoint's small files and the headers of its weights.
 
     Nothing is built, and of a hub id no weights are fetched.
-
-    Raises `UserError`, one line that names the setting or the file.
     """
+    device, dtype, attention, quantization = [arguments.pop(name, None) for name in PLACING]
     find_device(device)
-    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides, weights=False)
+    checkpoint = _Checkpoint(path_or_hub_id, arguments, weights=False)
     number_type = find_dtype(dtype, checkpoint.config, torch.float32)
     find_quantization(quantization, number_type)
     checkpoint.check_files()
-    if attn_implementation is not None:
-        with _quiet_transformers():
-            checkpoint.empty(number_type, attn_implementation)
+    if attention is not None:
+        empty_model(checkpoint.config, number_type, attention)
 
 
 class _Checkpoint:
@@ -165,8 +141,6 @@ class _Checkpoint:
 
     def processor(self) -> Any:
         """Return the checkpoint's processor."""
-        if self.layout == FAMILY:
-            return read_family_processor(self.directory)
         return read_processor(self.directory, self.layout, self.values, self.config, self.tokenizer)
 
     def check_files(self) -> None:
@@ -185,51 +159,47 @@ class _Checkpoint:
         self,
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
-        attn_implementation: str | None,
-        quantization: str | None = None,
+        attention: str | None,
+        quantization: str | None,
     ) -> SparseVLM:
-        """Return the model with the checkpoint's weights."""
+        """Return the model with the checkpoint's weights; the arguments are `load_model`'s."""
         target = find_device(device)
         if self.layout == FAMILY:
-            if not is_adapter(self.directory):
-                self._check_weight_files()
             wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
+            model, fresh = self._family_model(
+                wanted, attention, target, find_quantization(quantization, wanted)
+            )
+        else:
+            tensors = self._weights(dtype)
+            if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
+                tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
+            check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
+            wanted = self._dtype(dtype, tensors)
+            tensors = _with_rows(tensors, self.config.text_config.vocab_size)
             bits = find_quantization(quantization, wanted)
-            with _quiet_transformers():
-                model, fresh = self._family_model(wanted, attn_implementation, target, bits)
-            self._warn_of_fresh_predictors(fresh)
-            model.fresh_predictors = fresh
-            return model.eval()
-        if not is_adapter(self.directory):
-            read_ahead(self.directory)
-        tensors = self._weights(dtype)
-        if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
-            tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
-        check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
-        number_type = self._dtype(dtype, tensors)
-        model = self.empty(number_type, attn_implementation)
-        expected = model.state_dict()
-        tensors = _with_rows(tensors, expected)
-        fresh = self.layout in (ORIGINAL, LLAVA_HF)
-        optional = [name for name in expected if self._may_be_absent(name, fresh)]
-        check_weights(self.directory, tensors, expected, optional)
-        self._warn_of_fresh_predictors(fresh)
-        with _quiet_transformers():
-            bits = find_quantization(quantization, number_type)
-            model = fill(model, tensors, number_type, attn_implementation, target, bits)
-        model.config.name_or_path = str(self.directory)
+            model, fresh = self._build(tensors, wanted, attention, target, bits)
+            model.generation_config = self._generation_config()
+        if fresh and self.policy.predictors:
+            logger.warning(
+                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
+                "(or take mode='full' or a training-free policy, e.g. policy='fastv')",
+                self.name,
+                self.policy.name,
+            )
         model.fresh_predictors = fresh
-        model.generation_config = self._generation_config()
-        if quantization is None:  # quantised layers are where they belong
-            torch.nn.Module.to(model, target)
-        return model.eval()
+        return model
 
-    def _family_model(
-        self, dtype: torch.dtype | None, attention: str | None, device: torch.device, bits: Any
-    ) -> tuple[SparseVLM, bool]:
-        """As `read_family_model`; an adapter is merged into its base."""
+    def _build(self, tensors: dict[str, torch.Tensor] | None, *placing: Any) -> tuple[Any, bool]:
+        return build(
+            self.directory, self.config, tensors, *placing,
+            may_be_absent=self._may_be_absent, may_be_fresh=self.layout not in (OWN, PUBLISHED),
+        )  # fmt: skip
+
+    def _family_model(self, dtype: Any, attention: str | None, device: Any, bits: Any) -> tuple[Any, bool]:
+        """Return what `build` does of a family's folder; an adapter is merged into its base."""
         if not is_adapter(self.directory):
-            return read_family_model(self.directory, self.config, dtype, attention, device, bits, self.before)
+            self._check_weight_files()
+            return self._build(None, dtype, attention, device, bits)
         if bits is not None:
             raise UserError(
                 f"quantization: {self.directory} is an adapter; convert it to a whole checkpoint first"
@@ -241,24 +211,6 @@ class _Checkpoint:
         model.config.name_or_path = str(self.directory)
         return model, False
 
-    def _warn_of_fresh_predictors(self, fresh: bool) -> None:
-        if fresh and self.policy.predictors:
-            logger.warning(
-                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
-                "(or take mode='full' or a training-free policy, e.g. policy='fastv')",
-                self.name,
-                self.policy.name,
-            )
-
-    def empty(self, dtype: torch.dtype, attention: str | None) -> DynamicLlavaForConditionalGeneration:
-        """The model without its weights."""
-        try:
-            return empty_model(self.config, dtype, attention)
-        except (ImportError, ValueError) as error:
-            if attention is None or isinstance(error, UserError):
-                raise
-            raise UserError(f"attn_implementation: {str(error).splitlines()[0]}") from None
-
     def _dtype(self, asked: str | torch.dtype | None, tensors: dict[str, torch.Tensor]) -> torch.dtype:
         first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
         return find_dtype(asked, self.config, first.dtype)
@@ -269,6 +221,7 @@ class _Checkpoint:
             tensors = self._base_weights(dtype)
             tensors = merge_adapter(self.directory, tensors, self._dtype(dtype, tensors))
         else:
+            read_ahead(self.directory)
             tensors = read_weights(self.directory)
         if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
             tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))
@@ -285,11 +238,8 @@ class _Checkpoint:
         text: Any = self.config.text_config
         return _Checkpoint(name, {})._weights(dtype or self.config.dtype or text.dtype)
 
-    def _may_be_absent(self, name: str, fresh_predictors: bool) -> bool:
-        if name == "lm_head.weight":
-            return bool(self.config.tie_word_embeddings)
-        fresh = bool(fresh_predictors and PREDICTORS.match(name)) or is_added(name, self.before)
-        return fresh or _unused_in_vision_tower(name, self.config)
+    def _may_be_absent(self, name: str) -> bool:
+        return is_added(name, self.before) or _unused_in_vision_tower(name, self.config)
 
     def _generation_config(self) -> GenerationConfig:
         """Ours as saved; of the others the token ids only, not the sampling settings of a chat demo."""
@@ -336,43 +286,22 @@ def _add_placeholders(directory: Path, config: DynamicLlavaConfig, tokenizer: An
     config.placeholder_tokens = text.vocab_size - rows
 
 
-def _with_rows(
-    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`tensors` with the vocabulary's new rows, zeros: no one reads them (image features, masked padding)."""
+def _with_rows(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """Return `tensors` with the vocabulary's new rows, zeros: no one reads them (image features, masked padding)."""
     for name in EMBEDDINGS:
-        if name in tensors and tensors[name].shape != expected[name].shape:
-            old, wanted = tensors[name], expected[name]
-            extra = wanted.shape[0] - old.shape[0]
-            if old.shape[1:] == wanted.shape[1:] and 0 < extra <= 2:
-                tensors[name] = torch.cat([old, old.new_zeros(extra, old.shape[1])])
+        if name in tensors and 0 < (extra := rows - len(tensors[name])) <= 2:
+            tensors[name] = torch.cat([tensors[name], tensors[name].new_zeros(extra, tensors[name].shape[1])])
     return tensors
 
 
-def _unused_in_vision_tower(name: str, config: DynamicLlavaConfig) -> bool:
-    """Layers behind the one whose output is used."""
-    if not name.startswith(VISION):
+def _unused_in_vision_tower(name: str, config: Any) -> bool:
+    """Return whether a parameter is of a layer behind the one whose output is used."""
+    used = getattr(config, "vision_feature_layer", None)
+    if not name.startswith(VISION) or not isinstance(used, int):
         return False
-    vision: Any = config.vision_config
-    layers, used = vision.num_hidden_layers, config.vision_feature_layer
-    if not isinstance(used, int):
-        return False
-    last = used if used >= 0 else layers + 1 + used  # hidden_states[last] is the output of layer last - 1
-    if config.projector_type == TOKENPACKER:
+    # hidden_states[last] is the output of layer last - 1
+    last = used if used >= 0 else config.vision_config.num_hidden_layers + 1 + used
+    if getattr(config, "projector_type", None) == TOKENPACKER:
         last = max(last, *PACKED_STATES)
     layer = re.search(r"encoder\.layers\.(\d+)\.", name)
-    return int(layer.group(1)) >= last if layer else ".post_layernorm." in name
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' table of fresh weights, which one line has said, nor its bars."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    return int(layer[1]) >= last if layer else ".post_layernorm." in name

@@ -8,12 +8,11 @@ from typing import Any
 from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlamaTokenizer
 from transformers.models.clip import CLIPImageProcessor
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
-from dynllava_plugin.model.checkpoints.layouts import LLAVA_HF, OWN, is_clip_l_336, vision_folder
+from dynllava_plugin.model.checkpoints.layouts import FAMILY, LLAVA_HF, OWN, is_clip_l_336, vision_folder
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.tokenizers import original_spacing, read_original_tokenizer
-from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.families.projectors import packed_side
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
@@ -23,9 +22,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def read_tokenizer(directory: Path, layout: str) -> Any:
-    """A checkpoint's tokenizer with an image and a padding token; None where it has none, or is our own."""
-    directory = tokenizer_folder(directory)
-    if layout == OWN or not has_tokenizer(directory):
+    """Return a checkpoint's tokenizer with an image and a padding token; None where it has none, or comes with the processor."""
+    if layout in (OWN, FAMILY) or not has_tokenizer(directory := tokenizer_folder(directory)):
         return None
     try:
         if layout == LLAVA_HF and _is_sentencepiece(directory):
@@ -35,8 +33,7 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
         else:
             tokenizer = read_original_tokenizer(directory)
     except Exception as error:  # sentencepiece, tokenizers and JSON each have their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}: its tokenizer cannot be read ({reason})") from None
+        raise UserError(f"{directory}: its tokenizer cannot be read ({one_line(error)})") from None
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if layout == LLAVA_HF and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # the model may have no row for another token
@@ -47,21 +44,27 @@ def read_tokenizer(directory: Path, layout: str) -> Any:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Return whether a folder holds a tokenizer."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def tokenizer_folder(directory: Path) -> Path:
-    """Where a checkpoint's tokenizer is: under an adapter of the published code in its base, which it doesn't repeat."""
+    """Return where a checkpoint's tokenizer is: under an adapter of the published code in its base, which it doesn't repeat."""
     if has_tokenizer(directory) or not is_adapter(directory):
         return directory
     return tokenizer_folder(find_checkpoint(base_of(directory), weights=False))
 
 
-def read_processor(
-    directory: Path, layout: str, values: dict[str, Any], config: DynamicLlavaConfig, tokenizer: Any
-) -> DynamicLlavaProcessor:
-    """The processor of any layout; `values` is the checkpoint's config.json, `config` what became of it."""
+def read_processor(directory: Path, layout: str, values: dict[str, Any], config: Any, tokenizer: Any) -> Any:
+    """Return the processor of any layout; `values` is the checkpoint's config.json, `config` what became of it."""
+    if layout == FAMILY:
+        processor = _whole(AutoProcessor, directory)
+        own = getattr(processor, "tokenizer", None)
+        if own is None:
+            raise UserError(f"{directory}: no tokenizer here (tokenizer.json)")
+        own.padding_side = "left"
+        own.pad_token = own.pad_token or own.eos_token
+        return processor
     texts = tokenizer_folder(directory)
     if not has_tokenizer(texts):
         raise UserError(f"{directory}: no tokenizer here ({' or '.join(TOKENIZER_FILES)})")
@@ -93,13 +96,12 @@ def read_processor(
 
 
 def _whole(kind: Any, directory: Path) -> Any:
-    """What transformers reads from a folder; its many errors as one line."""
+    """Return what transformers reads from a folder, or raise `UserError`."""
     try:
         return kind.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    except Exception as error:  # tokenizers, JSON and image processors each have their own
         raise UserError(
-            f"{directory}: its processor's JSON files are missing or damaged ({reason})"
+            f"{directory}: its processor's files are missing or damaged ({one_line(error)})"
         ) from None
 
 

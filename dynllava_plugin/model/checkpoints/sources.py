@@ -48,9 +48,7 @@ def _download(hub_id: str, weights: bool) -> Path:
                 snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{hub_id}: cannot be fetched from the hub ({reason}); give a local folder instead"
-        ) from None
+        raise UserError(f"{hub_id}: can't be fetched from the hub ({reason}); give a local folder") from None
     return folder
 
 

@@ -11,40 +11,52 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.sparsity.config import SparsityConfig
 
-# Published names -> ours, applied top to bottom; the layouts do not collide, so that one table serves all.
+# What this package and the published code call the same: # is a number.
+_IMAGE_PREDICTOR = {
+    "norm": "down_mlp.0",
+    "in_proj": "down_mlp.1",
+    "head": "output_mlp",
+    "blocks.#.attention_norm": "transformer.#.norm1",
+    "blocks.#.qkv_proj": "transformer.#.attn.qkv",
+    "blocks.#.out_proj": "transformer.#.attn.proj",
+    "blocks.#.ffn_norm": "transformer.#.norm2",
+    "blocks.#.fc1": "transformer.#.mlp.fc1",
+    "blocks.#.fc2": "transformer.#.mlp.fc2",
+}
+_TEXT_PREDICTOR = {"norm": "0", "in_proj": "1", "head.0": "3", "head.2": "5", "head.4": "7"}
+BOTH_WAYS = (  # the first that fits counts
+    *((f"model.multi_modal_projector.linear_{i + 1}.", f"model.mm_projector.{2 * i}.") for i in range(9)),
+    ("model.multi_modal_projector.", "model.mm_projector."),
+    *(
+        (f"model.language_model.{ours}.{mine}.", f"model.{theirs}.{name}.")
+        for ours, theirs, inside in (
+            ("image_predictor", "image_score_predictor", _IMAGE_PREDICTOR),
+            ("text_predictor", "output_text_score_predictor.output_mlp", _TEXT_PREDICTOR),
+            ("prompt_predictor", "instruct_score_predictor.output_mlp", _TEXT_PREDICTOR),
+        )
+        for mine, name in inside.items()
+    ),
+)
+
+
+def as_rename(name: str, other: str) -> tuple[str, str]:
+    """Return pattern and replacement that make a name which begins as `name` begin as `other`; # is a number."""
+    return "^" + re.escape(name).replace(r"\#", r"(\d+)"), other.replace("#", r"\1")
+
+
+# Names of any layout -> ours, applied top to bottom; the layouts do not collide, so that one table serves all.
 RENAMES = (
     # llava-hf as published on the hub
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.(model\.)?", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
     # original LLaVA-1.5 and published Dynamic-LLaVA
-    *(
-        (rf"^model\.mm_projector\.{2 * index}\.", f"model.multi_modal_projector.linear_{index + 1}.")
-        for index in range(9)
-    ),
-    (r"^model\.mm_projector\.", "model.multi_modal_projector."),
+    *(as_rename(theirs, ours) for ours, theirs in BOTH_WAYS),
     (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
-    (r"^model\.image_score_predictor\.", "model.language_model.image_predictor."),
-    (r"^model\.output_text_score_predictor\.output_mlp\.", "model.language_model.text_predictor."),
-    (r"^model\.instruct_score_predictor\.output_mlp\.", "model.language_model.prompt_predictor."),
-    # inside the published predictors: Sequential positions -> names
-    (r"(?<=\.image_predictor\.)down_mlp\.0\.", "norm."),
-    (r"(?<=\.image_predictor\.)down_mlp\.1\.", "in_proj."),
-    (r"(?<=\.image_predictor\.)output_mlp\.", "head."),
-    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.norm1\.", r"blocks.\1.attention_norm."),
-    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.attn\.qkv\.", r"blocks.\1.qkv_proj."),
-    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.attn\.proj\.", r"blocks.\1.out_proj."),
-    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.norm2\.", r"blocks.\1.ffn_norm."),
-    (r"(?<=\.image_predictor\.)transformer\.(\d+)\.mlp\.", r"blocks.\1."),
-    (r"\.(text|prompt)_predictor\.0\.", r".\1_predictor.norm."),
-    (r"\.(text|prompt)_predictor\.1\.", r".\1_predictor.in_proj."),
-    (r"\.(text|prompt)_predictor\.3\.", r".\1_predictor.head.0."),
-    (r"\.(text|prompt)_predictor\.5\.", r".\1_predictor.head.2."),
-    (r"\.(text|prompt)_predictor\.7\.", r".\1_predictor.head.4."),
     # `save_pretrained` of a model that was built, not loaded, goes back to LLaVA's older names
     (r"^model\.language_model\.model\.", "model.language_model."),
     (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
@@ -57,13 +69,8 @@ _DECODER_LAYER = re.compile(r"^(?!.*(?:vision|visual)).*\blayers\.(\d+)\.")
 # Of a full CLIP repository only the vision half is wanted.
 NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
 
-SAFETENSORS, PICKLES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    (
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ),
-)
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_added(name: str, before: SparsityConfig) -> bool:
@@ -163,7 +170,7 @@ def read_file(path: Path) -> Mapping[str, torch.Tensor]:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated or not a safetensors file ({_first_line(error)})") from None
+            raise UserError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from None
     return _read_pickle(path)
 
 
@@ -175,38 +182,7 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
         except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what isn't a pickle stops the unpickler on any of its lines
-        raise UserError(f"{path}: not a plain file of tensors, refused ({_first_line(error)})") from None
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in tensors.values()
-    ):
+        raise UserError(f"{path}: not a plain file of tensors, refused ({one_line(error)})") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise UserError(f"{path}: not a plain file of tensors, refused")
     return tensors
-
-
-def check_weights(
-    directory: Path,
-    tensors: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    optional: Iterable[str],
-) -> None:
-    """`UserError` unless `tensors` are what the model needs; `optional` names may be absent."""
-    missing = [name for name in expected if name not in tensors]
-    missing = sorted(set(missing) - set(optional))
-    extra = sorted(set(tensors) - set(expected))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("not part of the model", extra))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{directory}: weights do not fit the model: {'; '.join(problems)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{directory}: {name} has shape {list(tensor.shape)}, but its config.json means"
-                f" {list(expected[name].shape)}"
-            )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
