@@ -12,7 +12,7 @@ from PIL import Image
 
 from dynllava_plugin.bench import loading, measuring, timing
 from dynllava_plugin.bench.command import PHASES, main
-from dynllava_plugin.bench.modes import MODES, modes_named
+from dynllava_plugin.bench.modes import MODES, context_in, modes_named
 from dynllava_plugin.bench.paper import paper_figures
 from dynllava_plugin.bench.report import markdown
 from dynllava_plugin.bench.rows import Rows
@@ -169,7 +169,7 @@ def test_paper_figures_are_the_published_ones():
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_calibration_keeps_exactly_the_asked_share(subject, batch, share):
     subject.text_keep_rate = share
-    subject.switch(MODES["image_text"])
+    subject.switch("image_text")
     prompts = subject.prompts(batch, 40, mixed=batch > 1)
     kept = prompts.calibrate()
     assert kept == pytest.approx(share, abs=0.02)
@@ -180,7 +180,7 @@ def test_calibration_keeps_exactly_the_asked_share(subject, batch, share):
         for column in range(20, 40):
             prompts.step(cache, column)
     assert float(cache.output_keep().float().mean()) == pytest.approx(kept, abs=1e-6)
-    context = subject.context(MODES["image_text"])
+    context = subject.context("image_text")
     if not prompts.mixed:
         need = cache_bytes(subject.shape, context, 40, 4, batch)
         assert int(cache.kept_lengths().sum()) * subject.shape.kv_bytes(4) == pytest.approx(need, rel=0.01)
@@ -282,11 +282,11 @@ def test_memory_reports_a_mode_that_does_not_fit(monkeypatch, tmp_path):
 
 def _needed(mode):
     from dynllava_plugin.bench.memory import STEPS
-    from dynllava_plugin.bench.subject import estimated_bytes
+    from dynllava_plugin.bench.subject import working_bytes
 
     shape = shape_named("4x256x4")
-    context = MODES[mode].context(shape.layers, 16, 8, 0.2, 0.5)
-    return int(estimated_bytes(shape, [context], 2, 2000 + STEPS, 4)[1])
+    context = context_in(mode, shape.layers, 16, 8, 0.2, 0.5)
+    return int(working_bytes(shape, [context], 2, 2000 + STEPS, 4))
 
 
 def test_rows_of_another_machine_are_not_gone_on_from(tmp_path, capsys):
@@ -415,7 +415,7 @@ def test_calls_take_turns():
 
 
 def test_full_context_is_always_there_to_compare_with():
-    assert [mode.name for mode in modes_named("--mode", "image_text")] == ["full", "image_text"]
+    assert modes_named("--mode", "image_text") == ["full", "image_text"]
     with pytest.raises(UserError):
         modes_named("--mode", "")
 
@@ -424,7 +424,7 @@ def test_a_list_of_modes_may_name_policies():
     modes = modes_named(
         "--mode", "image_text,h2o,r=0.5,downsample,schedule,2:fastv:0.5,3:random:0.3,fastv+h2o,fastv.r=0.5"
     )
-    assert [mode.name for mode in modes] == [
+    assert modes == [
         "full", "image_text", "h2o,r=0.5", "downsample", "schedule,2:fastv:0.5,3:random:0.3", "fastv+h2o,fastv.r=0.5",
     ]  # fmt: skip
     for wrong, why in (("visionzip", "dynllava compare"), ("h2o,r=2", "r=2"), ("half", "choose one of")):
@@ -440,15 +440,14 @@ def test_a_list_of_modes_may_name_policies():
 @torch.inference_mode()
 def test_a_policys_context_is_what_its_cache_holds(subject, policy):
     subject.text_keep_rate = 0.5
-    (mode,) = [mode for mode in modes_named("--mode", policy) if mode.name == policy]
     prompts = subject.prompts(2, 40)
     prompts.calibrate()
-    subject.switch(mode)
+    subject.switch(policy)
     cache = subject.model.new_cache()
     prompts.prefill(cache)
     for length in (0, 40):
         prompts.feed(cache, 0, length)
-        counted = cache_bytes(subject.shape, subject.context(mode), length, subject.itemsize, 2)
+        counted = cache_bytes(subject.shape, subject.context(policy), length, subject.itemsize, 2)
         held = int(cache.kept_lengths().sum()) * subject.shape.kv_bytes(subject.itemsize)
         assert held == pytest.approx(counted, rel=0.02)
 

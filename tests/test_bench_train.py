@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dynllava_plugin.bench import plots, train
-from dynllava_plugin.bench.attention import AttentionShape, model_attention, training_keep
+from dynllava_plugin.bench.attention import AttentionCase, model_attention, training_keep
 from dynllava_plugin.bench.shapes import SHAPES
 from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, peak_flops
 from dynllava_plugin.cli import main
@@ -37,8 +37,7 @@ def settings(**changes):
 def measured(monkeypatch):
     """No processes: peaks by name. And a tiny shape."""
     peaks = {"plain": 1000, "ours": 100, "sdpa": 50}
-    monkeypatch.setattr(train, "attention_peak", lambda shape, kept, name, device: peaks[name])
-    monkeypatch.setattr(train, "step_peak", lambda settings, name, step: peaks[name])
+    monkeypatch.setattr(train, "peak", lambda case, name: peaks[name])
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
 
@@ -75,7 +74,7 @@ def test_rows_table_and_chart(measured, tmp_path, capsys):
 def test_each_devices_chart_is_of_its_own_lengths(tmp_path, monkeypatch):
     """The committed rows: no title cut, no axis beyond what was measured, SDPA as one line of all its lengths."""
     drawn = []
-    monkeypatch.setattr(plots, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(plots, "write_figure", lambda path, figure, **how: drawn.append(figure))
     table = pd.read_csv(Path(__file__).parents[1] / "results/training/table.csv")
     table = table[table["phase"] == "attention"]
     plots.draw_training(table, tmp_path / "chart.png")
@@ -112,7 +111,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(measured, tmp_path, monke
 
 def test_what_has_no_room_is_measured_smaller_or_left_out(measured, tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.json"
-    shape = AttentionShape(32, 1, 2, 2, 16)
+    shape = AttentionCase(32, 1, 2, 2, 16)
     monkeypatch.setattr(train, "free_bytes", lambda device: 2 * shape.plain_bytes)
     arguments = [*ARGUMENTS[:4], "--lengths", "32,64", "--only", "attention", "--kept", "all", "--batch", "5"]
     assert main([*arguments, "--device", "cpu", "--repeats", "1", "--json", str(file)]) == 0
@@ -151,8 +150,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 def test_peak_memory_of_a_process():
     """Several full matrices, but not the inputs and not the process."""
-    shape = AttentionShape(1024, 1, 2, 2, 16)
-    peak = train.attention_peak(shape, "all", "plain", torch.device("cpu"))
+    peak = train.peak(AttentionCase(1024, 1, 2, 2, 16, kept="all"), "plain")
     if peak is None:
         pytest.skip("only Linux can reset the high-water mark of a process")
     assert 4 <= peak / (4 * 2 * 1024**2) <= 20  # a busy machine adds a few MiB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux only")
 
-from dynllava_plugin.bench.attention import AttentionInputs, AttentionShape, attention_inputs  # noqa: E402
+from dynllava_plugin.bench.attention import AttentionCase, AttentionInputs, attention_inputs  # noqa: E402
 from dynllava_plugin.sparsity import masked_softmax_kernels as kernels  # noqa: E402
 from dynllava_plugin.sparsity.masked_softmax import (  # noqa: E402
     context_matrix,
@@ -85,16 +86,16 @@ def test_compiles_to_tensor_core_code_without_a_gpu(kernel, more):
 
 def errors(inputs: AttentionInputs, plain: bool) -> list[float]:
     """Relative errors of the output and of the gradients of query, key, value and keep mask, against the full matrix in float64."""
-    found = []
+    found, scaling = [], inputs.query.shape[-1] ** -0.5
     for full, dtype in ((plain, inputs.query.dtype), (True, torch.float64)):
-        query, key, value, keep = (leaf.detach().to(dtype).requires_grad_() for leaf in inputs.leaves)
+        query, key, value, keep = (leaf.detach().to(dtype).requires_grad_() for leaf in inputs[:4])
         if full:
             masks = context_matrix(keep), visible_matrix(inputs.valid)
-            out = plain_masked_softmax(query, key, value, *masks, inputs.scaling)
+            out = plain_masked_softmax(query, key, value, *masks, scaling)
         else:
             keep = inputs.keep.detach().requires_grad_()
             context = training_context(keep, inputs.valid)
-            out = masked_softmax_attention(query, key, value, context, inputs.scaling)
+            out = masked_softmax_attention(query, key, value, context, scaling)
         gradients = torch.autograd.grad(out, (query, key, value, keep), inputs.upstream.to(out.dtype))
         found.append([tensor.detach().double() for tensor in (out, *gradients)])
     return [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*found, strict=True)]
@@ -104,22 +105,25 @@ def errors(inputs: AttentionInputs, plain: bool) -> list[float]:
     not torch.cuda.is_available(), reason="needs a CUDA device; without one the interpreter runs the kernels"
 )
 @pytest.mark.parametrize(
-    ("shape", "kept", "padding"),
+    ("case", "padding"),
     [
-        (AttentionShape(640, 2, 4, 4, 128, torch.bfloat16), "paper", (0, 0)),
-        (AttentionShape(333, 3, 4, 2, 128, torch.float32), "paper", (17, 0)),
-        (AttentionShape(257, 2, 4, 1, 64, torch.float16), "paper", (0, 40)),
-        (AttentionShape(130, 2, 2, 2, 32, torch.bfloat16), "all", (0, 130)),  # the second sample is padding
-        (AttentionShape(200, 1, 2, 2, 80, torch.float16), "paper", (0, 0)),
-        (AttentionShape(200, 1, 2, 2, 256, torch.bfloat16), "paper", (0, 0)),
-        (AttentionShape(2048, 1, 4, 4, 128, torch.bfloat16), "paper", (0, 0)),
+        (AttentionCase(640, 2, 4, 4, 128, torch.bfloat16), (0, 0)),
+        (AttentionCase(333, 3, 4, 2, 128, torch.float32), (17, 0)),
+        (AttentionCase(257, 2, 4, 1, 64, torch.float16), (0, 40)),
+        (
+            AttentionCase(130, 2, 2, 2, 32, torch.bfloat16, kept="all"),
+            (0, 130),
+        ),  # the second sample is padding
+        (AttentionCase(200, 1, 2, 2, 80, torch.float16), (0, 0)),
+        (AttentionCase(200, 1, 2, 2, 256, torch.bfloat16), (0, 0)),
+        (AttentionCase(2048, 1, 4, 4, 128, torch.bfloat16), (0, 0)),
     ],
 )
-def test_equals_the_full_matrix_on_this_gpu(shape, kept, padding):
+def test_equals_the_full_matrix_on_this_gpu(case, padding):
     """Both are rounded; ours must not be much worse. `padding`: of each sample but the first, left and right."""
-    inputs = attention_inputs(shape, kept, "cuda")
+    inputs = attention_inputs(replace(case, device="cuda"))
     inputs.valid[1:, : padding[0]] = False
-    inputs.valid[1:, shape.length - padding[1] :] = False
+    inputs.valid[1:, case.length - padding[1] :] = False
     ours, full = errors(inputs, plain=False), errors(inputs, plain=True)
-    floor = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[shape.dtype]
+    floor = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[case.dtype]
     assert all(a <= max(3 * b, floor) for a, b in zip(ours, full, strict=True)), (ours, full)

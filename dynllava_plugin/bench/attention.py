@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -29,8 +30,8 @@ FULL_MATRICES = (
 
 
 @dataclass(frozen=True)
-class AttentionShape:
-    """One attention call: [batch, heads, length, head_dim], keys and values with `kv_heads`."""
+class AttentionCase:
+    """One attention call: [batch, heads, length, head_dim], keys and values with `kv_heads`; masks that keep "paper" or "all"."""
 
     length: int
     batch: int = 1
@@ -38,16 +39,25 @@ class AttentionShape:
     kv_heads: int = 8
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
+    kept: str = "paper"
+    device: str = "cpu"
 
     @property
     def plain_bytes(self) -> float:
         """Return the bytes that the full matrix needs beside its inputs, about."""
         return 4.0 * FULL_MATRICES * self.batch * self.heads * self.length**2
 
+    def small(self) -> AttentionCase:
+        """Return a case of the same kind that takes no time."""
+        return replace(self, length=min(self.length, 64))
 
-@dataclass
-class AttentionInputs:
-    """Leaves that want gradients, [B, H, L, D] and keep mask float32 [B, L], and the gradient of the output."""
+    def work(self, implementation: str) -> Callable[[], None]:
+        """Return forward and backward by one of `IMPLEMENTATIONS`; the inputs are there already."""
+        return partial(IMPLEMENTATIONS[implementation], attention_inputs(self))
+
+
+class AttentionInputs(NamedTuple):
+    """Leaves that want gradients, [B, H, L, D] and keep mask float32 [B, L]; `valid` bool [B, L]; the gradient of the output."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -55,16 +65,6 @@ class AttentionInputs:
     keep: torch.Tensor
     valid: torch.Tensor
     upstream: torch.Tensor
-
-    @property
-    def leaves(self) -> tuple[torch.Tensor, ...]:
-        """Return what gets a gradient."""
-        return self.query, self.key, self.value, self.keep
-
-    @property
-    def scaling(self) -> float:
-        """Return the factor of the scores."""
-        return self.query.shape[-1] ** -0.5
 
 
 def training_keep(batch: int, length: int, kept: str, generator: torch.Generator) -> torch.Tensor:
@@ -85,45 +85,45 @@ def training_keep(batch: int, length: int, kept: str, generator: torch.Generator
     return keep
 
 
-def attention_inputs(shape: AttentionShape, kept: str, device: torch.device | str) -> AttentionInputs:
+def attention_inputs(case: AttentionCase) -> AttentionInputs:
     """Return normal queries, keys and values in the model's layout ([B, L, H, D] in memory), without padding."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(heads: int) -> torch.Tensor:
-        drawn = torch.randn(shape.batch, shape.length, heads, shape.head_dim, generator=generator)
-        return drawn.to(device, shape.dtype).transpose(1, 2)
+        drawn = torch.randn(case.batch, case.length, heads, case.head_dim, generator=generator)
+        return drawn.to(case.device, case.dtype).transpose(1, 2)
 
     return AttentionInputs(
-        query=tokens(shape.heads).requires_grad_(),
-        key=tokens(shape.kv_heads).requires_grad_(),
-        value=tokens(shape.kv_heads).requires_grad_(),
-        keep=training_keep(shape.batch, shape.length, kept, generator).to(device).requires_grad_(),
-        valid=torch.ones(shape.batch, shape.length, dtype=torch.bool, device=device),
-        upstream=tokens(shape.heads),
+        query=tokens(case.heads).requires_grad_(),
+        key=tokens(case.kv_heads).requires_grad_(),
+        value=tokens(case.kv_heads).requires_grad_(),
+        keep=training_keep(case.batch, case.length, case.kept, generator).to(case.device).requires_grad_(),
+        valid=torch.ones(case.batch, case.length, dtype=torch.bool, device=case.device),
+        upstream=tokens(case.heads),
     )
 
 
 def ours(inputs: AttentionInputs) -> None:
     """Run the package's attention, its packing included."""
-    context = training_context(inputs.keep, inputs.valid)
-    out = masked_softmax_attention(inputs.query, inputs.key, inputs.value, context, inputs.scaling)
-    torch.autograd.grad(out, inputs.leaves, inputs.upstream)
+    query, key, value, keep, valid, upstream = inputs
+    out = masked_softmax_attention(query, key, value, training_context(keep, valid), query.shape[-1] ** -0.5)
+    torch.autograd.grad(out, inputs[:4], upstream)
 
 
 def plain(inputs: AttentionInputs) -> None:
     """Run the full matrix, its masks included."""
-    context, visible = context_matrix(inputs.keep), visible_matrix(inputs.valid)
-    out = plain_masked_softmax(inputs.query, inputs.key, inputs.value, context, visible, inputs.scaling)
-    torch.autograd.grad(out, inputs.leaves, inputs.upstream)
+    query, key, value, keep, valid, upstream = inputs
+    context, visible = context_matrix(keep), visible_matrix(valid)
+    out = plain_masked_softmax(query, key, value, context, visible, query.shape[-1] ** -0.5)
+    torch.autograd.grad(out, inputs[:4], upstream)
 
 
 def sdpa(inputs: AttentionInputs) -> None:
     """Run causal attention over all tokens, without masks to learn, as a layer before l does."""
-    grouped = inputs.query.shape[1] != inputs.key.shape[1]
-    out = functional.scaled_dot_product_attention(
-        inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=grouped
-    )
-    torch.autograd.grad(out, inputs.leaves[:3], inputs.upstream)
+    query, key, value, _, _, upstream = inputs
+    grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    torch.autograd.grad(out, inputs[:3], upstream)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[AttentionInputs], None]] = {"plain": plain, "ours": ours, "sdpa": sdpa}

@@ -19,10 +19,7 @@ PHASES = {
     "decode": ("decode", "steps of every mode and path, after each number of generated tokens"),
     "batching": ("decode", "tokens a second of a batch of mixed prompt lengths against a batch of one"),
     "nocache": ("passes", "one step without cache (the whole context again)"),
-    "score": (
-        "score",
-        "an answer in one pass against token by token, and how far their log-probabilities differ",
-    ),
+    "score": ("score", "an answer in one pass against token by token: time, and how far the two differ"),
     "memory": ("memory", "what prefill and decoding hold; what can't fit is a row, too"),
     "load": ("loading", "`load_model` against safetensors alone, until every weight has been read once"),
 }
@@ -51,17 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("files", nargs="+", type=Path, metavar="ROWS.json", help="as written by --json")
     report.add_argument("--output", type=Path, metavar="DIR", default=Path("results/efficiency"))
     _add_train(
-        flags_of(
-            "train", "train", "training attention and step: time and peak memory against the full matrix"
-        )
+        flags_of("train", "train", "training attention and step against the full matrix: time, memory")
     )
     _add_harness(
-        flags_of("harness", "harness", "questions a second in each harness: one at a time and in batches")
+        flags_of("harness", "harness", "questions a second in each harness, one by one and in batches")
     )
     _add_serve(
-        flags_of(
-            "serve", "serving", "`dynllava serve` under so many clients: requests/s, time to the first token"
-        )
+        flags_of("serve", "serving", "`dynllava serve` under so many clients: requests/s, first token")
     )
 
 
@@ -85,8 +78,9 @@ def _add_shared(flags: Flags) -> None:
     flags.add("--mode", f"comma-separated, {ANY_MODE}", ",".join(MODES), modes_named)
     flags.add("--batch", "comma-separated batch sizes", "1,8", numbers(1))
     flags.add("--new-tokens", "generated tokens at the end", "1000", at_least(1))
-    flags.add("--at", "comma-separated generated tokens at which to measure (default: five up to --new-tokens)",
-              kind=numbers(0))  # fmt: skip
+    flags.add(
+        "--at", "generated tokens at which to measure (default: five up to --new-tokens)", kind=numbers(0)
+    )
     flags.add("--path", f"decode steps: comma-separated, of {', '.join(PATHS)}", "eager", some_of(PATHS))
     flags.add("--image-tokens", "of a prompt", "576", at_least(1))
     flags.add("--text-tokens", "of a prompt", "60", at_least(1))
@@ -102,23 +96,18 @@ def _add_train(flags: Flags) -> None:
     flags.add("--shape", f"{ANY_SHAPE} (default: llava-1.5-7b on a GPU, else cpu-medium)")
     flags.add("--lengths", "of the attention, comma-separated", "512,1024,2048,4096", numbers(1))
     flags.add(
-        "--kept",
-        "tokens that the attention's masks keep, by the paper's rates or all",
-        ",".join(KEPT),
-        some_of(KEPT),
+        "--kept", "tokens that the attention keeps: at the paper's rates, all", ",".join(KEPT), some_of(KEPT)
     )
     flags.add(
-        "--batch",
-        "samples (default: 8 on a GPU; on the CPU 1 for the attention, 4 for a step)",
-        kind=at_least(1),
+        "--batch", "samples (default: 8; on the CPU 1 for the attention, 4 for a step)", kind=at_least(1)
     )
     flags.add("--text-tokens", "of a step's sample, beside the 576 of its image", "128", at_least(4))
-    flags.add("--checkpointing", "gradient checkpointing in a step (default: on a GPU)",
-              action=argparse.BooleanOptionalAction)  # fmt: skip
+    boolean = argparse.BooleanOptionalAction
+    flags.add("--checkpointing", "gradient checkpointing in a step (default: on a GPU)", action=boolean)
     flags.add("--optimizer", "states in the weights' dtype", "adamw", choices=("adamw", "sgd"))
     flags.add("--devices", "hours of an epoch are given for so many", "1,8", numbers(1))
     flags.add(
-        "--peak-tflops", "of the device (default: its data sheet's, or measured)", kind=at_least(1e-6, float)
+        "--peak-tflops", "of the device (default: its data sheet's, or timed)", kind=at_least(1e-6, float)
     )
     _add_device(flags)
     _add_rows(flags, repeats=5)
@@ -129,9 +118,8 @@ def _add_harness(flags: Flags) -> None:
     flags.add("--benchmark", "one that both harnesses have", "easy_vqa")
     flags.add("--limit", "questions", "1000", at_least(1))
     flags.add("--batch", "comma-separated batch sizes, 1 among them", "1,8,32", numbers(1))
-    flags.add(
-        "--harness", f"comma-separated, of {', '.join(HARNESSES)}", ",".join(HARNESSES), some_of(HARNESSES)
-    )
+    both = ",".join(HARNESSES)
+    flags.add("--harness", f"comma-separated, of {both}", both, some_of(HARNESSES))
     flags.add("--policy", "instead of the checkpoint's own, e.g. full or fastv,k=3,r=0.75")
     _add_rows(flags, repeats=3)
 
@@ -155,9 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m dynllava_plugin.bench`; returns the exit status, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="dynllava bench", description="Time and memory with random weights."
-    )
+    parser = argparse.ArgumentParser(prog="dynllava bench", description="Time and memory, measured.")
     add_arguments(parser)
     args = parser.parse_args(arguments)
     try:

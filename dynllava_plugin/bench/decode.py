@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, against_full, held, kind, spaced
 from dynllava_plugin.bench.subject import Prompts
 from dynllava_plugin.bench.timing import release, summary
@@ -21,14 +20,14 @@ WINDOW = 8  # steps timed together
 class _Stream:
     """A mode that decodes its batch in one way; `at` answer tokens have been fed."""
 
-    mode: Mode
+    mode: str
     path: str
     prompts: Prompts
     cache: SparseContextCache
     at: int = 0
 
     @classmethod
-    def start(cls, run: Run, prompts: Prompts, mode: Mode, path: str) -> _Stream:
+    def start(cls, run: Run, prompts: Prompts, mode: str, path: str) -> _Stream:
         """Return the stream behind its prefill."""
         run.subject.switch(mode)
         cache = run.new_cache(path)
@@ -67,12 +66,12 @@ def decode(run: Run) -> None:
         prompts = run.subject.prompts(batch, lengths[-1] + steps_measured(run))
         prompts.calibrate()
         pairs = [(mode, path) for path in run.paths for mode in run.modes_on(path)]
-        streams = {(mode.name, path): _Stream.start(run, prompts, mode, path) for mode, path in pairs}
+        streams = {(mode, path): _Stream.start(run, prompts, mode, path) for mode, path in pairs}
         for length in wanted:
             for stream in streams.values():
                 stream.advance(run, length)
             calls = {key: stream.window for key, stream in streams.items()}
-            times = run.times(calls, run.repeats, before=lambda key: run.switch(key[0]))
+            times = run.times(calls, run.repeats, before=lambda key: run.subject.switch(key[0]))
             _add(run, batch, length, streams, {key: _per_step(taken) for key, taken in times.items()})
         del streams, prompts
         release(run.subject.device)
@@ -97,7 +96,7 @@ def batching(run: Run) -> None:
         for batch, stream in streams.items():
             measured = _per_step(times[batch])
             run.rows.add(
-                phase="batching", mode=mode.name, path=path, prompts=kind(stream.prompts), batch=batch, length=length,
+                phase="batching", mode=mode, path=path, prompts=kind(stream.prompts), batch=batch, length=length,
                 **measured, tokens_per_s=batch / measured["median_s"], speedup=batch * single / measured["median_s"],
             )  # fmt: skip
 
@@ -115,7 +114,7 @@ def _add(
 ) -> None:
     subject, shape = run.subject, run.subject.shape
     caches = {key: held(stream.cache, subject) for key, stream in streams.items()}
-    contexts = {mode.name: subject.context(mode) for mode in run.modes}
+    contexts = {mode: subject.context(mode) for mode in run.modes}
 
     def read_bytes(name: str, path: str) -> int:
         weights = decode_step_weights(shape, contexts[name].text_predictor) * subject.itemsize

@@ -11,12 +11,13 @@ from pathlib import Path
 from dynllava_plugin.bench.command import PHASES
 from dynllava_plugin.bench.decode import steps_measured
 from dynllava_plugin.bench.memory import STEPS
+from dynllava_plugin.bench.modes import context_in, policy_in
 from dynllava_plugin.bench.pictures import Loaded
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.run import Run
 from dynllava_plugin.bench.score import ANSWER
 from dynllava_plugin.bench.shapes import shape_named
-from dynllava_plugin.bench.subject import Subject, estimated_bytes
+from dynllava_plugin.bench.subject import Subject, working_bytes
 from dynllava_plugin.bench.timing import place, require_memory
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
@@ -42,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
         rows.common |= {"image_tokens": args.image_tokens, "text_tokens": args.text_tokens}
         shape = loaded.shape
         _check(args, shape)
-        if loaded.model.fresh_predictors and any(mode.policy().predictors for mode in args.mode):
+        if loaded.model.fresh_predictors and any(policy_in(mode).predictors for mode in args.mode):
             print(
                 f"{name} has no predictors: untrained ones stand in where a mode asks them", file=sys.stderr
             )
     assert shape is not None
     lengths = sorted(set(args.at or (round(args.new_tokens * part / 4) for part in range(5))))
-    needed = _largest(args, shape, lengths, dtype.itemsize, weights=loaded is None)
-    require_memory(needed, device, f"--shape {name}")
+    weights = 0 if loaded else shape.parameters * dtype.itemsize
+    require_memory(weights + _largest(args, shape, lengths, dtype.itemsize), device, f"--shape {name}")
     subject = Subject(
         shape,
         device,
@@ -76,27 +77,21 @@ def _check(args: argparse.Namespace, shape: DecoderShape) -> None:
             f"--vision-keep-rate: {args.vision_keep_rate} keeps none of {args.image_tokens} image tokens"
         )
     for mode in args.mode:
-        policy = mode.policy(args.vision_keep_rate).of_depth(shape.layers)
+        policy = policy_in(mode, args.vision_keep_rate).of_depth(shape.layers)
         policy.check()
         policy.check_image(args.image_tokens)
 
 
-def _largest(
-    args: argparse.Namespace, shape: DecoderShape, lengths: list[int], itemsize: int, weights: bool
-) -> float:
-    """Bytes of the weights (unless they are there) and of the largest phase; `memory` itself reports what can't fit."""
-    phases, most = set(args.only), 0.0
-    contexts = [
-        mode.context(
-            shape.layers, args.image_tokens, args.text_tokens, args.vision_keep_rate, args.text_keep_rate
-        )
-        for mode in args.mode
-    ]
-    for phase in phases - {"memory", "load"}:
+def _largest(args: argparse.Namespace, shape: DecoderShape, lengths: list[int], itemsize: int) -> float:
+    """Bytes beside the weights of the largest phase; `memory` itself reports what can't fit."""
+    text = args.image_tokens, args.text_tokens, args.vision_keep_rate, args.text_keep_rate
+    contexts = [context_in(mode, shape.layers, *text) for mode in args.mode]
+    most = 0.0
+    for phase in set(args.only) - {"memory", "load"}:
         steps = lengths[-1] + max(steps_measured(args), STEPS)
         fed = {"prefill": 0, "score": ANSWER}.get(phase, steps)
         # Decoding modes hold their caches side by side.
         caches = contexts * len(args.path) if phase in ("decode", "batching") else contexts[:1]
         whole = phase in ("nocache", "score")
-        most = max(most, estimated_bytes(shape, caches, max(args.batch), fed, itemsize, prefill=not whole)[1])
-    return most + (estimated_bytes(shape, contexts[:1], 1, 1, itemsize)[0] if weights else 0.0)
+        most = max(most, working_bytes(shape, caches, max(args.batch), fed, itemsize, whole))
+    return most

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.bench.modes import Mode
 from dynllava_plugin.bench.run import Run, held, spaced
-from dynllava_plugin.bench.subject import Prompts, estimated_bytes
+from dynllava_plugin.bench.subject import Prompts, working_bytes
 from dynllava_plugin.bench.timing import peak_allocated, release
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.flops import cache_bytes
@@ -32,7 +31,7 @@ def memory(run: Run) -> None:
             _one_mode(run, prompts, mode, lengths)
 
 
-def _one_mode(run: Run, prompts: Prompts, mode: Mode, lengths: list[int]) -> None:
+def _one_mode(run: Run, prompts: Prompts, mode: str, lengths: list[int]) -> None:
     subject, batch, on_gpu = run.subject, prompts.batch, run.subject.device.type == "cuda"
     subject.switch(mode)
     context, weights = subject.context(mode), subject.weight_bytes
@@ -43,7 +42,7 @@ def _one_mode(run: Run, prompts: Prompts, mode: Mode, lengths: list[int]) -> Non
             prompts.step(cache, column)
 
     for length in lengths:
-        needed = estimated_bytes(subject.shape, [context], batch, length + STEPS, subject.itemsize)[1]
+        needed = working_bytes(subject.shape, [context], batch, length + STEPS, subject.itemsize)
         fits = fits and needed < free_bytes(subject.device) + cache.num_bytes()
         found = {"fits": fits, "weight_bytes": weights}
         steps = STEPS if on_gpu else 1
@@ -61,7 +60,7 @@ def _one_mode(run: Run, prompts: Prompts, mode: Mode, lengths: list[int]) -> Non
         if not fits:
             found["needed_bytes"] = int(cache_bytes(subject.shape, context, length, subject.itemsize, batch))
         run.rows.add(
-            phase="memory", mode=mode.name, path="eager", prompts="equal", batch=batch, length=length, **found
+            phase="memory", mode=mode, path="eager", prompts="equal", batch=batch, length=length, **found
         )
 
 

@@ -20,8 +20,8 @@ def prefill(run: Run) -> None:
         if run.has("prefill", batch=batch):
             continue
         prompts = run.subject.prompts(batch, 1)
-        calls = {mode.name: partial(_prefill, run, prompts) for mode in run.modes}
-        _add(run, "prefill", batch, 0, run.times(calls, run.repeats, run.switch))
+        calls = {mode: partial(_prefill, run, prompts) for mode in run.modes}
+        _add(run, "prefill", batch, 0, run.times(calls, run.repeats, run.subject.switch))
         release(run.subject.device)
 
 
@@ -34,8 +34,14 @@ def nocache(run: Run) -> None:
             prompts.calibrate()
         for length in run.lengths:
             if not run.has("nocache", run.parallel_modes, batch=batch, length=length):
-                calls = {mode.name: partial(_uncached, prompts, length) for mode in run.parallel_modes}
-                _add(run, "nocache", batch, length, run.times(calls, max(run.repeats // 2, 2), run.switch))
+                calls = {mode: partial(_uncached, prompts, length) for mode in run.parallel_modes}
+                _add(
+                    run,
+                    "nocache",
+                    batch,
+                    length,
+                    run.times(calls, max(run.repeats // 2, 2), run.subject.switch),
+                )
         release(run.subject.device)
 
 
@@ -45,21 +51,15 @@ def _prefill(run: Run, prompts: Prompts) -> Any:
 
 def _uncached(prompts: Prompts, length: int) -> Any:
     return prompts.subject.model(
-        torch.cat([prompts.ids, prompts.answers[:, :length]], 1),
-        attention_mask=prompts.mask_with(length),
-        mm_encoder_outputs=prompts.encoded,
-        **prompts.more,
-        use_cache=False,
-        logits_to_keep=1,
-        prompt_length=prompts.width,
+        **prompts.inputs(length), use_cache=False, logits_to_keep=1, prompt_length=prompts.width
     )
 
 
 def _add(run: Run, phase: str, batch: int, length: int, times: dict[str, list[float]]) -> None:
     subject, shape = run.subject, run.subject.shape
     full = summary(times["full"])["median_s"]
-    for mode in (mode for mode in run.modes if mode.name in times):
-        measured = summary(times[mode.name])
+    for mode, taken in times.items():
+        measured = summary(taken)
         full_cost, cost = (
             prefill_flops(shape, context, batch)
             if phase == "prefill"
@@ -67,7 +67,7 @@ def _add(run: Run, phase: str, batch: int, length: int, times: dict[str, list[fl
             for context in (subject.context(run.modes[0]), subject.context(mode))
         )
         run.rows.add(
-            phase=phase, mode=mode.name, path="eager", prompts="equal", batch=batch, length=length, **measured,
+            phase=phase, mode=mode, path="eager", prompts="equal", batch=batch, length=length, **measured,
             **against_full(full, measured["median_s"], full_cost, cost),
             tflops_paper=paper_prefill_flops(shape, subject.context(mode), batch) / 1e12, tflops_exact=cost / 1e12,
         )  # fmt: skip

@@ -28,45 +28,6 @@ def pictures_in(folder: Path) -> list[Path]:
     return files
 
 
-class PicturePrompts(Prompts):
-    """A checkpoint's questions about pictures, and random answers; its own predictors decide."""
-
-    def __init__(self, subject: Subject, batch: int, new_tokens: int, mixed: bool) -> None:
-        assert subject.loaded is not None
-        self.subject, self.batch = subject, batch
-        found = {
-            name: value.to(subject.device) for name, value in subject.loaded.inputs(batch, mixed).items()
-        }
-        self.ids, self.mask = found.pop("input_ids"), found.pop("attention_mask")
-        self.lengths, self.width = self.mask.sum(1).tolist(), self.ids.shape[1]
-        self.mixed = min(self.lengths) < self.width
-        self.answers = self.random_answers(new_tokens)
-        self._pixels = {
-            name: value.to(subject.dtype) if value.is_floating_point() else value
-            for name, value in found.items()
-        }
-        self._encoded: dict[Policy, dict[str, Any]] = {}
-
-    @property
-    def more(self) -> dict[str, Any]:
-        """Return sizes and grids."""
-        return {name: value for name, value in self._pixels.items() if name != "pixel_values"}
-
-    @property
-    def encoded(self) -> dict[str, Any]:
-        """Return the images' features, encoded once for each policy: the vision tower costs every one the same."""
-        model = self.subject.model
-        policy = model.model.language_model.policy
-        if policy not in self._encoded:
-            with torch.no_grad():
-                self._encoded[policy] = {"image": model.encode_images(self._pixels)}
-        return self._encoded[policy]
-
-    def calibrate(self) -> float:
-        """Set nothing; return the share that was asked for."""
-        return self.subject.text_keep_rate
-
-
 class Loaded:
     """A checkpoint and the pictures that it is asked about.
 
@@ -76,13 +37,32 @@ class Loaded:
         As `load_model`'s, and for a folder without pictures.
     """
 
-    prompts = PicturePrompts
-
     def __init__(self, pretrained: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.files = pictures_in(folder)
         self.model, self.processor = load_model(pretrained, device=device, dtype=dtype, mode="full")
         self.model.eval().requires_grad_(False)
         self.shape = DecoderShape.of(self.model.config.text_config)
+
+    def prompts(self, subject: Subject, batch: int, new_tokens: int, mixed: bool) -> Prompts:
+        """Return `batch` questions, each about the next picture; the checkpoint's own predictors decide."""
+        found = {name: value.to(subject.device) for name, value in self.inputs(batch, mixed).items()}
+        ids, mask = found.pop("input_ids"), found.pop("attention_mask")
+        pixels = {
+            name: value.to(subject.dtype) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
+        encoded: dict[Policy, dict[str, Any]] = {}
+
+        def encode() -> dict[str, Any]:
+            # Once for each policy: the vision tower costs every one the same.
+            policy = self.model.model.language_model.policy
+            if policy not in encoded:
+                with torch.no_grad():
+                    encoded[policy] = {"image": self.model.encode_images(pixels)}
+            return encoded[policy]
+
+        more = {name: value for name, value in pixels.items() if name != "pixel_values"}
+        return Prompts(subject, ids, mask, encode, new_tokens, more)
 
     def tokens(self) -> tuple[int, int]:
         """Return how many image and text tokens a prompt has, on average over one of each picture (16 at most)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -35,31 +35,22 @@ def draw(table: pd.DataFrame, folder: Path) -> None:
 
 def draw_generated(rows: pd.DataFrame, about: tuple[Any, ...], folder: Path) -> None:
     """Write time and memory over generated tokens, where a mode was measured at two lengths or more."""
-    shape, device, dtype, batch = about
-    rows = rows[rows.get("path", pd.Series(index=rows.index)) == "eager"]
-    order = [name for name in [*MODES, *rows["mode"].unique()] if name in set(rows["mode"])]
+    rows = rows[rows.get("path", pd.Series(index=rows.index)) == "eager"].sort_values("length")
+    modes = [mode for mode in dict.fromkeys([*MODES, *rows["mode"]]) if mode in set(rows["mode"])]
+    colors = {mode: COLORS[number % len(COLORS)] for number, mode in enumerate(modes)}
     panels = []
     for phase, field, factor, label in PANELS:
         here = rows[(rows["phase"] == phase) & rows[field].notna()] if field in rows else rows[:0]
-        curves = {
-            mode: points.sort_values("length") for mode, points in here.groupby("mode") if len(points) > 1
-        }
-        panels += [(label, field, factor, curves)] if curves else []
-    if not panels:
-        return
-    figure, axes = _axes(1, len(panels), (4.2 * len(panels), 3.6))
-    colors = dict(zip(dict.fromkeys(order), COLORS * len(order), strict=False))
-    for axis, (label, field, factor, curves) in zip(axes[0], panels, strict=True):
-        for mode in [mode for mode in colors if mode in curves]:
-            title = MODES[mode].title if mode in MODES else mode
-            axis.plot(
-                curves[mode]["length"], curves[mode][field] * factor, "o-", color=colors[mode], label=title
-            )
-        axis.set(xlabel="generated tokens", ylabel=label, ylim=(0, None))
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{shape}, batch {batch}, {device}, {dtype}", fontsize=11)
-    figure.tight_layout()
-    write_figure(folder / f"{shape}_{device}_{dtype}_batch{batch}.png".replace(" ", "_"), figure, dpi=120)
+        lines = [
+            Line(MODES.get(mode, mode), points["length"], points[field] * factor, colors[mode])
+            for mode, points in ((mode, here[here["mode"] == mode]) for mode in modes)
+            if len(points) > 1
+        ]
+        panels += [Panel(lines, xlabel="generated tokens", ylabel=label, ylim=(0, None))] if lines else []
+    if panels:
+        shape, device, dtype, batch = about
+        name = f"{shape}_{device}_{dtype}_batch{batch}.png".replace(" ", "_")
+        _write(folder / name, panels, len(panels), f"{shape}, batch {batch}, {device}, {dtype}")
 
 
 def draw_training(table: pd.DataFrame, path: Path) -> None:
@@ -67,65 +58,93 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
 
     SDPA has no masks, so that its rows of either `kept` are one line.
     """
-    devices = list(dict.fromkeys(table["device"]))
-    figure, axes = _axes(len(devices), 2, (9, 3.6 * len(devices)))
-    for line, device in zip(axes, devices, strict=True):
+    panels = []
+    for device in dict.fromkeys(table["device"]):
         here = table[table["device"] == device].sort_values(["implementation", "length", "kept"])
         here.loc[here["implementation"] == "sdpa", "kept"] = "all"
         here = here.drop_duplicates(["implementation", "length", "kept"])
-        for axis, column, scale, title in (
-            (line[0], "median_s", 1e3, "time [ms]"),
-            (line[1], "peak_bytes", 2**-20, "peak memory [MiB]"),
+        for column, scale, what in (
+            ("median_s", 1e3, "time [ms]"),
+            ("peak_bytes", 2**-20, "peak memory [MiB]"),
         ):
+            lines = []
             for (name, kept), rows in here.groupby(["implementation", "kept"]):
+                label = NAMES[name] if name == "sdpa" else f"{NAMES[name]}, kept: {KEPT[kept]}"
                 # Per sample: a length whose full matrix doesn't fit is measured with fewer of them.
                 values = pd.to_numeric(rows[column]) * scale / rows["batch"]
-                if values.notna().any():
-                    label = NAMES[name] if name == "sdpa" else f"{NAMES[name]}, kept: {KEPT[kept]}"
-                    style = "--" if kept == "all" and name != "sdpa" else "-"
-                    axis.plot(
-                        rows["length"], values, style, marker="o", color=TRAINED[name], label=label, ms=4
-                    )
-            axis.set_title(f"{device}\n{title} a sample", fontsize=10)
-            axis.set(yscale="log", xlabel="sequence length N [tokens]")
-            _ticks(axis, here["length"])
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
-    title = "Training attention, forward and backward"
-    figure.suptitle(f"{title} (behind the end of a line: not measured)", fontsize=11)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    write_figure(path, figure)
+                style = "--" if kept == "all" and name != "sdpa" else "-"
+                lines += (
+                    [Line(label, rows["length"], values, TRAINED[name], style)]
+                    if values.notna().any()
+                    else []
+                )
+            title, axis = f"{device}\n{what} a sample", "sequence length N [tokens]"
+            panels.append(Panel(lines, here["length"], title=title, xlabel=axis, yscale="log"))
+    title = "Training attention, forward and backward (behind the end of a line: not measured)"
+    _write(path, panels, 2, title)
 
 
 def draw_harness(table: pd.DataFrame, path: Path) -> None:
     """Write questions a second over the batch size, a line a harness."""
-    figure, axes = _axes(1, 1, (5.5, 3.6))
-    for (device, harness), rows in table.groupby(["device", "harness"]):
-        label = harness if table["device"].nunique() == 1 else f"{harness}, {device}"
-        axes[0][0].plot(rows["batch"], rows["questions_per_s"], marker="o", label=label)
-    axes[0][0].set(xlabel="batch size", ylabel="questions/s", ylim=(0, None))
-    _ticks(axes[0][0], table["batch"])
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    write_figure(path, figure)
+    lines = []
+    for number, ((device, harness), rows) in enumerate(table.groupby(["device", "harness"])):
+        label = f"{harness}, {device}" if table["device"].nunique() > 1 else str(harness)
+        lines.append(Line(label, rows["batch"], rows["questions_per_s"], COLORS[number % len(COLORS)]))
+    _write(path, [Panel(lines, table["batch"], xlabel="batch size", ylabel="questions/s", ylim=(0, None))], 1)
 
 
-def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+class Line(NamedTuple):
+    """A line of a chart."""
+
+    label: str
+    x: pd.Series
+    y: pd.Series
+    color: str
+    style: str = "-"
+
+
+class Panel:
+    """Lines over one pair of axes; `ticks`: of a logarithmic x axis, one at each of these values and nowhere else."""
+
+    def __init__(self, lines: list[Line], ticks: pd.Series | None = None, **settings: Any) -> None:
+        self.lines, self.settings = lines, settings
+        self.ticks = [] if ticks is None else sorted(set(ticks))
+
+    def draw(self, axis: Any) -> None:
+        """Draw on matplotlib's `axis`."""
+        for line in self.lines:
+            axis.plot(line.x, line.y, line.style, marker="o", ms=4, color=line.color, label=line.label)
+        axis.set(**self.settings)
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+        if self.ticks:
+            axis.set_xscale("log")
+            axis.set_xticks(self.ticks, [str(place) for place in self.ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+
+
+def _write(path: Path, panels: list[Panel], columns: int, title: str = "") -> None:
+    """Write panels, `columns` in a row, with one legend for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _ticks(axis: Any, values: pd.Series) -> None:
-    """Put a tick at each of `values` of a logarithmic axis, and nowhere else."""
-    places = sorted(set(values))
-    axis.set_xscale("log")
-    axis.set_xticks(places, [str(place) for place in places])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    size = 4.4 * columns, 3.6 * len(panels) / columns
+    figure, axes = plt.subplots(
+        len(panels) // columns, columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        panel.draw(axis)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        frameon=False,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=min(len(labels), 2 * columns),
+    )
+    figure.suptitle(title, fontsize=11)
+    write_figure(path, figure, dpi=120)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dynllava_plugin.bench.modes import Mode
+from dynllava_plugin.bench.modes import policy_in
 from dynllava_plugin.bench.process import resident_bytes
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.subject import Prompts, Subject
@@ -22,7 +22,7 @@ class Run:
     ----------
     subject : Subject
     rows : Rows
-    modes : list of Mode
+    modes : list of str
         "full" first.
     batches, lengths : list of int
         Batch sizes; generated tokens at which to measure.
@@ -34,7 +34,7 @@ class Run:
 
     subject: Subject
     rows: Rows
-    modes: list[Mode]
+    modes: list[str]
     batches: list[int]
     lengths: list[int]
     paths: list[str]
@@ -57,23 +57,19 @@ class Run:
         compiling = {"fullgraph": True} if path == "compiled" else None
         return self.subject.model.new_cache("static", compiling)
 
-    def switch(self, name: str) -> None:
-        """Bring the model into the mode of this name."""
-        self.subject.switch(next(mode for mode in self.modes if mode.name == name))
-
     @property
-    def parallel_modes(self) -> list[Mode]:
+    def parallel_modes(self) -> list[str]:
         """Return the modes that can take many tokens at once, without a cache."""
-        return [mode for mode in self.modes if not mode.policy().sequential]
+        return [mode for mode in self.modes if not policy_in(mode).sequential]
 
-    def modes_on(self, path: str) -> list[Mode]:
+    def modes_on(self, path: str) -> list[str]:
         """Return the modes that can decode in the given way: what lets tokens go again has no static cache."""
         return self.modes if path == "eager" else self.parallel_modes
 
-    def has(self, phase: str, modes: list[Mode] | None = None, **keys: Any) -> bool:
+    def has(self, phase: str, modes: list[str] | None = None, **keys: Any) -> bool:
         """Return whether the rows of all of `modes` (None: of the run's) are there already."""
         wanted = self.modes if modes is None else modes
-        return self.rows.has({"phase": phase, "mode": mode.name, **keys} for mode in wanted)
+        return self.rows.has({"phase": phase, "mode": mode, **keys} for mode in wanted)
 
 
 def spaced(lengths: list[int], steps: int) -> list[int]:

@@ -28,7 +28,7 @@ def score(run: Run) -> None:
             times = interleaved(ways, run.subject.device, max(run.repeats // 2, 2), warmup=0)
             measured, serial = summary(times["parallel"]), summary(times["serial"])["median_s"]
             run.rows.add(
-                phase="score", mode=mode.name, path="eager", prompts=kind(prompts), batch=batch, length=ANSWER,
+                phase="score", mode=mode, path="eager", prompts=kind(prompts), batch=batch, length=ANSWER,
                 **measured, baseline_s=serial, speedup=serial / measured["median_s"], max_difference=float(difference),
             )  # fmt: skip
         release(run.subject.device)
@@ -36,12 +36,10 @@ def score(run: Run) -> None:
 
 def in_one_pass(prompts: Prompts) -> torch.Tensor:
     """Return float32 [B, T] log-probabilities of the answers by `model.score`."""
-    ids = torch.cat([prompts.ids, prompts.answers], 1)
-    labels = ids.clone()
+    inputs = prompts.inputs(prompts.answers.shape[1])
+    labels = inputs["input_ids"].clone()
     labels[:, : prompts.width] = -100
-    mask = prompts.mask_with(prompts.answers.shape[1])
-    more = {"mm_encoder_outputs": prompts.encoded, **prompts.more}
-    return prompts.subject.model.score(ids, mask, labels=labels, **more)[:, prompts.width :]
+    return prompts.subject.model.score(**inputs, labels=labels)[:, prompts.width :]
 
 
 def token_by_token(prompts: Prompts) -> torch.Tensor:

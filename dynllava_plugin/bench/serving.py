@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dynllava_plugin.bench.modes import policy_text
 from dynllava_plugin.bench.pictures import QUESTION, pictures_in
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.timing import place
@@ -35,13 +36,12 @@ def run(args: argparse.Namespace) -> int:
     find_checkpoint(args.pretrained, weights=False)
     urls = [_data_url(path) for path in (pictures_in(args.images) if args.images else [None])]
     rows = Rows.of(args, common)
-    asked = {mode.name: mode.sparsity.get("policy") or mode.sparsity["mode"] for mode in args.mode}
-    bodies = {name: _body(args.pretrained, policy, args.new_tokens) for name, policy in asked.items()}
+    bodies = {mode: _body(args.pretrained, policy_text(mode), args.new_tokens) for mode in args.mode}
 
     def work() -> None:
         wanted = [
             clients for clients in args.clients
-            if not rows.has({"mode": name, "batch": clients, "length": args.new_tokens} for name in asked)
+            if not rows.has({"mode": name, "batch": clients, "length": args.new_tokens} for name in bodies)
         ]  # fmt: skip
         if not wanted:
             return
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             for body in bodies.values():  # warm
                 asyncio.run(burst(url, body, urls, 1, 1))
             for clients in wanted:
-                requests, found = max(clients, args.requests), {name: list[Burst]() for name in asked}
+                requests, found = max(clients, args.requests), {name: list[Burst]() for name in bodies}
                 for _ in range(args.repeats):
                     for name, body in bodies.items():
                         found[name].append(asyncio.run(burst(url, body, urls, clients, requests)))

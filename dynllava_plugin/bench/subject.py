@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynllava_plugin.bench.modes import Mode
+from dynllava_plugin.bench.modes import context_in, policy_text
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import Context, DecoderShape, cache_bytes
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
@@ -27,8 +29,9 @@ NO_TOWER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, 
 FILL_CHUNK = 128  # tokens fed at once between two measured lengths
 
 
+@dataclass
 class Subject:
-    """A model on its device, of a shape with random weights or a checkpoint's.
+    """A model on its device, of a shape with random weights or a checkpoint's, and what it is asked.
 
     Parameters
     ----------
@@ -43,112 +46,117 @@ class Subject:
         A checkpoint instead of random weights, asked about pictures.
     """
 
-    def __init__(
-        self,
-        shape: DecoderShape,
-        device: torch.device,
-        dtype: torch.dtype,
-        images: int,
-        text: int,
-        vision_keep_rate: float,
-        text_keep_rate: float,
-        loaded: Loaded | None = None,
-    ) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
-        self.images, self.text, self.loaded = images, text, loaded
-        self.vision_keep_rate, self.text_keep_rate = vision_keep_rate, text_keep_rate
+    shape: DecoderShape
+    device: torch.device
+    dtype: torch.dtype
+    images: int
+    text: int
+    vision_keep_rate: float
+    text_keep_rate: float
+    loaded: Loaded | None = None
+    model: Any = field(init=False)
+
+    def __post_init__(self) -> None:
         torch.manual_seed(0)
-        if loaded is not None:
-            self.model: Any = loaded.model
-            self.model.set_sparsity(vision_keep_rate=vision_keep_rate)
+        if self.loaded is not None:
+            self.model = self.loaded.model
+            self.model.set_sparsity(vision_keep_rate=self.vision_keep_rate)
         else:
-            with torch.device(device):
-                heads = max(1, shape.predictor_dim // PREDICTOR_HEAD)
-                config = random_config(
-                    shape, images, NO_TOWER, vision_keep_rate=vision_keep_rate, predictor_heads=heads
-                )
-                self.model = DynamicLlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+            rate, heads = self.vision_keep_rate, max(1, self.shape.predictor_dim // PREDICTOR_HEAD)
+            config = random_config(
+                self.shape, self.images, NO_TOWER, vision_keep_rate=rate, predictor_heads=heads
+            )
+            with torch.device(self.device):
+                self.model = DynamicLlavaForConditionalGeneration._from_config(
+                    config, dtype=self.dtype
+                ).eval()
         self.model.requires_grad_(False)
+        self.itemsize = self.dtype.itemsize  # bytes of one number
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    @property
-    def itemsize(self) -> int:
-        """Return the bytes of one number."""
-        return self.dtype.itemsize
-
-    def context(self, mode: Mode) -> Context:
+    def context(self, mode: str) -> Context:
         """Return the mode's context for this subject's prompts."""
-        return mode.context(
-            self.shape.layers, self.images, self.text, self.vision_keep_rate, self.text_keep_rate
-        )
+        rates = self.vision_keep_rate, self.text_keep_rate
+        return context_in(mode, self.shape.layers, self.images, self.text, *rates)
 
-    def switch(self, mode: Mode) -> None:
+    def switch(self, mode: str) -> None:
         """Bring the model into a mode."""
-        self.model.set_sparsity(mode="full")  # nothing of the policy before
-        self.model.set_sparsity(**mode.sparsity)
+        self.model.set_sparsity(policy=policy_text(mode))
 
     def prompts(self, batch: int, new_tokens: int, mixed: bool = False) -> Prompts:
         """Return `batch` prompts with answers of `new_tokens` random tokens; `mixed`: texts of half to 1.5 times the length."""
-        kind = Prompts if self.loaded is None else self.loaded.prompts
-        return kind(self, batch, new_tokens, mixed)
+        if self.loaded is not None:
+            return self.loaded.prompts(self, batch, new_tokens, mixed)
+        generator = torch.Generator(device=self.device).manual_seed(batch)
+        spread = [0.5 + row / max(batch - 1, 1) if mixed else 1.0 for row in range(batch)]
+        lengths = [self.images + max(round(self.text * times), 2) for times in spread]
+        size = batch, max(lengths)
+        ids = torch.randint(3, self.shape.vocab, size, generator=generator, device=self.device)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate(lengths):
+            padding = size[1] - length
+            before = padding + (length - self.images) // 2
+            ids[row, :padding], mask[row, :padding] = 0, 0
+            ids[row, before : before + self.images] = IMAGE_ID
+        wide = batch, self.images, self.shape.hidden
+        features = (torch.randn(wide, generator=generator, device=self.device) * 0.02).to(self.dtype)
+
+        def encode() -> dict[str, Any]:
+            seeded = self.model.model.language_model.policy.image_seed is not None
+            shown = with_checksum(list(features), list(features)) if seeded else list(features)
+            return {"image": SimpleNamespace(pooler_output=shown)}
+
+        return Prompts(self, ids, mask, encode, new_tokens, features=features)
 
 
 class Prompts:
-    """A batch: `batch` prompts of one text-image-text layout, and random answers int64 [B, T]."""
+    """A batch of prompts, ids and mask int64 [B, L] padded on the left, and random answers int64 [B, T].
 
-    def __init__(self, subject: Subject, batch: int, new_tokens: int, mixed: bool) -> None:
-        self.subject, self.batch, self.mixed = subject, batch, mixed
-        images, text, device = subject.images, subject.text, subject.device
-        generator = torch.Generator(device=device).manual_seed(batch)
-        spread = [0.5 + row / max(batch - 1, 1) if mixed else 1.0 for row in range(batch)]
-        self.lengths = [images + max(round(text * times), 2) for times in spread]
-        self.width = max(self.lengths)
-        self.ids = torch.randint(
-            3, subject.shape.vocab, (batch, self.width), generator=generator, device=device
-        )
-        self.mask = torch.ones_like(self.ids)
-        token = subject.model.config.image_token_id
-        for row, length in enumerate(self.lengths):
-            padding = self.width - length
-            before = padding + (length - images) // 2
-            self.ids[row, :padding], self.mask[row, :padding] = 0, 0
-            self.ids[row, before : before + images] = token
-        self.answers = self.random_answers(new_tokens)
-        features = torch.randn(batch, images, subject.shape.hidden, generator=generator, device=device) * 0.02
-        self.features = list(features.to(subject.dtype))
+    Parameters
+    ----------
+    subject : Subject
+    ids, mask : Tensor
+    encode : callable
+        Returns the images' features (`mm_encoder_outputs`) as the model encodes them under the policy that is in force.
+    new_tokens : int
+        T, at least one.
+    more : dict, optional
+        What else the model takes of the images: sizes and grids.
+    features : Tensor [B, N, D], optional
+        Of random images; without them the predictors are a checkpoint's, and stay as they are.
+    """
 
-    def random_answers(self, new_tokens: int) -> torch.Tensor:
-        """Return int64 [B, T] tokens, the same for every batch of this size."""
-        device, size = self.subject.device, (self.batch, max(new_tokens, 1))
-        generator = torch.Generator(device=device).manual_seed(self.batch)
-        return torch.randint(3, self.subject.shape.vocab, size, generator=generator, device=device)
+    def __init__(
+        self,
+        subject: Subject,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        encode: Callable[[], dict[str, Any]],
+        new_tokens: int,
+        more: dict[str, Any] | None = None,
+        features: torch.Tensor | None = None,
+    ) -> None:
+        self.subject, self.ids, self.mask, self.features = subject, ids, mask, features
+        self.encode, self.more = encode, more or {}
+        (self.batch, self.width), self.lengths = ids.shape, mask.sum(1).tolist()
+        self.mixed = min(self.lengths) < self.width
+        generator = torch.Generator(device=ids.device).manual_seed(1000 + self.batch)
+        size = self.batch, max(new_tokens, 1)
+        self.answers = torch.randint(3, subject.shape.vocab, size, generator=generator, device=ids.device)
 
-    @property
-    def more(self) -> dict[str, Any]:
-        """Return what else the model takes of the images."""
-        return {}
-
-    @property
-    def encoded(self) -> dict[str, Any]:
-        """Return the images' features as the model would encode them under the policy that is in force."""
-        seeded = self.subject.model.model.language_model.policy.image_seed is not None
-        features = with_checksum(self.features, self.features) if seeded else self.features
-        return {"image": SimpleNamespace(pooler_output=features)}
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Return arguments of the model's `forward`; the images are encoded already."""
-        return {"attention_mask": self.mask_with(0), "mm_encoder_outputs": self.encoded, **self.more}
-
-    def prefill(self, cache: SparseContextCache | None) -> Any:
-        """Return the model's output on the prompts, logits of the last token only."""
-        return self.subject.model(
-            self.ids, **self.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
-        )
+    def inputs(self, answered: int = 0) -> dict[str, Any]:
+        """Return arguments of the model's `forward` and `score` for the prompts and `answered` tokens behind each."""
+        ids = torch.cat([self.ids, self.answers[:, :answered]], 1)
+        mask = self.mask_with(answered)
+        return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": self.encode(), **self.more}
 
     def mask_with(self, answered: int) -> torch.Tensor | None:
         """Return the int64 [B, L] attention mask of the prompts and `answered` tokens behind each; None without padding."""
         return torch.cat([self.mask, self.mask.new_ones(self.batch, answered)], 1) if self.mixed else None
+
+    def prefill(self, cache: SparseContextCache) -> Any:
+        """Return the model's output on the prompts, logits of the last token only."""
+        return self.subject.model(**self.inputs(), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def feed(self, cache: SparseContextCache, first: int, last: int) -> None:
         """Feed answer tokens first..last-1 behind `cache`, many at once: the same decisions as one by one."""
@@ -161,9 +169,8 @@ class Prompts:
 
     def step(self, cache: SparseContextCache, column: int) -> Any:
         """Take one decode step, of answer token number `column`, and return the model's output."""
-        return self.subject.model(
-            self.answers[:, column : column + 1], past_key_values=cache, logits_to_keep=1
-        )
+        token = self.answers[:, column : column + 1]
+        return self.subject.model(token, past_key_values=cache, logits_to_keep=1)
 
     @torch.no_grad()
     def calibrate(self) -> float:
@@ -171,16 +178,16 @@ class Prompts:
 
         Layers before l see every token, so what enters the predictor doesn't depend on what it decides.
         """
+        if self.features is None:
+            return self.subject.text_keep_rate
         llm = self.subject.model.model.language_model
         predictor = llm.text_predictor
         predictor.head[-1].bias.zero_()
         tokens = torch.cat([self.ids, self.answers], 1)
-        image_mask = tokens == self.subject.model.config.image_token_id
         scores = []
         for row in range(self.batch):  # one at a time: padding and memory
-            features = self.features[row]
-            hidden = llm.embed_tokens(tokens[row : row + 1])
-            hidden = hidden.masked_scatter(image_mask[row : row + 1, :, None], features)
+            here = tokens[row : row + 1]
+            hidden = llm.embed_tokens(here).masked_scatter((here == IMAGE_ID)[..., None], self.features[row])
             hidden = hidden[:, self.width - self.lengths[row] :]
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             rotary = llm.rotary_emb(hidden, position_ids=positions)
@@ -199,21 +206,18 @@ class Prompts:
         return kept / flat.numel()
 
 
-def estimated_bytes(
-    shape: DecoderShape,
-    contexts: list[Context],
-    batch: int,
-    new_tokens: int,
-    itemsize: int,
-    prefill: bool = True,
-) -> tuple[float, float]:
-    """Return the bytes of weights and of all else at its largest: caches of `contexts` side by side, a pass's activations."""
-    weights = shape.parameters * itemsize
-    caches = sum(cache_bytes(shape, context, new_tokens, itemsize, batch) for context in contexts)
-    steps = len(contexts) * batch * shape.layers * GROWTH_STEP * shape.kv_bytes(itemsize)
-    tokens = batch * (contexts[0].prompt if prefill else contexts[0].prompt + new_tokens)
+def working_bytes(
+    shape: DecoderShape, contexts: list[Context], batch: int, fed: int, itemsize: int, whole: bool = False
+) -> float:
+    """Return the bytes beside the weights at the most: caches of `contexts` side by side, and a pass's activations.
+
+    `fed` output tokens stand behind each prompt; `whole`: one pass takes them with it.
+    """
+    caches = sum(cache_bytes(shape, context, fed, itemsize, batch) for context in contexts)
+    growth = len(contexts) * batch * shape.layers * GROWTH_STEP * shape.kv_bytes(itemsize)
+    tokens = batch * (contexts[0].prompt + (fed if whole else 0))
     widest = 4 * shape.hidden + 3 * shape.intermediate
-    return weights, caches + steps + tokens * widest * itemsize + batch * shape.vocab * (itemsize + 4)
+    return caches + growth + tokens * widest * itemsize + batch * shape.vocab * (itemsize + 4)
 
 
 def random_config(

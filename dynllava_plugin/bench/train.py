@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dynllava_plugin.bench.attention import IMPLEMENTATIONS, AttentionShape, attention_inputs
+from dynllava_plugin.bench.attention import IMPLEMENTATIONS, AttentionCase
 from dynllava_plugin.bench.process import in_a_process, peak_above
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.shapes import shape_named
@@ -42,78 +42,52 @@ def run(args: argparse.Namespace) -> int:
     if "step" in args.only:
         require_memory(settings.needed_bytes, device, f"--shape {name} --optimizer {args.optimizer}")
     rows = Rows.of(args, {"shape": name, **here}, "implementation")
-    one = AttentionShape(
-        1, args.batch or (1 if on_cpu else 8), shape.heads, shape.kv_heads, shape.hidden // shape.heads, dtype
-    )
+    samples, width = args.batch or (1 if on_cpu else 8), shape.hidden // shape.heads
+    one = AttentionCase(1, samples, shape.heads, shape.kv_heads, width, dtype, device=str(device))
 
     def work() -> None:
         for length in args.lengths if "attention" in args.only else ():
             for kept in args.kept:
-                _attention(rows, replace(one, length=length), kept, device, args.repeats)
+                _attention(rows, replace(one, length=length, kept=kept), device, args.repeats)
         if "step" in args.only:
             _step(rows, settings, device, args)
 
     return rows.carry_out(work, args.output)
 
 
-def attention_peak(shape: AttentionShape, kept: str, implementation: str, device: torch.device) -> int | None:
-    """Return the bytes above the inputs: output, gradients and everything between; None where they can't be told."""
-    if device.type == "cpu":
-        return in_a_process(cpu_attention_peak, shape, kept, implementation)
-    inputs = attention_inputs(shape, kept, device)
-    before = torch.cuda.memory_allocated(device)
-    return peak_allocated(lambda: IMPLEMENTATIONS[implementation](inputs), device) - before
+def peak(case: AttentionCase | StepSettings, implementation: str) -> int | None:
+    """Return the bytes that a piece of training holds at the most beside what was there before; None where they can't be told."""
+    if case.device == "cpu":
+        return in_a_process(cpu_peak, case, implementation)
+    work = case.work(implementation)
+    before = torch.cuda.memory_allocated(case.device)
+    return peak_allocated(work, torch.device(case.device)) - before
 
 
-def cpu_attention_peak(shape: AttentionShape, kept: str, implementation: str) -> int | None:
+def cpu_peak(case: AttentionCase | StepSettings, implementation: str) -> int | None:
     """Return the same of this process."""
-    attend = IMPLEMENTATIONS[implementation]
-    attend(attention_inputs(replace(shape, length=min(shape.length, 64)), kept, "cpu"))
-    inputs = attention_inputs(shape, kept, "cpu")
-    return peak_above(lambda: attend(inputs))
+    case.small().work(implementation)()
+    return peak_above(case.work(implementation))
 
 
-def step_peak(settings: StepSettings, implementation: str, step: Step | None) -> int | None:
-    """Return the bytes that a step holds: weights, gradients, optimiser states, activations. `step` is the GPU's, built already."""
-    if step is None:
-        return in_a_process(cpu_step_peak, settings, implementation)
-    step(implementation)
-    return peak_allocated(lambda: step(implementation), torch.device(settings.device))
-
-
-def cpu_step_peak(settings: StepSettings, implementation: str) -> int | None:
-    """Return the same of this process."""
-    Step(replace(settings, batch=1, shape=replace(settings.shape, layers=3, vocab=64)))(implementation)
-
-    def two_steps() -> None:
-        step = Step(settings)
-        step(implementation)  # makes the optimiser's states
-        step(implementation)
-
-    return peak_above(two_steps)
-
-
-def _attention(rows: Rows, shape: AttentionShape, kept: str, device: torch.device, repeats: int) -> None:
+def _attention(rows: Rows, case: AttentionCase, device: torch.device, repeats: int) -> None:
     release(device)
-    asked, free = shape.batch, free_bytes(device)
-    while shape.plain_bytes > free and shape.batch > 1:  # the plain one must fit beside ours
-        shape = replace(shape, batch=shape.batch // 2)
-    about = {"phase": "attention", "kept": kept, "batch": shape.batch, "length": shape.length}
+    asked, free = case.batch, free_bytes(device)
+    while case.plain_bytes > free and case.batch > 1:  # the plain one must fit beside ours
+        case = replace(case, batch=case.batch // 2)
+    about = {"phase": "attention", "kept": case.kept, "batch": case.batch, "length": case.length}
     names = list(IMPLEMENTATIONS)
     if rows.has({**about, "implementation": name} for name in names):
         return
-    if shape.batch != asked:
-        print(f"batch {shape.batch}: the full matrix of {asked} samples of {shape.length} tokens does not fit",
-              file=sys.stderr)  # fmt: skip
-    if shape.plain_bytes > free:
+    if case.batch != asked:
+        text = f"the full matrix of {asked} samples of {case.length} tokens does not fit"
+        print(f"batch {case.batch}: {text}", file=sys.stderr)
+    if case.plain_bytes > free:
         rows.add(**about, implementation="plain", fits=False)
         names.remove("plain")
-    inputs = attention_inputs(shape, kept, device)
-    calls = {name: partial(IMPLEMENTATIONS[name], inputs) for name in names}
-    times = interleaved(calls, device, repeats)
-    del inputs, calls
+    times = interleaved({name: case.work(name) for name in names}, device, repeats)
     release(device)
-    _add(rows, about, times, {name: attention_peak(shape, kept, name, device) for name in names})
+    _add(rows, about, times, {name: peak(case, name) for name in names})
 
 
 def _step(rows: Rows, settings: StepSettings, device: torch.device, args: argparse.Namespace) -> None:
@@ -122,18 +96,16 @@ def _step(rows: Rows, settings: StepSettings, device: torch.device, args: argpar
     if rows.has({**about, "implementation": name} for name in names):
         return
     release(device)
-    peak, peak_from = peak_flops(device, settings.dtype, args.peak_tflops)
+    most, most_from = peak_flops(device, settings.dtype, args.peak_tflops)
     step = Step(settings)
     times = interleaved({name: partial(step, name) for name in names}, device, args.repeats)
-    here = step if device.type == "cuda" else None
     del step
     release(device)
-    peaks = {name: step_peak(settings, name, here) for name in names}
     about |= {
         "checkpointing": settings.checkpointing, "optimizer": settings.optimizer, "model_tflops": settings.flops / 1e12,
-        "peak_tflops": peak / 1e12, "peak_from": peak_from, "devices": args.devices,
+        "peak_tflops": most / 1e12, "peak_from": most_from, "devices": args.devices,
     }  # fmt: skip
-    _add(rows, about, times, peaks, settings)
+    _add(rows, about, times, {name: peak(settings, name) for name in names}, settings)
 
 
 def _add(
@@ -146,7 +118,7 @@ def _add(
     """Add a row for each implementation, with its ratios to the plain one, and its speed if it is a step."""
     base, base_peak = times.get("plain"), peaks.get("plain")
     for name, taken in times.items():
-        found, peak = summary(taken), peaks[name]
+        found, held = summary(taken), peaks[name]
         median = found["median_s"]
         speed: dict[str, Any] = {}
         if settings is not None:
@@ -157,7 +129,7 @@ def _add(
                 "epoch_hours": [epoch_hours(rate, devices) for devices in about["devices"]],
             }  # fmt: skip
         rows.add(
-            **about, implementation=name, **found, fits=True, peak_bytes=peak,
+            **about, implementation=name, **found, fits=True, peak_bytes=held,
             time_ratio=median / summary(base)["median_s"] if base else None,
-            memory_ratio=peak / base_peak if base_peak and peak is not None else None, **speed,
+            memory_ratio=held / base_peak if base_peak and held is not None else None, **speed,
         )  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ class StepSettings:
         """Return the bytes of weights, gradients and optimiser states, which must fit whatever the attention."""
         copies = 2 if self.optimizer == "sgd" else 4
         return copies * self.shape.parameters * self.dtype.itemsize
+
+    def small(self) -> StepSettings:
+        """Return a step of the same kind that takes little time."""
+        return replace(self, batch=1, shape=replace(self.shape, layers=3, vocab=64))
+
+    def work(self, implementation: str) -> Callable[[], None]:
+        """Return what builds the model and takes two steps: the first makes the optimiser's states."""
+
+        def two_steps() -> None:
+            step = Step(self)
+            step(implementation)
+            step(implementation)
+
+        return two_steps
 
 
 class Step:
