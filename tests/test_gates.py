@@ -22,9 +22,7 @@ KEPT = (12, 9, 4)  # of 16 tokens: 0.75, then 0.8 and 0.5 of what is left, round
 def by_hand(model, sample, kept=KEPT):
     """The last token's logits and what stays behind each gate: every layer over all tokens, dropped ones masked."""
     llm, ids = model._llm, torch.tensor([sample.ids])
-    embeds, *_ = model._embed(
-        llm.policy, ids, None, None, None, {"pixel_values": sample.images}, None, (None, 0)
-    )
+    embeds = model._embed(llm.policy, {"pixel_values": sample.images}, ids, output=(None, 0))[0].hidden
     length = ids.shape[1]
     rotary = llm.rotary_emb(embeds, position_ids=torch.arange(length)[None])
     starts = [i for i in range(length) if sample.ids[i] == IMAGE_TOKEN and sample.ids[i - 1] != IMAGE_TOKEN]

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from tests.policy_cases import CASES, cases
@@ -142,14 +141,15 @@ def plain_logits(policy, sample, answer, out):
     keep[len(sample.ids) :] = out.text_keep[0]
     images = {"pixel_values": sample.images if len(sample.images) else None}
     output = torch.arange(length)[None] >= len(sample.ids)
-    embeds, layout, _, _ = MODEL._embed(policy, ids, None, None, None, images, None, (output, 0))
+    tokens, _ = MODEL._embed(policy, images, ids, output=(output, 0))
+    embeds, layout = tokens.hidden, tokens.layout
     inside = torch.ones(length, dtype=torch.bool)
     if out.image_keep is not None and len(sample.images):
         keep[ids[0] == MODEL.config.image_token_id] = out.image_keep[0]
     positions = torch.arange(length)[None]
     if policy.at_input and len(sample.images):
         inside[layout.image_mask[0]] = out.image_keep[0]
-        choice = policy.keep_image(llm._view(0, Tokens.of(embeds, positions, layout), None))
+        choice = policy.keep_image(llm._view(0, tokens, None))
         if choice.tokens is not None:
             embeds[layout.image_mask] = choice.tokens.flatten(0, 1)
         if policy.packed_positions:

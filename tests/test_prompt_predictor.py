@@ -87,7 +87,7 @@ def test_the_rule_by_hand(model):
     for sample in (talk(rng, 12), talk(rng, 5, 9), talk(rng, 6, images=2)):
         ids = torch.tensor([sample.ids])
         images = {"pixel_values": sample.images}
-        embeds, *_ = model._embed(llm.policy, ids, None, None, None, images, None, (None, 0))
+        embeds = model._embed(llm.policy, images, ids, output=(None, 0))[0].hidden
         rotary = llm.rotary_emb(embeds, position_ids=torch.arange(ids.shape[1])[None])
         out, gone = model(**batch_of([sample])), set()
         question = question_of(sample.ids)

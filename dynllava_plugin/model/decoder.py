@@ -26,15 +26,14 @@ from dynllava_plugin.model.gate import (
     by_input_columns,
     decide,
     last_column,
-    moved_up,
     present_tokens,
     segment_ends,
     whole,
 )
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.model.static_calls import StaticCalls
-from dynllava_plugin.model.token_layout import position_offset, read_layout, token_positions, valid_columns
-from dynllava_plugin.model.training import mask_images, mask_output, mask_question
+from dynllava_plugin.model.token_layout import position_offset, read_layout, valid_columns
+from dynllava_plugin.model.training import mask_images, mask_text
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -81,39 +80,35 @@ class SparseDecoder(StaticCalls):
         past_key_values: SparseContextCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        layout: TokenLayout | None = None,
+        tokens: Tokens | None = None,
         last_only: bool = False,
-        deepstack: tuple[torch.Tensor, ...] = (),
         **kwargs: Any,
     ) -> SparseDecoderOutput:
         """Run a segment, ask its gate, pack what goes on, until the layers are through; return what is left at inference.
 
-        The tokens are `inputs_embeds` [B, L, d] or `input_ids` int64 [B, L]; `attention_mask` [B, seen + L] is 0 on padding, at either
-        end, and covers the cached columns too; `position_ids` int64 are [B or 1, L], [3, B, L] on three axes, or [4, B, L] with places
-        in the text first. `layout` says where images and output text are: without it everything is prompt text. With
-        `last_only` the last token's hidden state alone is wanted, so that dropped output tokens need not be computed at all.
-        `deepstack`, [B, L, d] each, is added to the hidden states behind layers 0, 1, ...
+        The `tokens` are those of `SparseVLM`, or, all of them prompt text, `inputs_embeds` [B, L, d] or `input_ids` int64 [B, L];
+        `attention_mask` [B, seen + L] is 0 on padding, at either end, and covers the cached columns too; `position_ids` int64 are
+        [B or 1, L], [3, B, L] on three axes, or [4, B, L] with places in the text first. With `last_only` the last token's hidden
+        state alone is wanted, so that dropped output tokens need not be computed at all.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         use_sparse_attention(self.config)
         policy = self.policy
         cache = self._cache_for(past_key_values, use_cache, policy)
         seen = cache.seen if cache is not None else 0
-        batch, length, _ = inputs_embeds.shape
-        valid = valid_columns(attention_mask, batch, length, seen, inputs_embeds.device)
+        if tokens is None:
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            valid = valid_columns(attention_mask, len(embeds), embeds.shape[1], seen, embeds.device)
+            layout = read_layout(valid, None, None, (None, 0), policy, False)
+            tokens = Tokens.of(embeds, attention_mask, position_ids, valid, cache, layout)
+        valid, layout = tokens.valid, tokens.layout
+        batch, length = valid.shape
         step = seen > 0 and length == 1
-        if layout is None:
-            layout = TokenLayout() if step else read_layout(valid, None, None, (None, 0), policy, False)
-        text, turned = token_positions(attention_mask, position_ids, valid, cache)
         if cache is not None:
             cache.start()
-            if turned is not text and not step:
-                cache.offset = position_offset(turned, valid, cache)
+            if tokens.position_ids is not tokens.text_positions and not step:
+                cache.offset = position_offset(tokens.position_ids, valid, cache)
             if cache.moved_up is not None:
-                same, turned = turned is text, turned - cache.moved_up
-                text = turned if same else text - cache.moved_up
-        tokens = Tokens(inputs_embeds, turned, text, valid, valid, layout.counts, None, layout, deepstack)
+                tokens = tokens.behind(cache.moved_up)
         if policy.attention_layers and layout.image_lengths:
             layout = replace(layout, watched=policy.image.watched(self._view(0, tokens, None)))  # type: ignore[union-attr]
             tokens = replace(tokens, layout=layout)
@@ -154,34 +149,26 @@ class SparseDecoder(StaticCalls):
 
     def forward_training(
         self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        layout: TokenLayout,
+        tokens: Tokens,
         tau: float,
         gumbel_noise: tuple[torch.Tensor | None, ...],
-        keep_rates: torch.Tensor | None = None,
-        deepstack: tuple[torch.Tensor, ...] = (),
+        keep_rates: torch.Tensor | None,
     ) -> SparseDecoderOutput:
         """Run all tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
         use_sparse_attention(self.config)
-        batch, length, _ = inputs_embeds.shape
-        valid = valid_columns(attention_mask, batch, length, 0, inputs_embeds.device)
-        text, turned = token_positions(attention_mask, position_ids, valid, None)
+        valid, layout = tokens.valid, tokens.layout
         # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
         behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
         causal = None
         if not behind or "eager" in self.config._attn_implementation:
-            causal = context_mask(
-                self.config, torch.ones_like(valid) if behind else valid, None, inputs_embeds
-            )
-        rotary = self.rotary_emb(inputs_embeds, position_ids=turned)
-        tokens = Tokens(inputs_embeds, turned, text, valid, valid, None, None, layout, deepstack)
+            seen = torch.ones_like(valid) if behind else valid
+            causal = context_mask(self.config, seen, None, tokens.hidden)
+        rotary = self.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
         layers, settings = len(self.layers), self.config.sparsity
         if settings.mode == "full":
             tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
             return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
-        masks = TrainingMasks(torch.ones(batch, length, dtype=torch.float32, device=inputs_embeds.device))
+        masks = TrainingMasks(torch.ones_like(valid, dtype=torch.float32))
         image_noise, text_noise, prompt_noise = (*gumbel_noise, None)[:3]
         share: float | torch.Tensor = 1.0
         start, call = 0, SparseCall()
@@ -191,10 +178,19 @@ class SparseDecoder(StaticCalls):
             noise = None if image_noise is None else image_noise[..., 2 * index : 2 * index + 2]
             mask_images(masks, tokens.hidden, layout, self._image_predictor(layer), share, tau, noise)
             if not index:
-                mask_output(masks, tokens.hidden, layout, settings, self.text_predictor, tau, text_noise)
-                mask_question(
-                    masks, tokens.hidden, layout, settings, self.prompt_predictor, tau, prompt_noise
-                )
+                output = layout.output_mask if settings.mode == "image_text" else None
+                for kind, places, predictor, shortest, noise in (
+                    ("text", output, self.text_predictor, settings.min_text_length, text_noise),
+                    (
+                        "prompt",
+                        layout.question,
+                        self.prompt_predictor,
+                        settings.min_prompt_length,
+                        prompt_noise,
+                    ),
+                ):
+                    if places is not None and predictor is not None:
+                        mask_text(masks, kind, tokens.hidden, places, shortest, predictor, tau, noise)
             start, call = layer, SparseCall(context=training_context(masks.keep, valid))
         tokens = self._run(start, layers, tokens, None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
@@ -256,7 +252,10 @@ class SparseDecoder(StaticCalls):
         if counts is None:
             counts = present.sum(1).tolist()
         if layer == 0 and policy.packed_positions and tokens.layout.image_lengths:
-            tokens = moved_up(tokens, tokens.valid & ~decision.keep, cache)
+            gone = tokens.valid & ~decision.keep
+            tokens = tokens.behind(gone.cumsum(1))
+            if cache is not None:
+                cache.move_up(gone.sum(1, keepdim=True))
         if sum(counts) == sum(tokens.counts or ()) and (not last_only or tokens.layout.ends_real):
             return replace(tokens, keep=decision.keep), decision
         all_stay = present is decision.keep

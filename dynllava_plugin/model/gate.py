@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dynllava_plugin.model.outputs import Decision
+from dynllava_plugin.model.token_layout import token_positions
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.tracks import packing_order
@@ -30,10 +32,19 @@ class Tokens:
     entered: torch.Tensor | None = None  # [B, L, d], what entered the last layer that was run
 
     @classmethod
-    def of(cls, hidden: torch.Tensor, positions: torch.Tensor, layout: TokenLayout) -> Tokens:
-        """Return unpadded tokens [B, L, d] with positions int64 [1, L] as they enter a decoder."""
-        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return cls(hidden, positions, positions, valid, valid, layout.counts, None, layout)
+    def of(
+        cls,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        valid: torch.Tensor,
+        cache: SparseContextCache | None,
+        layout: TokenLayout,
+        deepstack: tuple[torch.Tensor, ...] = (),
+    ) -> Tokens:
+        """Return the tokens of a call as they enter a decoder; the arguments are its and `valid_columns`'s answer."""
+        text, turned = token_positions(attention_mask, position_ids, valid, cache)
+        return cls(hidden, turned, text, valid, valid, layout.counts, None, layout, deepstack)
 
     @property
     def keep_counts(self) -> Sequence[int] | None:
@@ -48,24 +59,16 @@ class Tokens:
         columns = torch.arange(self.valid.shape[1], device=self.valid.device)
         return torch.where(self.valid, columns, -1)
 
+    def behind(self, gone: torch.Tensor) -> Tokens:
+        """Return the tokens with position ids less by `gone` int64 [B, 1 or L]."""
+        positions, same = self.position_ids - gone, self.text_positions is self.position_ids
+        text = positions if same else self.text_positions - gone
+        return replace(self, position_ids=positions, text_positions=text)
+
     def first(self, order: torch.Tensor, lengths: torch.Tensor) -> Tokens:
         """Return the tokens at `order` int64 [B, n], of which the first `lengths` int64 [B] are real; without a layout."""
         there = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
-        positions = gather_positions(self.position_ids, order)
-        same = self.text_positions is self.position_ids
-        text = positions if same else gather_positions(self.text_positions, order)
-        levels = tuple(gather_columns(level, order) for level in self.deepstack)
-        return Tokens(
-            gather_columns(self.hidden, order),
-            positions,
-            text,
-            there,
-            there,
-            None,
-            None,
-            TokenLayout(),
-            levels,
-        )
+        return self._at(order, valid=there, keep=there, layout=TokenLayout())
 
     def packed(self, present: torch.Tensor, counts: Sequence[int], layout_too: bool) -> Tokens:
         """Return the tokens that are `present` bool [B, L], `counts` of each sample, packed to the right.
@@ -75,18 +78,26 @@ class Tokens:
         order, there = packed_columns(present, counts)
         columns = order if self.columns is None else gather_columns(self.columns, order)
         layout = shorter_layout(self.layout, order, there) if layout_too else TokenLayout()
-        positions = gather_positions(self.position_ids, order)
-        same = self.text_positions is self.position_ids
-        return Tokens(
-            hidden=gather_columns(self.hidden, order),
-            position_ids=positions,
-            text_positions=positions if same else gather_positions(self.text_positions, order),
+        return self._at(
+            order,
             valid=there,
             keep=there if self.keep is self.valid else gather_columns(self.keep, order) & there,
             counts=counts,
             columns=torch.where(there, columns, -1),
             layout=replace(layout, counts=tuple(counts)),
+        )
+
+    def _at(self, order: torch.Tensor, counts: Any = None, columns: Any = None, **facts: Any) -> Tokens:
+        """Return the tokens at `order` int64 [B, n], with what else is known of them."""
+        positions, same = gather_positions(self.position_ids, order), self.text_positions is self.position_ids
+        return Tokens(
+            gather_columns(self.hidden, order),
+            positions,
+            positions if same else gather_positions(self.text_positions, order),
+            counts=counts,
+            columns=columns,
             deepstack=tuple(gather_columns(level, order) for level in self.deepstack),
+            **facts,
         )
 
 
@@ -156,18 +167,6 @@ def at_columns(values: torch.Tensor, columns: torch.Tensor, length: int) -> torc
     columns = columns[:, columns.shape[1] - values.shape[1] :]
     spread = values.new_zeros(len(values), length + 1)  # the last column takes what belongs nowhere
     return spread.scatter_(1, columns.masked_fill(columns < 0, length), values)[:, :length]
-
-
-def moved_up(tokens: Tokens, gone: torch.Tensor, cache: SparseContextCache | None) -> Tokens:
-    """Return the tokens with position ids less by the tokens before them that are `gone` bool [B, L]."""
-    if cache is not None:
-        cache.move_up(gone.sum(1, keepdim=True))
-    less = gone.cumsum(1)
-    same = tokens.text_positions is tokens.position_ids
-    positions = tokens.position_ids - less
-    return replace(
-        tokens, position_ids=positions, text_positions=positions if same else tokens.text_positions - less
-    )
 
 
 def segment_ends(policy: Policy, layers: int) -> tuple[int, ...]:

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.gate import Tokens
-from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput
+from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.static_decoding import StaticCache, captures
 from dynllava_plugin.model.static_prefill import StaticPrefill
-from dynllava_plugin.model.token_layout import position_offset, token_positions, valid_columns
-from dynllava_plugin.policies import Policy, TokenLayout
+from dynllava_plugin.model.token_layout import token_positions
+from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 _SAID: set[str] = set()  # policies whose steps can't be captured, of which that was said
@@ -110,27 +109,6 @@ class SparseGeneration(nn.Module):
         if implementation != "dynamic":
             raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
         return llm.new_cache()
-
-    def _static_prefill(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        layout: TokenLayout,
-        deepstack: tuple[torch.Tensor, ...],
-        cache: StaticCache,
-        policy: Policy,
-    ) -> SparseDecoderOutput | None:
-        """Whole prompts through a bucket's shapes; None where they have to go the common way."""
-        batch, length, _ = embeds.shape
-        valid = valid_columns(attention_mask, batch, length, 0, embeds.device)
-        text, turned = token_positions(attention_mask, position_ids, valid, None)
-        tokens = Tokens(embeds, turned, text, valid, valid, layout.counts, None, layout, deepstack)
-        assert layout.counts is not None
-        outputs = self.static_prefill.run(self.model.language_model, policy, tokens, layout.counts, cache)
-        if outputs is not None and turned is not text:
-            cache.offset = position_offset(turned, valid, None)
-        return outputs
 
     def _static_step(
         self,

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
 
 from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.decoder import SparseDecoder
+from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.scoring import SparseScoring
@@ -69,6 +71,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         self.static_prefill = StaticPrefill()
         self.placeholders: slice = config.placeholders
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -92,7 +95,6 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         mm_token_type_ids: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return one call's logits, losses and decisions: training in `train()` mode, prefill or decoding in `eval()` mode.
@@ -118,7 +120,6 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         another length; a video; hidden states or attentions asked for; labels on image tokens or padding.
         """
         self._refuse(kwargs)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         images = {
             "pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw,
             "batch_num_images": batch_num_images, "vision_feature_layer": vision_feature_layer,
@@ -131,8 +132,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if cache is not None:
             llm.check_cache(cache, policy)
             if isinstance(cache, StaticCache) and cache.is_step(input_ids, prompt_length):
-                result = self._static_step(input_ids, attention_mask, position_ids, cache, policy)
-                return result if return_dict else result.to_tuple()
+                return self._static_step(input_ids, attention_mask, position_ids, cache, policy)
         if self.training:
             self._check_trainable(policy)
         elif labels is not None and policy.sequential:
@@ -144,31 +144,20 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if labels is not None:
             given = None if self.training else output_mask
             output = (last_answer(labels) if given is None else given.bool()), 0
-        embeds, layout, added, features = self._embed(
-            policy, input_ids, inputs_embeds, attention_mask, cache, images, mm_encoder_outputs, output,
+        tokens, features = self._embed(
+            policy, images, input_ids, attention_mask, inputs_embeds, position_ids, cache, mm_encoder_outputs, output,
             prompt_length, output_mask,
         )  # fmt: skip
-        if position_ids is None:
-            position_ids = self.positions(
-                input_ids, attention_mask, cache, images, bool(layout.image_lengths)
-            )
         if self.training:
-            result = self._forward_training(
-                embeds, attention_mask, position_ids, layout, added, labels, gumbel_noise, keep_rates,
-                num_items_in_batch,
-            )  # fmt: skip
-            return result if return_dict else result.to_tuple()
+            return self._forward_training(tokens, labels, gumbel_noise, keep_rates, num_items_in_batch)
 
         only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
         captured = None
         if only_last and isinstance(cache, StaticCache) and not cache.seen and not torch.is_grad_enabled():
-            captured = self._static_prefill(
-                embeds, attention_mask, position_ids, layout, added, cache, policy
-            )
+            captured = self.static_prefill.run(llm, policy, tokens, cache)
         outputs = captured or llm(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-            use_cache=use_cache, layout=layout, last_only=only_last, deepstack=added,
-        )  # fmt: skip
+            past_key_values=cache, use_cache=use_cache, tokens=tokens, last_only=only_last
+        )
         hidden, decided = outputs.last_hidden_state, outputs.decision
         assert hidden is not None and decided is not None
         if not isinstance(logits_to_keep, int):
@@ -176,17 +165,16 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         elif logits_to_keep and labels is None:
             hidden = hidden[:, -logits_to_keep:]
         logits = self._logits(hidden)
-        if prompt_length is not None and layout.counts is not None:  # a prompt that `generate` begins with
+        if prompt_length is not None and tokens.counts is not None:  # a prompt that `generate` begins with
             self.refuse_not_finite(logits)
         loss = None
         if labels is not None:
             loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
-        result = DynamicLlavaOutput(
+        return DynamicLlavaOutput(
             loss=loss, lm_loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             image_hidden_states=features, token_index=outputs.token_index, image_keep=decided.image_keep,
             text_keep=decided.text_keep, image_score=decided.image_score, text_score=decided.text_score,
         )  # fmt: skip
-        return result if return_dict else result.to_tuple()
 
     @classmethod
     def check_family(cls, policy: Policy) -> None:
@@ -205,9 +193,8 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         attention_mask: torch.Tensor | None,
         cache: SparseContextCache | None,
         images: dict[str, Any],
-        has_images: bool,
     ) -> torch.Tensor | None:
-        """Return a call's position ids where images turn on several axes; None where the decoder counts real tokens."""
+        """Return the position ids of a call with images that turn on several axes; None where real tokens are counted."""
         return None
 
     def deepstack(self, encoded: Any, embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, ...]:
@@ -257,17 +244,18 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
     def _embed(
         self,
         policy: Policy,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        cache: SparseContextCache | None,
         images: dict[str, Any],
-        encoded: dict[str, Any] | None,
-        output: tuple[torch.Tensor | None, int] | None,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: SparseContextCache | None = None,
+        encoded: dict[str, Any] | None = None,
+        output: tuple[torch.Tensor | None, int] | None = None,
         prompt_length: int | None = None,
         output_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, TokenLayout, tuple[torch.Tensor, ...], Sequence[torch.Tensor] | None]:
-        """Return embeddings [B, L, d] with images in their places, the layout, what `deepstack` gives, and the features."""
+    ) -> tuple[Tokens, Sequence[torch.Tensor] | None]:
+        """Return a call's tokens, with images in their places, and the images' features."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[operator]
         batch, length, _ = inputs_embeds.shape
@@ -276,7 +264,8 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if output is None:
             output = output_columns(valid, seen, prompt_length, output_mask)
         if seen and length == 1:  # `generate` may hand the prompt's images to every step
-            return inputs_embeds, TokenLayout(output_mask=output[0]), (), None
+            layout = TokenLayout(output_mask=output[0])
+            return Tokens.of(inputs_embeds, attention_mask, position_ids, valid, cache, layout), None
         found = (encoded or {}).get("image")
         if found is None and images.get("pixel_values") is not None:
             found = self.encode_images(images)
@@ -297,12 +286,16 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
             image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
         layout = read_layout(valid, image_mask, features, output, policy, self.training, marks)
         if policy.prompt is not None:
-            question = self._question(input_ids, valid, seen, output)
-            layout = replace(layout, question=question)
-        if features is None:
-            return inputs_embeds, layout, (), None
-        embeds = place_images(inputs_embeds, features, layout)
-        return embeds, layout, self.deepstack(found, embeds, layout), features
+            layout = replace(layout, question=self._question(input_ids, valid, seen, output))
+        deepstack: tuple[torch.Tensor, ...] = ()
+        if features is not None:
+            inputs_embeds = place_images(inputs_embeds, features, layout)
+            deepstack = self.deepstack(found, inputs_embeds, layout)
+        if position_ids is None and layout.image_lengths:
+            position_ids = self.positions(input_ids, attention_mask, cache, images)
+        return Tokens.of(
+            inputs_embeds, attention_mask, position_ids, valid, cache, layout, deepstack
+        ), features
 
     def _question(
         self,

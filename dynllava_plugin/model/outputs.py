@@ -34,10 +34,8 @@ class TrainingMasks:
     keep: torch.Tensor
     # Behind each gate: masks [B, N_img], valid, and the share of the image that is to stay, of all samples or float [B].
     images: list[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] = field(default_factory=list)
-    text: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest answer], valid
-    text_counted: torch.Tensor | None = None  # [B] answers of at least LEN_OT tokens
-    prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # masks [B, longest question], valid
-    prompt_counted: torch.Tensor | None = None  # [B] questions of at least `min_prompt_length` tokens
+    # Of "text", the answers, and "prompt", the questions: masks [B, longest], valid, and bool [B], those long enough to count.
+    texts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass

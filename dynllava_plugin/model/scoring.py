@@ -54,8 +54,7 @@ class SparseScoring(nn.Module):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        **images: Any,
+        **inputs: Any,
     ) -> torch.Tensor:
         """Return float32 [B, L], teacher-forced log-probabilities under the sparsified decode; 0 where the label is -100.
 
@@ -64,9 +63,7 @@ class SparseScoring(nn.Module):
 
         Raises `UserError` for labels of another shape; weights whose logits are not finite.
         """
-        return self.score_details(
-            input_ids, attention_mask, pixel_values, labels, mm_encoder_outputs=mm_encoder_outputs, **images
-        ).log_probs
+        return self.score_details(input_ids, attention_mask, pixel_values, labels, **inputs).log_probs
 
     @torch.no_grad()
     def score_details(
@@ -101,16 +98,10 @@ class SparseScoring(nn.Module):
                 images["mm_encoder_outputs"] = mm_encoder_outputs
                 found = score_step_by_step(self, input_ids, attention_mask, labels, images)
             else:
-                embeds, layout, added, _ = self._embed(  # type: ignore[operator]
-                    policy, input_ids, None, attention_mask, None, images, mm_encoder_outputs, (output, 0)
+                tokens, _ = self._embed(  # type: ignore[operator]
+                    policy, images, input_ids, attention_mask, encoded=mm_encoder_outputs, output=(output, 0)
                 )
-                positions = self.positions(  # type: ignore[operator]
-                    input_ids, attention_mask, None, images, bool(layout.image_lengths)
-                )
-                outputs = llm(
-                    inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False,
-                    layout=layout, deepstack=added,
-                )  # fmt: skip
+                outputs = llm(use_cache=False, tokens=tokens)
                 found = ScoreDetails.of(labels)
                 target = labels_at(labels, outputs.token_index)[:, 1:]
                 wanted = target != IGNORE_INDEX

@@ -22,6 +22,7 @@ from dynllava_plugin.errors import one_line
 from dynllava_plugin.model.gate import Tokens, gather_columns, gather_positions, last_column
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
+from dynllava_plugin.model.token_layout import position_offset
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.tracks import packing_order
 
@@ -66,13 +67,13 @@ class StaticPrefill:
         return StaticPrefill, ()
 
     @torch.no_grad()
-    def run(
-        self, llm: Any, policy: Policy, tokens: Tokens, counts: Sequence[int], cache: StaticCache
-    ) -> SparseDecoderOutput | None:
+    def run(self, llm: Any, policy: Policy, tokens: Tokens, cache: StaticCache) -> SparseDecoderOutput | None:
         """Prefill an empty `cache`, and return the last tokens' hidden states [B, 1, d]; None where the call has to go the common way.
 
-        `tokens` are as they enter the decoder `llm`, padded at either end; `counts` are the real ones of each sample.
+        `tokens` are as they enter the decoder `llm`, padded at either end.
         """
+        counts = tokens.counts
+        assert counts is not None
         per_row = _images_of_each_row(tokens.layout, len(counts))
         reason = _why_not(policy, tokens, per_row)
         if reason:
@@ -104,6 +105,8 @@ class StaticPrefill:
             lost = [to.length - track.bound for track in buffers.tracks]
             bounds = [max(counts) - gone for gone in lost]
             fed = tokens.valid.sum(1, keepdim=True)
+            if tokens.position_ids is not tokens.text_positions:
+                cache.offset = position_offset(tokens.position_ids, tokens.valid, None)
             cache.adopt(fed, [track.lengths for track in buffers.tracks], bounds, states)
             last, image_keep, image_score = (
                 None if found is None else found[:rows].clone() for found in (last, image_keep, image_score)

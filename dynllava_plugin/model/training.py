@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.gate import in_order
+from dynllava_plugin.model.gate import Tokens, in_order
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -41,26 +41,22 @@ class SparseTraining(nn.Module):
 
     def _forward_training(
         self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        layout: TokenLayout,
-        deepstack: tuple[torch.Tensor, ...],
+        tokens: Tokens,
         labels: torch.Tensor | None,
         noise: tuple[torch.Tensor | None, ...] | None,
         keep_rates: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> DynamicLlavaOutput:
-        """Return logits and losses of embeddings [B, L, d]; the arguments are `forward`'s."""
+        """Return logits and losses; the other arguments are `forward`'s."""
         settings = self.config.sparsity
         if labels is not None:
-            refuse_labels_of_no_text(labels, attention_mask, self.config.image_token_id, self.placeholders)
+            refuse_labels_of_no_text(labels, tokens.valid, self.config.image_token_id, self.placeholders)
         if keep_rates is None and settings.vision_keep_range is not None:
-            uniform = torch.rand(len(embeds), device=embeds.device)
+            uniform = torch.rand(len(tokens.valid), device=tokens.valid.device)
             keep_rates = keep_rates_at(uniform, *settings.vision_keep_range)
         outputs = self.model.language_model.forward_training(
-            embeds, attention_mask, position_ids, layout, self.gumbel_tau, noise or (None, None), keep_rates, deepstack
-        )  # fmt: skip
+            tokens, self.gumbel_tau, noise or (None, None), keep_rates
+        )
         logits = self._logits(outputs.last_hidden_state)  # type: ignore[operator]
         return training_output(logits, outputs, settings, labels, num_items)
 
@@ -98,56 +94,24 @@ def mask_images(
     masks.images.append((*right_padded(flat, layout.image_mask), share))
 
 
-def mask_output(
+def mask_text(
     masks: TrainingMasks,
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    sparsity: SparsityConfig,
-    predictor: TextPredictor | None,
-    tau: float,
-    noise: torch.Tensor | None,
-) -> None:
-    """Add the Gumbel masks of the output text; `noise` is [B, longest answer, 2], drawn where None."""
-    if layout.output_mask is None or sparsity.mode != "image_text" or predictor is None:
-        return
-    masks.text, masks.text_counted = _mask_text(
-        masks, hidden, layout.output_mask, sparsity.min_text_length, predictor, tau, noise
-    )
-
-
-def mask_question(
-    masks: TrainingMasks,
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    sparsity: SparsityConfig,
-    predictor: TextPredictor | None,
-    tau: float,
-    noise: torch.Tensor | None,
-) -> None:
-    """Add the Gumbel masks of the last question's text; `noise` is [B, longest question, 2], drawn where None."""
-    if layout.question is None or predictor is None:
-        return
-    masks.prompt, masks.prompt_counted = _mask_text(
-        masks, hidden, layout.question, sparsity.min_prompt_length, predictor, tau, noise
-    )
-
-
-def _mask_text(
-    masks: TrainingMasks,
+    kind: str,
     hidden: torch.Tensor,
     places: torch.Tensor,
     shortest: int,
     predictor: TextPredictor,
     tau: float,
     noise: torch.Tensor | None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> None:
+    """Add the Gumbel masks of a kind of text at `places` bool [B, L]; `noise` is [B, longest, 2], drawn where None."""
     lengths = places.sum(1)
     counted = (lengths >= shortest) & (lengths > 0)
     flat = _gumbel(predictor(hidden[places]), places, noise, tau)
     # Short texts are kept whole; the product keeps the predictor in the graph, which DDP asks for.
     flat = torch.where(counted[:, None].expand_as(places)[places], flat, flat * 0 + 1)
     masks.keep = masks.keep.masked_scatter(places, flat)
-    return right_padded(flat, places), counted
+    masks.texts[kind] = (*right_padded(flat, places), counted)
 
 
 def _image_logits(
@@ -206,14 +170,10 @@ def training_output(
         result.image_keep = values.detach() > 0.5
         loss = keep_loss(values, valid, valid.any(1), share)
         result.image_keep_loss = loss if result.image_keep_loss is None else result.image_keep_loss + loss
-    if masks is not None and masks.text is not None:
-        values, valid = masks.text
-        result.text_keep = values.detach() > 0.5
-        result.text_keep_loss = keep_loss(values, valid, masks.text_counted, sparsity.text_keep_rate)
-    if masks is not None and masks.prompt is not None:
-        values, valid = masks.prompt
-        result.prompt_keep = values.detach() > 0.5
-        result.prompt_keep_loss = keep_loss(values, valid, masks.prompt_counted, sparsity.prompt_keep_rate)
+    for kind, (values, valid, counted) in masks.texts.items() if masks is not None else ():
+        loss = keep_loss(values, valid, counted, getattr(sparsity, f"{kind}_keep_rate"))
+        setattr(result, f"{kind}_keep", values.detach() > 0.5)
+        setattr(result, f"{kind}_keep_loss", loss)
     if labels is not None:
         result.lm_loss = lm_loss(logits, labels, num_items_in_batch)
         result.loss = result.lm_loss
@@ -232,13 +192,12 @@ def labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_labels_of_no_text(
-    labels: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int, masked: slice
+    labels: torch.Tensor, valid: torch.Tensor, image_token_id: int, masked: slice
 ) -> None:
     """Raise `UserError` for labels that are image tokens, `masked` rows or padding: their loss would be without bound."""
     wrong = labels == image_token_id
     wrong |= (labels >= masked.start) & (labels < masked.stop)
-    if attention_mask is not None:
-        wrong |= (labels != IGNORE_INDEX) & (attention_mask == 0)
+    wrong |= (labels != IGNORE_INDEX) & ~valid
     rows = wrong.any(1).tolist()
     if any(rows):
         raise UserError(

@@ -27,14 +27,11 @@ class TurnedPositions(SparseVLM):
         attention_mask: torch.Tensor | None,
         cache: SparseContextCache | None,
         images: dict[str, Any],
-        has_images: bool,
-    ) -> torch.Tensor | None:
-        """Return int64 [3, B, L] of a call with images; None of one without, whose decoder counts on.
+    ) -> torch.Tensor:
+        """Return int64 [3, B, L], the position ids of a call with images.
 
         Raises `UserError` for encoded images without their grids, or without `input_ids`.
         """
-        if not has_images:
-            return None
         if input_ids is None:
             raise UserError("inputs_embeds: the positions of image tokens are made of input_ids; pass those")
         grid = images.get("image_grid_thw")
@@ -59,8 +56,8 @@ class TurnedPositions(SparseVLM):
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
         ids = model_kwargs.get("input_ids", inputs_tensor)
         if grid is not None and not ids.is_floating_point():  # cached columns are sliced away again
-            seen, images = (0 if cache is None else cache.seen), {"image_grid_thw": grid}
-            new: Any = self.positions(ids[:, seen:], mask, cache, images, True)
+            seen = 0 if cache is None else cache.seen
+            new = self.positions(ids[:, seen:], mask, cache, {"image_grid_thw": grid})
             turned = torch.nn.functional.pad(new, (seen, 0))
             turned = turned.where(mask.bool(), turned.amax((0, 2), keepdim=True))
         else:
