@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape, decode_step_flops, prefill_flops
-from dynllava_plugin.policies.base import Gate, TokenLayout
 from dynllava_plugin.policies.contexts import context_of
 from dynllava_plugin.policies.dart import DART
 from dynllava_plugin.policies.fastervlm import FasterVLM
+from dynllava_plugin.policies.points import Gate, TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.policies.vispruner import VisPruner
 from dynllava_plugin.sparsity.config import SparsityConfig

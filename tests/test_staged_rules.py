@@ -167,7 +167,7 @@ def test_sparsevlm_ranks_by_the_attention_of_raters(family):
 @given(seed=seeds, total=st.integers(2, 30), budget=st.integers(1, 29), recycled=st.sampled_from([0.3, 1.0]))
 def test_sparsevlm_merges_what_goes(seed, total, budget, recycled):
     """One image between two words, the second its rater's row; merged tokens are means at their centres' places."""
-    from dynllava_plugin.policies.base import Gate, TokenLayout
+    from dynllava_plugin.policies.points import Gate, TokenLayout
 
     budget = min(budget, total)
     policy = policy_named(f"sparsevlm,at=2,keep={budget / total},recycled={recycled}")

@@ -14,29 +14,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.points import Choice, Gate, Patches, TokenLayout
+from dynllava_plugin.policies.points import Choice, Gate, Patches
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens, select_image_tokens
 
-__all__ = [
-    "CACHE",
-    "IMAGE",
-    "OUTPUT",
-    "PROMPT",
-    "CachePolicy",
-    "Choice",
-    "Gate",
-    "ImagePolicy",
-    "InputPolicy",
-    "OutputPolicy",
-    "Part",
-    "PatchPolicy",
-    "Patches",
-    "TokenLayout",
-    "argument",
-    "number",
-    "top_tokens",
-]
 IMAGE, OUTPUT, PROMPT, CACHE = "image", "output", "prompt", "cache"
 # What a method may need of a family, as an error names it.
 CLASS_TOKEN, SQUARE = "the class token of a CLIP vision tower", "images of one square grid of tokens"

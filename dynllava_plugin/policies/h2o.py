@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynllava_plugin.policies.base import CachePolicy
-from dynllava_plugin.policies.heavy_hitters import HeavyHitterCache
+from dynllava_plugin.policies.heavy_hitters import HeavyHitterLayer, HeavyHitterTrack, ObservedCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class H2O(CachePolicy):
     rule = "heavy hitters and recent tokens stay in the cache"
     source = "arXiv 2306.14048"
 
-    def new_cache(self, num_layers: int) -> HeavyHitterCache:
+    def new_cache(self, num_layers: int) -> ObservedCache:
         """Return an empty cache that lets tokens go."""
-        return HeavyHitterCache(num_layers, self.start_layer, self.r)
+        track = HeavyHitterTrack(self.r)
+        return ObservedCache(num_layers, self.splits, self.cache_rule, HeavyHitterLayer, [track])

@@ -1,4 +1,4 @@
-"""H2O's KV cache: every head ranks its tokens by the attention they have received and lets the last ones go.
+"""KV caches that let tokens go by the attention they see, and H2O's: every head lets those go that have received least.
 
 Lengths are the same for all heads and layers of a sample; which tokens fill them differs from head to head. A token that
 goes is overwritten by the last one of its head: order in the cache has no meaning, positions are in the keys.
@@ -7,6 +7,7 @@ goes is overwritten by the last one of its head: order in the cache has no meani
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,46 @@ import torch
 
 from dynllava_plugin.policies.points import ranks
 from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
-from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, packing_order
+from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, chosen, packing_order
 
 BLOCK = 256  # prompt rows whose attention is computed at once
 
 
-class HeavyHitterTrack(ContextTrack):
+class CutTrack(ContextTrack):
+    """A track that holds no more tokens than a subclass's `budget` says."""
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        super().reset()
+        # Tensors from the first call on.
+        self.arriving: Any = None  # bool [B, q] of this call
+        self.mask: torch.Tensor | None = None  # bool [B, 1, q, K], None where everything may be seen
+        self.full: Any = None  # int64 [B] tokens held before this call's eviction
+
+    def budget(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """Return int64 [B], how many tokens may stay behind a call of tokens `keep` bool [B, q]; None where all may."""
+        raise NotImplementedError
+
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
+        """Plan as `ContextTrack.begin`, and how many of the tokens each sample holds must go."""
+        first = self.lengths is None
+        self.mask, self.arriving = super().begin(keep, counts), keep
+        assert self._pending is not None
+        self.full = self._pending
+        budget = self.budget(keep)
+        if budget is not None:
+            self._pending = torch.minimum(self.full, budget)
+        if first:
+            self._pending_bound = int(self._pending.max())
+            self.capacity = self._pending_bound + self.growth_step
+        return self.mask
+
+
+class HeavyHitterTrack(CutTrack):
     """A track whose samples hold at most max(1, floor(r * seen)) tokens."""
+
+    seen: Any = None  # int64 [B] tokens that entered
+    recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
 
     def __init__(self, r: float) -> None:
         self.r = r
@@ -29,31 +63,19 @@ class HeavyHitterTrack(ContextTrack):
     def reset(self) -> None:
         """Hold nothing."""
         super().reset()
-        # Tensors from the first call on.
-        self.seen: Any = None  # int64 [B] tokens that entered
-        self.arriving: Any = None  # bool [B, q] of this call
-        self.mask: torch.Tensor | None = None  # bool [B, 1, q, K], None where everything may be seen
-        self.full: Any = None  # int64 [B] tokens held before this call's eviction
-        self.recent: Any = None  # int64 [B] of those that stay, the ones safe for being new
+        self.seen = None
 
-    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
-        """As `ContextTrack.begin`; then plan how many of the tokens each sample holds must go."""
-        first = self.lengths is None
-        self.mask, self.arriving = super().begin(keep, counts), keep
-        assert self._pending is not None
-        self.full = self._pending
+    def budget(self, keep: torch.Tensor) -> torch.Tensor:
+        """Return max(1, floor(r * seen)), int64 [B], with this call's tokens seen."""
         entering = keep.sum(1)
         self._seen_then = entering if self.seen is None else self.seen + entering
-        self._pending = torch.minimum(self.full, self.budget(self._seen_then))
-        self.recent = (self._pending + 1) // 2
-        if first:
-            self._pending_bound = int(self._pending.max())
-            self.capacity = self._pending_bound + self.growth_step
-        return self.mask
+        return share_of(self._seen_then, self.r)
 
-    def budget(self, seen: torch.Tensor) -> torch.Tensor:
-        """int64 [B]: tokens that may stay of `seen`."""
-        return (seen * self.r + 1e-6).floor().long().clamp(min=1)
+    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
+        """Plan as `CutTrack.begin`, and which tokens are too new to go."""
+        mask = super().begin(keep, counts)
+        self.recent = (self._pending + 1) // 2  # type: ignore[operator]
+        return mask
 
     def commit(self) -> None:
         """Advance the lengths after every layer has carried out the plan."""
@@ -64,7 +86,12 @@ class HeavyHitterTrack(ContextTrack):
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         super().index(rows)
         if self.seen is not None:
-            self.seen = self.seen.index_select(0, rows.to(self.seen.device))
+            self.seen = chosen(self.seen, rows)
+
+
+def share_of(tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """Return max(1, floor(share * tokens)) of numbers int64 [B]; the small term undoes binary rounding."""
+    return (tokens * share + 1e-6).floor().long().clamp(min=1)
 
 
 class ObservedLayer(RaggedLayer):
@@ -75,11 +102,35 @@ class ObservedLayer(RaggedLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `RaggedLayer.update`; a prompt waits."""
+        """Store as `RaggedLayer.update`; a prompt waits."""
         if isinstance(self.track.plan, Prefill):
             self._prompt = (key_states, value_states)
             return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """See rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended, and let tokens go."""
+        raise NotImplementedError
+
+
+class ObservedCache(SparseContextCache):
+    """A cache whose tracks from the first of `splits` on are `tracks`, with layers of a kind that sees what they attend."""
+
+    observes = True
+
+    def __init__(
+        self, num_layers: int, splits: Sequence[int], rule: object, layer: type, tracks: Sequence[CutTrack]
+    ) -> None:
+        super().__init__(num_layers, splits)
+        self.rule = rule
+        self.tracks[1:] = tracks
+        for index in range(self.splits[0], num_layers):
+            self.layers[index] = layer(self.tracks[bisect_right(self.splits, index)])
+
+    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Show a layer what it attended, as `ObservedLayer.observe`."""
+        if layer >= self.splits[0]:
+            self.layers[layer].observe(query, key, scaling)
 
 
 class HeavyHitterLayer(ObservedLayer):
@@ -90,7 +141,7 @@ class HeavyHitterLayer(ObservedLayer):
     number: Any = None
 
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """Add what rotated queries [B, H, q, D] attend of `key` [B, H_kv, K, D], and let tokens go."""
+        """Add what the queries attend, and let tokens go."""
         plan = self.track.plan
         if isinstance(plan, Prefill):
             self._store_prompt(query, key, plan.order, scaling)
@@ -148,7 +199,7 @@ class HeavyHitterLayer(ObservedLayer):
     def _received(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """float32 [B, H_kv, K]: the attention that each key receives from this call's real tokens, by blocks of rows."""
+        """Return float32 [B, H_kv, K], the attention that each key receives from this call's real tokens, by blocks of rows."""
         batch, heads, length, width = query.shape
         groups = key.shape[1]
         query = query.view(batch, groups, heads // groups, length, width)
@@ -198,37 +249,17 @@ class HeavyHitterLayer(ObservedLayer):
             self.received = torch.nn.functional.pad(self.received, (0, missing))
             self.number = torch.nn.functional.pad(self.number, (0, missing))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return keys and values, and what ranks them."""
+        return [*super().tensors(), *([self.received, self.number] if self.is_initialized else [])]
+
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         super().index(rows)
         if self.is_initialized:
-            self.received = self.received.index_select(0, rows.to(self.received.device))
-            self.number = self.number.index_select(0, rows.to(self.number.device))
+            self.received, self.number = chosen(self.received, rows), chosen(self.number, rows)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.received = self.number = None
-
-
-class HeavyHitterCache(SparseContextCache):
-    """Layers before `start_layer` hold every token, the others the heavy hitters and the recent ones."""
-
-    observes = True
-
-    def __init__(self, num_layers: int, start_layer: int, r: float) -> None:
-        super().__init__(num_layers, (start_layer,))
-        self.rule = ("h2o", r)
-        self.tracks[-1] = HeavyHitterTrack(r)
-        for index in range(start_layer, num_layers):
-            self.layers[index] = HeavyHitterLayer(self.tracks[-1])
-
-    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """Rank what a layer holds, and let tokens go."""
-        if isinstance(self.layers[layer], HeavyHitterLayer):
-            self.layers[layer].observe(query, key, scaling)
-
-    def num_bytes(self) -> int:
-        """Bytes allocated for keys, values and what ranks them."""
-        marks = [t for x in self.layers if isinstance(x, HeavyHitterLayer) for t in (x.received, x.number)]
-        return super().num_bytes() + sum(t.numel() * t.element_size() for t in marks if t is not None)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dynllava_plugin.policies.base import argument, count
-from dynllava_plugin.policies.snapkv import SnapCache, SnapKV
+from dynllava_plugin.policies.heavy_hitters import ObservedCache
+from dynllava_plugin.policies.snapkv import SnapKV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +42,11 @@ class PyramidKV(SnapKV):
         """Return the share of the prompt that `layer` holds."""
         low = max(self.r / self.beta, 2 * self.r - 1)
         steps = num_layers - self.start_layer - 1
-        return (
-            self.r
-            if steps < 1
-            else 2 * self.r - low - (layer - self.start_layer) * 2 * (self.r - low) / steps
-        )
+        if steps < 1:
+            return self.r
+        return 2 * self.r - low - (layer - self.start_layer) * 2 * (self.r - low) / steps
 
-    def new_cache(self, num_layers: int) -> SnapCache:
+    def new_cache(self, num_layers: int) -> ObservedCache:
         """Return a cache with a track for each layer."""
         whole = replace(self, num_layers=num_layers)
-        return SnapCache(num_layers, whole, [self.share_at(x, num_layers) for x in whole.splits])
+        return whole._cache(num_layers, [self.share_at(layer, num_layers) for layer in whole.splits])

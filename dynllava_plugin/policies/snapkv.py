@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 
 from dynllava_plugin.policies.base import CachePolicy, argument, count, number
-from dynllava_plugin.policies.heavy_hitters import ObservedLayer
+from dynllava_plugin.policies.heavy_hitters import CutTrack, ObservedCache, ObservedLayer, share_of
 from dynllava_plugin.policies.points import ranks
-from dynllava_plugin.sparsity.cache import SparseContextCache, gather_tokens
-from dynllava_plugin.sparsity.tracks import ContextTrack, Prefill, packing_order
+from dynllava_plugin.sparsity.cache import gather_tokens
+from dynllava_plugin.sparsity.tracks import Prefill, packing_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +50,25 @@ class SnapKV(CachePolicy):
         """Return 1: all of the output stays."""
         return 1.0
 
-    def new_cache(self, num_layers: int) -> SnapCache:
+    def new_cache(self, num_layers: int) -> ObservedCache:
         """Return an empty cache that cuts the prompt."""
-        return SnapCache(num_layers, self, [self.r])
+        return self._cache(num_layers, [self.r])
+
+    def _cache(self, num_layers: int, shares: Sequence[float]) -> ObservedCache:
+        tracks = [SnapTrack(self, share) for share in shares]
+        return ObservedCache(num_layers, self.splits, self.cache_rule, SnapLayer, tracks)
 
 
-class SnapTrack(ContextTrack):
+class SnapTrack(CutTrack):
     """A track that holds max(1, floor(share * n)) of a prompt's n tokens."""
 
     def __init__(self, policy: SnapKV, share: float) -> None:
         self.policy, self.share = policy, share
         super().__init__()
 
-    def begin(self, keep: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor | None:
-        """As `ContextTrack.begin`; then plan how many tokens of a prompt stay."""
-        first = self.lengths is None
-        mask = super().begin(keep, counts)
-        if first:
-            assert self._pending is not None
-            self.arriving, self.full = keep, self._pending
-            self._pending = (self.full * self.share + 1e-6).floor().long().clamp(min=1)
-            self._pending = torch.minimum(self.full, self._pending)
-            self._pending_bound = int(self._pending.max())
-            self.capacity = self._pending_bound + self.growth_step
-        return mask
+    def budget(self, keep: torch.Tensor) -> torch.Tensor | None:
+        """Return what stays of a prompt; None behind it."""
+        return share_of(self.full, self.share) if self.lengths is None else None
 
 
 class SnapLayer(ObservedLayer):
@@ -83,7 +77,7 @@ class SnapLayer(ObservedLayer):
     track: SnapTrack
 
     def observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """Store a prompt of rotated queries [B, H, L, D] and keys [B, H_kv, L, D], cut to the budget."""
+        """Store a prompt, cut to the budget."""
         track = self.track
         if not isinstance(track.plan, Prefill):
             return
@@ -114,7 +108,7 @@ class SnapLayer(ObservedLayer):
     def _window_attention(
         self, query: torch.Tensor, key: torch.Tensor, window: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """float32 [B, H_kv, L]: what each column receives from its sample's last `window` [B, 1] tokens, mean over the group."""
+        """Return float32 [B, H_kv, L], what columns receive from their sample's last `window` [B, 1] tokens, mean over the group."""
         arriving = self.track.arriving
         batch, heads, length, width = query.shape
         groups = key.shape[1]
@@ -129,21 +123,3 @@ class SnapLayer(ObservedLayer):
         scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
         weights = scores.softmax(-1) * real[:, None, None, :, None]
         return weights.sum(3).mean(2)
-
-
-class SnapCache(SparseContextCache):
-    """Layers before the policy's `start_layer` hold every token; the track of each of its `splits` a share of the prompt."""
-
-    observes = True
-
-    def __init__(self, num_layers: int, policy: SnapKV, shares: Sequence[float]) -> None:
-        super().__init__(num_layers, policy.splits)
-        self.rule = policy.cache_rule
-        self.tracks[1:] = [SnapTrack(policy, share) for share in shares]
-        for index in range(policy.start_layer, num_layers):
-            self.layers[index] = SnapLayer(self.tracks[bisect_right(self.splits, index)])
-
-    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """Cut what a layer holds of the prompt."""
-        if isinstance(self.layers[layer], SnapLayer):
-            self.layers[layer].observe(query, key, scaling)

@@ -97,6 +97,10 @@ class RaggedLayer(CacheLayerMixin):
                 setattr(new, name, copy.deepcopy(value, memo))
         return new
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what the layer holds its tokens in."""
+        return [self.keys, self.values] if self.is_initialized else []
+
     def index(self, rows: torch.Tensor) -> None:
         """Replace the samples by `rows` int64 [B'] of the present ones."""
         if self.is_initialized:
@@ -206,9 +210,6 @@ class SparseContextCache(Cache):
         """Return the tracks of a static cache."""
         return [track for track in self.tracks if isinstance(track, StaticTrack)]
 
-    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """See rotated queries [B, H, q, D] and keys [B, H_kv, K, D] after they were attended; for caches that let tokens go."""
-
     def step_slots(self, layer_idx: int) -> torch.Tensor | None:
         """Return int64 [B], where a layer's new tokens lie during a single-token step; None during any other call."""
         plan = self.layers[layer_idx].track.plan
@@ -216,7 +217,7 @@ class SparseContextCache(Cache):
 
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor that a decode step reads and writes."""
-        buffers = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        buffers = [tensor for layer in self.layers for tensor in layer.tensors()]
         held = [track.lengths for track in self.tracks] + [self.fed]
         return [length for length in held if length is not None] + buffers
 
@@ -239,10 +240,8 @@ class SparseContextCache(Cache):
         return torch.cat(self._output_keep, dim=1) if self._output_keep else None
 
     def num_bytes(self) -> int:
-        """Return the bytes allocated for keys and values."""
-        return sum(
-            t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values)
-        )
+        """Return the bytes allocated for keys and values, and what ranks them."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let, for beam search, sample b continue from sample `beam_idx[b]`."""
