@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -106,7 +106,7 @@ def fresh_sparsity(hidden_size: int) -> SparsityConfig:
     return SparsityConfig(predictor_dim=width, predictor_heads=4, predictor_ffn_dim=4 * width)
 
 
-def register_text_config(config: type[PreTrainedConfig]) -> None:
-    """Let transformers and `sparse_text_config` know an LLM's config by its model_type."""
-    AutoConfig.register(config.model_type, config)
-    TEXT_CONFIGS[config.model_type.removeprefix(PREFIX)] = config
+def dynamic(stock: Any, mixin: type, module: str, what: str, **facts: Any) -> Any:
+    """Return `DynamicX`, in `module`, of a stock class X with a `mixin` before it and `facts` inside; its docstring is "X `what`."."""
+    facts |= {"__doc__": f"{stock.__name__} {what}.", "__module__": module}
+    return type(f"Dynamic{stock.__name__}", (mixin, stock), facts)

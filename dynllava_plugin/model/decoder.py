@@ -33,7 +33,7 @@ from dynllava_plugin.model.gate import (
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.model.static_calls import StaticCalls
 from dynllava_plugin.model.token_layout import position_offset, read_layout, valid_columns
-from dynllava_plugin.model.training import mask_images, mask_text
+from dynllava_plugin.model.training import mask_images, mask_texts
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -156,7 +156,7 @@ class SparseDecoder(StaticCalls):
     ) -> SparseDecoderOutput:
         """Run all tokens through all layers; from layer l on under Gumbel masks (section 3.3.3), fewer behind each later gate."""
         use_sparse_attention(self.config)
-        valid, layout = tokens.valid, tokens.layout
+        valid = tokens.valid
         # Behind the last real token padding needs no mask: the causal order hides it, and flash attention takes none.
         behind = bool((valid[:, :-1] >= valid[:, 1:]).all())
         causal = None
@@ -168,7 +168,7 @@ class SparseDecoder(StaticCalls):
         if settings.mode == "full":
             tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
             return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
-        masks = TrainingMasks(torch.ones_like(valid, dtype=torch.float32))
+        masks = TrainingMasks(torch.ones_like(valid, dtype=torch.float32), tau)
         image_noise, text_noise, prompt_noise = (*gumbel_noise, None)[:3]
         share: float | torch.Tensor = 1.0
         start, call = 0, SparseCall()
@@ -176,21 +176,10 @@ class SparseDecoder(StaticCalls):
             tokens = self._run(start, layer, tokens, causal if not start else None, rotary, call)
             share = share * (rate if index or keep_rates is None else keep_rates)
             noise = None if image_noise is None else image_noise[..., 2 * index : 2 * index + 2]
-            mask_images(masks, tokens.hidden, layout, self._image_predictor(layer), share, tau, noise)
+            gate = self._view(layer, tokens, None)
+            mask_images(masks, gate, share, noise)
             if not index:
-                output = layout.output_mask if settings.mode == "image_text" else None
-                for kind, places, predictor, shortest, noise in (
-                    ("text", output, self.text_predictor, settings.min_text_length, text_noise),
-                    (
-                        "prompt",
-                        layout.question,
-                        self.prompt_predictor,
-                        settings.min_prompt_length,
-                        prompt_noise,
-                    ),
-                ):
-                    if places is not None and predictor is not None:
-                        mask_text(masks, kind, tokens.hidden, places, shortest, predictor, tau, noise)
+                mask_texts(masks, gate, settings, text_noise, prompt_noise)
             start, call = layer, SparseCall(context=training_context(masks.keep, valid))
         tokens = self._run(start, layers, tokens, None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
@@ -199,11 +188,6 @@ class SparseDecoder(StaticCalls):
         """Return the one of the gate at `layer`: a later gate's own, else the first's."""
         own: Any = getattr(self, f"image_predictor_{layer}", None)
         return self.image_predictor if own is None else own
-
-    @property
-    def sparse_layer(self) -> int:
-        """Return l, the first layer with a reduced context."""
-        return self.policy.gate_layer
 
     @property
     def policy(self) -> Policy:

@@ -32,6 +32,7 @@ class TrainingMasks:
     """Straight-through masks: `keep` float [B, L] for Eq. 7, and by kind for the keep losses (Eq. 10)."""
 
     keep: torch.Tensor
+    tau: float  # the temperature of Eq. 11
     # Behind each gate: masks [B, N_img], valid, and the share of the image that is to stay, of all samples or float [B].
     images: list[tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]] = field(default_factory=list)
     # Of "text", the answers, and "prompt", the questions: masks [B, longest], valid, and bool [B], those long enough to count.

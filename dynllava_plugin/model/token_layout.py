@@ -18,11 +18,6 @@ from dynllava_plugin.sparsity.cache import SparseContextCache
 MARKS, CHECKSUM = 2, 4
 
 
-def extra_channels(policy: Policy) -> int:
-    """Return how many channels image features have behind their own under `policy`."""
-    return MARKS if policy.reduces_patches else CHECKSUM if policy.image_seed is not None else 0
-
-
 def with_checksum(features: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return M images' features [N_i, d + CHECKSUM]: behind each its pixels' checksum, which no batch or padding changes."""
     totals = torch.stack([(image.float() * 4096).round().long().sum() for image in pixels])
@@ -40,14 +35,15 @@ def split_features(
 
     Raises `UserError` for features that were encoded under another policy.
     """
-    wanted = width + extra_channels(policy)
+    extra = MARKS if policy.reduces_patches else CHECKSUM if policy.image_seed is not None else 0
+    wanted = width + extra
     for image in features:
         if image.shape[-1] != wanted:
             raise UserError(
                 f"mm_encoder_outputs: image features {image.shape[-1]} wide, {policy.name} needs {wanted}; encode the images "
                 "by the model's get_image_features under the policy that is in force"
             )
-    if wanted == width:
+    if not extra:
         return list(features), None
     return [image[:, :width] for image in features], torch.cat([image[:, width:] for image in features])
 

@@ -11,16 +11,10 @@ from torch.nn.functional import pad
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.gate import Tokens, in_order
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
-from dynllava_plugin.policies import Gate, Policy, TokenLayout
+from dynllava_plugin.policies import Gate, Policy
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.objective import keep_loss, lm_loss
-from dynllava_plugin.sparsity.selection import (
-    ImagePredictor,
-    TextPredictor,
-    gumbel_keep_mask,
-    gumbel_noise,
-    keep_rates_at,
-)
+from dynllava_plugin.sparsity.selection import gumbel_keep_mask, gumbel_noise, keep_rates_at
 
 IGNORE_INDEX = -100
 
@@ -72,57 +66,46 @@ class SparseTraining(nn.Module):
 
 
 def mask_images(
-    masks: TrainingMasks,
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    predictor: ImagePredictor,
-    share: float | torch.Tensor,
-    tau: float,
-    noise: torch.Tensor | None,
+    masks: TrainingMasks, gate: Gate, share: float | torch.Tensor, noise: torch.Tensor | None
 ) -> None:
-    """Add a gate's Gumbel masks of the image tokens, for the hidden states [B, L, d] that reach it.
+    """Add a gate's Gumbel masks of the image tokens.
 
     `share` of the whole image is to stay, of all samples or float [B]; `noise` is [B, N_img, 2], drawn where None.
     """
+    layout = gate.layout
     if layout.image_mask is None:
         return
     earlier = masks.keep.flatten()[layout.image_index] if masks.images else None
-    logits = _image_logits(hidden, layout, predictor, share, earlier)
-    flat = _gumbel(logits, layout.image_mask, noise, tau)
+    flat = _gumbel(_image_logits(gate, share, earlier), layout.image_mask, noise, masks.tau)
     flat = flat if earlier is None else flat * earlier
     masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
     masks.images.append((*right_padded(flat, layout.image_mask), share))
 
 
-def mask_text(
-    masks: TrainingMasks,
-    kind: str,
-    hidden: torch.Tensor,
-    places: torch.Tensor,
-    shortest: int,
-    predictor: TextPredictor,
-    tau: float,
-    noise: torch.Tensor | None,
+def mask_texts(
+    masks: TrainingMasks, gate: Gate, sparsity: SparsityConfig, *noises: torch.Tensor | None
 ) -> None:
-    """Add the Gumbel masks of a kind of text at `places` bool [B, L]; `noise` is [B, longest, 2], drawn where None."""
-    lengths = places.sum(1)
-    counted = (lengths >= shortest) & (lengths > 0)
-    flat = _gumbel(predictor(hidden[places]), places, noise, tau)
-    # Short texts are kept whole; the product keeps the predictor in the graph, which DDP asks for.
-    flat = torch.where(counted[:, None].expand_as(places)[places], flat, flat * 0 + 1)
-    masks.keep = masks.keep.masked_scatter(places, flat)
-    masks.texts[kind] = (*right_padded(flat, places), counted)
+    """Add a gate's Gumbel masks of output text and last question; `noises` are theirs, [B, longest, 2], drawn where None."""
+    output = gate.layout.output_mask if sparsity.mode == "image_text" else None
+    kinds = (
+        ("text", output, gate.text_predictor, sparsity.min_text_length),
+        ("prompt", gate.layout.question, gate.prompt_predictor, sparsity.min_prompt_length),
+    )
+    for (kind, places, predictor, shortest), noise in zip(kinds, noises, strict=True):
+        if places is None or predictor is None:
+            continue
+        lengths = places.sum(1)
+        counted = (lengths >= shortest) & (lengths > 0)
+        flat = _gumbel(predictor(gate.hidden[places]), places, noise, masks.tau)
+        # Short texts are kept whole; the product keeps the predictor in the graph, which DDP asks for.
+        flat = torch.where(counted[:, None].expand_as(places)[places], flat, flat * 0 + 1)
+        masks.keep = masks.keep.masked_scatter(places, flat)
+        masks.texts[kind] = (*right_padded(flat, places), counted)
 
 
-def _image_logits(
-    hidden: torch.Tensor,
-    layout: TokenLayout,
-    predictor: ImagePredictor,
-    share: float | torch.Tensor,
-    keep: torch.Tensor | None,
-) -> torch.Tensor:
+def _image_logits(gate: Gate, share: float | torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """[T, 2] logits of the call's image tokens, of which `keep` [T] are left (None: all); each image is seen alone."""
-    gate = Gate(hidden, hidden, hidden, layout)
+    hidden, layout, predictor = gate.hidden, gate.layout, gate.image_predictor
     tokens = hidden.flatten(0, 1)[layout.image_index]
     shares = torch.as_tensor(share, dtype=torch.float32, device=hidden.device).expand(len(hidden))
     if not layout.image_lengths:  # a stand-in image: through the predictor, to no place

@@ -22,9 +22,8 @@ from dynllava_plugin.model.checkpoints.layouts import (
     read_config,
     vision_folder,
 )
-from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype
+from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype, find_quantization
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
-from dynllava_plugin.model.checkpoints.quantization import find_quantization
 from dynllava_plugin.model.checkpoints.sources import HUB_ID, find_checkpoint, read_json
 from dynllava_plugin.model.checkpoints.weights import (
     PROMPT_PREDICTOR,

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from dynllava_plugin.model.configuration import PREFIX, SparseVLMConfig
+from dynllava_plugin.model.configuration import PREFIX, SparseVLMConfig, dynamic
 from dynllava_plugin.model.families import text_models  # noqa: F401  (LLMs are looked up by config)
 from dynllava_plugin.model.modeling import SparseVLM
 
@@ -24,26 +24,13 @@ def plain_family(
 
     Of Mistral3's they are called `DynamicMistral3Config` and `DynamicMistral3ForConditionalGeneration`.
     """
-    config: Any = type(
-        f"Dynamic{stock_config.__name__}",
-        (SparseVLMConfig, stock_config),
-        {
-            "__doc__": f"{stock_config.__name__} with `sparsity`.",
-            "__module__": module,
-            "model_type": PREFIX + stock_config.model_type,
-        },
+    config = dynamic(
+        stock_config, SparseVLMConfig, module, "with `sparsity`", model_type=PREFIX + stock_config.model_type
     )
-    model: Any = type(
-        f"Dynamic{stock.__name__}",
-        (SparseVLM, stock),
-        {
-            "__doc__": f"{stock.__name__} with gates between its LLM's layers.",
-            "__module__": module,
-            "config_class": config,
-            "model_class": stock_model,
-            **facts,
-        },
-    )
+    model = dynamic(
+        stock, SparseVLM, module, "with gates between its LLM's layers",
+        config_class=config, model_class=stock_model, **facts,
+    )  # fmt: skip
     register_family(model, stock_config)
     return config, model
 

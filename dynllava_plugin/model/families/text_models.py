@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -14,34 +14,23 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from dynllava_plugin.model.configuration import PREFIX, SparseTextConfig, register_text_config
+from dynllava_plugin.model.configuration import PREFIX, TEXT_CONFIGS, SparseTextConfig, dynamic
 from dynllava_plugin.model.decoder import SparseDecoder
 
 
 def _with_gates(stock_config: Any, stock_model: Any) -> tuple[Any, Any]:
     """Return our config and model of a stock LLM, `DynamicLlamaConfig` and `DynamicLlamaModel` of Llama, known to transformers."""
-    config: Any = type(
-        f"Dynamic{stock_config.__name__}",
-        (SparseTextConfig, stock_config),
-        {
-            "__doc__": f"{stock_config.__name__} with `sparsity`.",
-            "__module__": __name__,
-            "__annotations__": {"sparsity": Any},
-            "sparsity": None,
-            "model_type": PREFIX + stock_config.model_type,
-        },
+    field = {"__annotations__": {"sparsity": Any}, "sparsity": None}
+    config = dynamic(
+        stock_config, SparseTextConfig, __name__, "with `sparsity`",
+        model_type=PREFIX + stock_config.model_type, **field,
+    )  # fmt: skip
+    model = dynamic(
+        stock_model, SparseDecoder, __name__, "with gates between its layers", config_class=config
     )
-    model: Any = type(
-        f"Dynamic{stock_model.__name__}",
-        (SparseDecoder, stock_model),
-        {
-            "__doc__": f"{stock_model.__name__} with gates between its layers.",
-            "__module__": __name__,
-            "config_class": config,
-        },
-    )
-    register_text_config(config)
+    AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
+    TEXT_CONFIGS[stock_config.model_type] = config
     return config, model
 
 
