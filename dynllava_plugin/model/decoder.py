@@ -31,7 +31,6 @@ from dynllava_plugin.model.gate import (
     whole,
 )
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, TrainingMasks
-from dynllava_plugin.model.static_calls import StaticCalls
 from dynllava_plugin.model.token_layout import position_offset, read_layout, valid_columns
 from dynllava_plugin.model.training import mask_images, mask_texts
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
@@ -44,7 +43,7 @@ from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor
 _OF_CALL: ContextVar[dict[int, SparsityConfig] | None] = ContextVar("sparsity_of_this_call", default=None)
 
 
-class SparseDecoder(StaticCalls):
+class SparseDecoder(nn.Module):
     """To stand before a stock text model in a class's bases: its layers, unchanged, over fewer and fewer tokens.
 
     What a subclass needs is the stock class and a config with `sparsity`. Image and text predictor are added to its modules.

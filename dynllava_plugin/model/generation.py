@@ -11,7 +11,7 @@ from torch import nn
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
-from dynllava_plugin.model.static_decoding import StaticCache, captures
+from dynllava_plugin.model.static_decoding import StaticCache, captures, static_step
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import token_positions
 from dynllava_plugin.policies import Policy
@@ -135,7 +135,7 @@ class SparseGeneration(nn.Module):
             text: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor]:
             embeds = self.get_input_embeddings()(input_ids)
-            hidden, keep = llm.static_step(embeds, valid, position_ids, text, cache, policy)
+            hidden, keep = static_step(llm, embeds, valid, position_ids, text, cache, policy)
             return self._logits(hidden), keep
 
         batch = input_ids.shape

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from dynllava_plugin.model.attention import SparseCall, additive, use_sparse_attention
+from dynllava_plugin.model.gate import Tokens, decide, segment_ends
+from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
 CAPTURE_THEMSELVES = ("reduce-overhead", "max-autotune")  # torch.compile's modes with CUDA graphs
@@ -144,3 +148,37 @@ class Graph:
 def captures(device: torch.device) -> bool:
     """Return whether calls of one shape are captured there."""
     return device.type == "cuda"
+
+
+def static_step(
+    llm: Any,
+    inputs_embeds: torch.Tensor,
+    valid: torch.Tensor,
+    position_ids: torch.Tensor,
+    text_positions: torch.Tensor,
+    cache: SparseContextCache,
+    policy: Policy,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what the decoder's `forward` does for one output token a sample behind a static cache, in operations of fixed shape alone.
+
+    It takes `inputs_embeds` [B, 1, d], `valid` bool [B, 1] (False on padding), `position_ids` int64 [B, 1] or [3, B, 1],
+    `text_positions` int64 [B, 1] and the decoder's `policy`, which is looked up outside what is compiled; it returns hidden states
+    [B, 1, d] and bool [B, 1], which tokens stay as context.
+    """
+    use_sparse_attention(llm.config)
+    layout, call = TokenLayout(output_mask=valid), SparseCall(cache)
+    tokens = Tokens(inputs_embeds, position_ids, text_positions, valid, valid, None, None, layout)
+    rotary = llm.rotary_emb(inputs_embeds, position_ids=position_ids)
+    ends, stays = segment_ends(policy, len(llm.layers)), valid
+    for start, end in zip((0, *ends[:-1]), ends, strict=True):
+        if start < end:
+            track: Any = cache.layers[start].track
+            mask = additive(track.begin_static(tokens.keep), tokens.hidden)
+            tokens = llm._run(start, end, tokens, mask, rotary, call)
+        if policy.asks_output(end):
+            decision = decide(policy, llm._view(end, tokens, None), tokens.keep, None)
+            tokens, stays = replace(tokens, keep=decision.keep), decision.keep
+    for track in cache.static_tracks():
+        track.commit_static()
+    cache.fed.add_(valid)  # type: ignore[union-attr]
+    return llm.norm(tokens.hidden), stays

@@ -19,11 +19,20 @@ from torch.nn.functional import pad
 
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import one_line
-from dynllava_plugin.model.gate import Tokens, gather_columns, gather_positions, last_column
+from dynllava_plugin.model.attention import SparseCall, WatchedRows, context_mask, use_sparse_attention
+from dynllava_plugin.model.gate import (
+    Tokens,
+    decide,
+    gather_columns,
+    gather_positions,
+    last_column,
+    segment_ends,
+)
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.model.token_layout import position_offset
 from dynllava_plugin.policies import Policy, TokenLayout
+from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.tracks import packing_order
 
 HELD = 8  # graphs at once
@@ -87,7 +96,7 @@ class StaticPrefill:
 
         def call(*given: torch.Tensor) -> tuple[Any, ...]:
             buffers = StaticCache(len(llm.layers), policy.splits)
-            found = llm.static_prefill(_tokens(given, to), given[2], buffers, policy)
+            found = prefill_in_shape(llm, _tokens(given, to), given[2], buffers, policy)
             return *found, buffers
 
         with self._lock:
@@ -246,3 +255,40 @@ def _tokens(given: tuple[torch.Tensor, ...], to: Bucket) -> Tokens:
     if turned.dim() == 2:
         turned = text
     return Tokens(hidden, turned, text, valid, valid, None, None, layout, tuple(levels))
+
+
+def prefill_in_shape(
+    llm: Any, tokens: Tokens, lengths: torch.Tensor, cache: SparseContextCache, policy: Policy
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Do what the decoder's `forward` does for whole prompts into an empty static cache, in operations of fixed shape.
+
+    Padding stands behind each prompt: the causal order hides it, so that no layer needs a mask.
+
+    `tokens` [B, L] have as many images of one size in each prompt, and no output text; `lengths` int64 [B] are the real ones, and
+    `policy` allows `static_prefill`. It returns the last real token's hidden states [B, 1, d], and bool [B, N_img] image tokens
+    that stay and their scores, or None.
+    """
+    use_sparse_attention(llm.config)
+    call, decision, ends = SparseCall(cache), None, segment_ends(policy, len(llm.layers))
+    batch, rotary = len(lengths), None
+    for start, end in zip((0, *ends[:-1]), ends, strict=True):
+        length = tokens.hidden.shape[1]
+        if start < end:
+            call.watch = WatchedRows.of(policy.attention_layers, start, end, tokens.valid, tokens.layout)
+            track: Any = cache.layers[start].track
+            track.plan_whole(lengths, length)
+            mask = context_mask(llm.config, tokens.valid, [length] * batch, tokens.hidden)
+            rotary = rotary or llm.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
+            tokens = llm._run(start, end, tokens, mask, rotary, call)
+            track.commit()
+        if end not in policy.layers or not tokens.layout.image_lengths:
+            continue
+        watch = call.watch
+        attention = watch.weights if isinstance(watch, WatchedRows) else None
+        decision = decide(policy, llm._view(end, tokens, attention), tokens.valid, [length] * batch)
+        assert decision.counts is not None
+        lengths, rotary = decision.keep.sum(1), None
+        tokens = tokens.first(packing_order(decision.keep, max(decision.counts)), lengths)
+    last = gather_columns(tokens.hidden, lengths[:, None] - 1)
+    found = (None, None) if decision is None else (decision.image_keep, decision.image_score)
+    return llm.norm(last), *found

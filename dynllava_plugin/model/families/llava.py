@@ -13,7 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.configuration import SparseVLMConfig
-from dynllava_plugin.model.families.projectors import PACKED_STATES, STOCK, TOKENPACKER, build_projector
+from dynllava_plugin.model.families.projectors import STOCK, TOKENPACKER, build_projector, tower_states
 from dynllava_plugin.model.families.registration import register_family
 from dynllava_plugin.model.modeling import SparseVLM
 from dynllava_plugin.model.token_layout import MARKS
@@ -110,10 +110,8 @@ class DynamicLlavaModel(LlavaModel):
         outputs = self.vision_tower(
             pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
         )
-        hidden = outputs.hidden_states
-        single = hidden[self.config.vision_feature_layer][:, 1:]
-        multi = torch.cat([hidden[index][:, 1:] for index in PACKED_STATES], -1)
-        outputs.pooler_output = list(self.multi_modal_projector(single, multi))
+        states = tower_states(outputs.hidden_states, self.config.vision_feature_layer)
+        outputs.pooler_output = list(self.multi_modal_projector(*states))
         return outputs
 
 

@@ -133,6 +133,12 @@ def packed_side(config: Any) -> int:
     return config.tokenpacker_scale if config.projector_type == TOKENPACKER else 1
 
 
+def tower_states(hidden_states: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a `TokenPacker` reads of a tower's hidden states, `layer` being LLaVA's choice: single, multi."""
+    multi = torch.cat([hidden_states[index][:, 1:] for index in PACKED_STATES], -1)
+    return hidden_states[layer][:, 1:], multi
+
+
 def _two_layers(width: int, hidden_size: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
