@@ -264,6 +264,10 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
             "projector 'resampler' is unknown",
         ),
         (lambda folder: fake.edit_config(folder, image_aspect_ratio="anyres"), "image_aspect_ratio 'anyres'"),
+        (
+            lambda folder: fake.edit_config(folder, mm_vision_select_feature="cls"),
+            "mm_vision_select_feature 'cls'",
+        ),
         (lambda folder: fake.edit_config(folder, vocab_size=300), "420 tokens, its model only 300"),
         (lambda folder: fake.edit_config(folder, mm_vision_tower="../nowhere"), r"\.\./nowhere: no such"),
         (
@@ -281,6 +285,17 @@ def test_damage_is_one_line(damage: Callable[[Path], Any], message: str, publish
     with pytest.raises(UserError, match=message) as error:
         load_model(published, device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_an_llm_that_is_not_supported_is_one_line(tmp_path: Path, tokenizer_model: Path) -> None:
+    folder = fake.llava_hf(tmp_path, tokenizer_model)
+    text = fake.read_json(folder / "config.json")["text_config"]
+    for kind in ("gpt2", "one_of_tomorrow"):
+        fake.edit_config(folder, text_config={**text, "model_type": kind})
+        with pytest.raises(
+            UserError, match=f"config.json: text_config: the LLM is a {kind}, supported are llama"
+        ):
+            load_model(folder, device="cpu")
 
 
 def truncate(file: Path) -> None:

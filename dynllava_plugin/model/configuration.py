@@ -65,21 +65,21 @@ class SparseVLMConfig:
         return slice(0, 0)
 
 
-def sparse_text_config(stock: Any) -> Any:
-    """Return a stock text config as the one with `sparsity`; one that has it already as it is.
+def text_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """Return our config of an LLM by its stock model_type; `UserError` for a kind that isn't supported."""
+    if model_type not in TEXT_CONFIGS:
+        raise UserError(
+            f"text_config: the LLM is a {model_type}, supported are {', '.join(sorted(TEXT_CONFIGS))}"
+        )
+    return TEXT_CONFIGS[model_type]
 
-    Raises `UserError` for an LLM of a kind that isn't supported.
-    """
+
+def sparse_text_config(stock: Any) -> Any:
+    """Return a stock text config as the one with `sparsity`; one that has it already as it is."""
     if isinstance(stock, SparseTextConfig):
         return stock
-    kind = TEXT_CONFIGS.get(stock.model_type)
-    if kind is None:
-        raise UserError(
-            f"text_config: the LLM is a {stock.model_type}, supported are {', '.join(sorted(TEXT_CONFIGS))}"
-        )
     values = stock.to_dict()
-    values.pop("model_type")
-    return kind.from_dict(values)
+    return text_config_class(values.pop("model_type")).from_dict(values)
 
 
 def check_layers(config: Any) -> None:

@@ -29,7 +29,7 @@ class CDPruner(InputPolicy):
     n: int | None = argument(None, count)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
-        """A token's score is its relevance, in [0, 1]."""
+        """Return the tokens that stay; a score is a token's relevance, in [0, 1]."""
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         asked = torch.nn.functional.normalize(question().float(), dim=-1)
         relevance = torch.einsum("mnd,md->mn", unit, asked)
@@ -41,7 +41,7 @@ class CDPruner(InputPolicy):
 
 
 def greedy_map(kernel: torch.Tensor, size: int) -> torch.Tensor:
-    """[M, N, N] positive semidefinite kernels -> bool [M, N]: `size` items, each the one that raises the determinant most.
+    """Return bool [M, N] of positive semidefinite kernels [M, N, N]: `size` items, each the one that raises the determinant most.
 
     Cholesky rows are updated as items are taken (Chen et al., NeurIPS 2018), in float32: O(N size^2) an image. Where the
     determinant has fallen to 0, the rest are taken in the order of their places.

@@ -33,7 +33,7 @@ class DART(ImagePolicy):
     pivots: int = argument(4, count)
 
     def keep_image(self, gate: Gate) -> Choice:
-        """A score is the token's highest cosine to a pivot, negated."""
+        """Return the tokens that stay; a score is a token's highest cosine to a pivot, negated."""
         states = gate.of_images(gate.hidden).float()  # [M, N, d]
         images, total, _ = states.shape
         budget = self.budget(gate)

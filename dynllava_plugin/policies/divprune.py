@@ -25,7 +25,7 @@ class DivPrune(InputPolicy):
     r: float | None = argument(None, share)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
-        """On the projected tokens; a score is the distance at which a token was taken, 0 for the others."""
+        """Return the tokens that stay; a score is the distance at which a token was taken, 0 for the others."""
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         distance = 1 - unit @ unit.transpose(1, 2)  # [M, N, N]
         images, total = features.shape[:2]

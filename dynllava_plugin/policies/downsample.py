@@ -32,7 +32,7 @@ class Downsample(InputPolicy):
         return (math.prod(self.grid(total)),)
 
     def grid(self, total: int) -> tuple[int, int]:
-        """Rows and columns of the pooled grid of a square one of `total` tokens."""
+        """Return rows and columns of the pooled grid of a square one of `total` tokens."""
         side = math.isqrt(total)
         if side * side != total:
             raise UserError(f"{self.name}: {total} image tokens are not a square grid")
@@ -41,7 +41,7 @@ class Downsample(InputPolicy):
         return rows, min(budget // rows, side)
 
     def reduce_tokens(self, features: torch.Tensor, question: Callable[[], torch.Tensor]) -> Choice:
-        """A pooled token stands at the middle of its cell."""
+        """Return the pooled tokens, each at the middle of its cell."""
         images, total, width = features.shape
         rows, columns = self.grid(total)
         side = math.isqrt(total)

@@ -35,7 +35,7 @@ class PyramidKV(SnapKV):
 
     @property
     def cache_rule(self) -> tuple[Any, ...]:
-        """As `SnapKV.cache_rule`, and beta."""
+        """Return what `SnapKV.cache_rule` does, and beta."""
         return (*super().cache_rule, self.beta)
 
     def share_at(self, layer: int, num_layers: int) -> float:

@@ -48,7 +48,7 @@ class RandomText(OutputPolicy):
         return self.r
 
     def keep_output(self, gate: Gate) -> Choice:
-        """A function of the position alone, so that every way to decode draws alike."""
+        """Decide by the position alone, so that every way to decode draws alike."""
         score = uniform(gate.of_output(gate.position_ids.expand_as(gate.valid)), self.seed)
         return Choice(score < self.r, self.r - score)
 

@@ -76,7 +76,7 @@ _EXCLUSIVE = ("keep", "r", "n", "ratio", "shares", "tokens", "threshold")  # way
 
 
 def policy_of(sparsity: SparsityConfig) -> Policy:
-    """The policy that the settings name; without `policy`, the one that `mode` and `image_policy` stand for.
+    """Return the policy that the settings name; without `policy`, the one that `mode` and `image_policy` stand for.
 
     Raises `UserError` for an unknown policy or argument (the known ones are listed), or a combination that decides
     something twice.
@@ -119,7 +119,7 @@ def _policy(
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
-    """``"fastv,k=3,r=0.75"`` -> ("fastv", {"k": 3, "r": 0.75}), as policies are written on every command line.
+    """Return ("fastv", {"k": 3, "r": 0.75}) of ``"fastv,k=3,r=0.75"``, as policies are written on every command line.
 
     Steps of a schedule may stand without their argument's name: ``"schedule,2:fastv:0.5,6:random:0.3"`` is
     ``"schedule,steps=2:fastv:0.5-6:random:0.3"``.
@@ -138,7 +138,7 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
-    """What a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`.
+    """Return what a user gives, `policy="fastv,k=3"` or `policy="fastv", k=3`, as changes of a `SparsityConfig`.
 
     Raises `UserError` for a policy beside a mode or an image policy.
     """
@@ -159,7 +159,7 @@ def policy_changes(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_policy(sparsity: SparsityConfig, num_layers: int | None = None) -> Policy:
-    """The policy of the settings, which fit it and a model of `num_layers` layers, or a `UserError`."""
+    """Return the policy of the settings, which fit it and a model of `num_layers` layers, or a `UserError`."""
     sparsity.validate(num_layers)
     policy = policy_of(sparsity)
     if num_layers is not None:
@@ -169,12 +169,12 @@ def check_policy(sparsity: SparsityConfig, num_layers: int | None = None) -> Pol
 
 
 def describe(name: str, arguments: dict[str, Any]) -> str:
-    """The inverse of `parse_policy`."""
+    """Write a policy as `parse_policy` reads it."""
     return ",".join([name, *(f"{key}={value}" for key, value in arguments.items())])
 
 
 def arguments_of(name: str) -> list[str]:
-    """What a policy's arguments are called; of a combination, all of its parts'."""
+    """Return what a policy's arguments are called; of a combination, all of its parts'."""
     methods = [method for part in _parts(name) for method in _methods(_meant(part, True))]
     return list(dict.fromkeys(argument for method in methods for argument in _names(method)))
 

@@ -47,17 +47,17 @@ class Schedule(ImagePolicy):
         return self.steps[0]
 
     def of_depth(self, num_layers: int) -> Schedule:
-        """Every step."""
+        """Return the same schedule in a model of `num_layers` layers."""
         return replace(self, steps=tuple(x.of_depth(num_layers) for x in self.steps), num_layers=num_layers)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Every step's."""
+        """Return every step's."""
         return tuple(step.layers[0] for step in self.steps)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Every step's."""
+        """Return every step's."""
         return tuple(layer for step in self.steps for layer in step.attention_layers)
 
     @property
@@ -70,17 +70,17 @@ class Schedule(ImagePolicy):
         return tuple(min(1.0, kept * (step.keep / self.steps[-1].keep)) for step in self.steps)
 
     def keep_image(self, gate: Gate) -> Choice:
-        """As the step at this gate."""
+        """Keep what the step at this gate does."""
         step = self.steps[self.layers.index(gate.layer)]
         return replace(step, keep=self.budget(gate) / gate.whole_image).keep_image(gate)
 
     def reduce_patches(self, patches: Patches) -> Choice:
-        """As the first step, which acts in the vision tower."""
+        """Reduce as the first step, which acts in the vision tower."""
         total = patches.hidden.shape[1]
         return replace(self.first, keep=self.left(total)[0] / total).reduce_patches(patches)  # type: ignore[attr-defined]
 
     def check(self) -> None:
-        """As `ImagePolicy.check`, and every step's."""
+        """Check as `ImagePolicy.check`, and every step."""
         super().check()
         for step in self.steps:
             step.check()

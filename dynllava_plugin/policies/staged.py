@@ -61,7 +61,7 @@ class StagedPolicy(ImagePolicy):
         return tuple(kept ** ((gate + 1) / self.number_of_gates) for gate in range(self.number_of_gates))
 
     def check(self) -> None:
-        """As `ImagePolicy.check`, and where the gates are."""
+        """Check as `ImagePolicy.check`, and where the gates are."""
         super().check()
         if self.at is not None:
             parts = str(self.at).split("-")

@@ -23,5 +23,5 @@ class Structure(OutputPolicy):
         return 1 / self.period
 
     def keep_output(self, gate: Gate) -> Choice:
-        """By the position id, so that every way to decode keeps the same tokens."""
+        """Decide by the position id, so that every way to decode keeps the same tokens."""
         return Choice(gate.of_output(gate.position_ids.expand_as(gate.valid)) % self.period == 0)

@@ -27,14 +27,14 @@ class VisionZip(PatchPolicy):
     contextual: int | None = argument(None, count)
 
     def merged_tokens(self, kept: int) -> int:
-        """How many of the `kept` tokens are contextual."""
+        """Return how many of the `kept` tokens are contextual."""
         merged = round(kept * 10 / 64) if self.contextual is None else self.contextual
         if merged >= kept:
             raise UserError(f"{self.name}: contextual={merged} leaves no dominant token among n={kept}")
         return merged
 
     def reduce_patches(self, patches: Patches) -> Choice:
-        """The class token comes first, then dominant and contextual tokens, each in the order of their places.
+        """Return the class token first, then dominant and contextual tokens, each in the order of their places.
 
         With original positions a token stands at its own place, the class token at the first free one.
         """
@@ -68,14 +68,14 @@ class VisionZip(PatchPolicy):
         return Choice(keep, attention, placed)
 
     def check(self) -> None:
-        """As `PatchPolicy.check`, and that contextual leaves some of n."""
+        """Check as `PatchPolicy.check`, and that contextual leaves some of n."""
         super().check()
         if self.contextual is not None and self.n is not None:
             self.merged_tokens(self.n)
 
 
 def in_places(hidden: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, packed: bool) -> torch.Tensor:
-    """`hidden` [M, N, c] with `tokens` [M, n, c] at `places` [M, n]; `packed`: in the tokens' order instead of the places'."""
+    """Return `hidden` [M, N, c] with `tokens` [M, n, c] at `places` [M, n], if `packed` in their own order instead of the places'."""
     if packed:
         places = _sorted(places)
     return hidden.scatter(1, places[..., None].expand(-1, -1, hidden.shape[-1]), tokens.to(hidden))

@@ -257,7 +257,7 @@ class SparseContextCache(Cache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sample becomes `repeats` samples in a row."""
+        """Let each sample become `repeats` samples in a row."""
         if self.fed is not None:
             rows = torch.arange(self.fed.shape[0], device=self.fed.device)
             self.reorder_cache(rows.repeat_interleave(repeats))

@@ -149,7 +149,7 @@ def tau_at(step: int, max_steps: int, start: float = 1.0, end: float = 0.1) -> f
 
 
 def keep_rates_at(uniform: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """[B] numbers in [0, 1) -> [B] float32 keep rates from `low` to `high`, uniform in their logarithm."""
+    """Return float32 [B] of numbers [B] in [0, 1): keep rates from `low` to `high`, uniform in their logarithm."""
     return (low * (high / low) ** uniform).float()
 
 

@@ -87,7 +87,7 @@ def _check_finite(source: str | Path, model: torch.nn.Module) -> None:
 
 
 def published_name(ours: str) -> str:
-    """The published code's name of one of this package's parameters."""
+    """Return the published code's name of one of this package's parameters."""
     for pattern, replacement in PUBLISHED_NAMES:
         name, found = re.subn(pattern, replacement, ours)
         if found:
@@ -141,7 +141,7 @@ def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) 
 
 
 def published_rows(config: DynamicLlavaConfig, tokenizer: Any) -> int:
-    """Rows of the vocabulary in the published layout, which has no image and no padding token of its own."""
+    """Return how many rows the vocabulary has in the published layout, which has no image and no padding token of its own."""
     text: Any = config.text_config
     if config.placeholder_tokens:
         return text.vocab_size - config.placeholder_tokens

@@ -18,7 +18,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
-from dynllava_plugin.model.configuration import PREFIX
+from dynllava_plugin.model.configuration import PREFIX, text_config_class
 from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.families.projectors import check_projector, image_tokens
@@ -104,6 +104,7 @@ def read_config(directory: Path, values: dict[str, Any]) -> Any:
         else:
             if layout == LLAVA_HF:
                 text = {"model_type": "llama", **values["text_config"]}
+                text_config_class(text["model_type"])  # transformers would list the hundreds that it knows
                 values = {"image_aspect_ratio": "square", **values, "text_config": text}
             family: Any = FAMILIES[values["model_type"].removeprefix(PREFIX)]
             config = family.config_class.from_dict(values)
@@ -113,7 +114,7 @@ def read_config(directory: Path, values: dict[str, Any]) -> Any:
             config.image_seq_length = image_tokens(config)
         return config
     except Exception as error:  # transformers checks the types of fields, each its own way
-        reason = one_line(error, 300)
+        reason = str(error) if isinstance(error, UserError) else one_line(error, 200)
         raise UserError(reason if reason.startswith(str(file)) else f"{file}: {reason}") from None
 
 
@@ -134,7 +135,7 @@ def _from_original(directory: Path, values: dict[str, Any]) -> DynamicLlavaConfi
         text_config=DynamicLlamaConfig(**text),
         vision_config=vision_config(directory, values),
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=STRATEGIES[values.get("mm_vision_select_feature", "patch")],
+        vision_feature_select_strategy=STRATEGIES[values.get("mm_vision_select_feature") or "patch"],
         image_aspect_ratio=values.get("image_aspect_ratio") or "square",
         projector_type=values.get("mm_projector_type", "linear"),
         tokenpacker_scale=values.get("scale_factor"),

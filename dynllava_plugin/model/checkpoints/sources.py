@@ -53,7 +53,7 @@ def _download(hub_id: str, weights: bool) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` with the file's name where it is not one."""
+    """Return a JSON object from a file; `UserError` with the file's name where it is not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

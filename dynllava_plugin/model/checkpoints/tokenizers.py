@@ -17,7 +17,7 @@ from dynllava_plugin.model.checkpoints.sources import read_json
 
 
 def read_original_tokenizer(directory: Path) -> LlamaTokenizer:
-    """The tokenizer of an original LLaVA-1.5 or published Dynamic-LLaVA; the processor does its spacing."""
+    """Return the tokenizer of an original LLaVA-1.5 or published Dynamic-LLaVA; the processor does its spacing."""
     if not (directory / "tokenizer.model").is_file():
         return LlamaTokenizer.from_pretrained(directory)
     tokenizer = from_sentencepiece(directory / "tokenizer.model")
@@ -28,7 +28,7 @@ def read_original_tokenizer(directory: Path) -> LlamaTokenizer:
 
 
 def original_spacing(directory: Path) -> str:
-    """Which of the two rules for "▁" the original code follows (`DynamicLlavaProcessor`, `spacing`).
+    """Return which of the two rules for "▁" the original code follows (`DynamicLlavaProcessor`, `spacing`).
 
     The published code's transformers takes the older rule, "special", where tokenizer_config.json is silent.
     """
@@ -41,7 +41,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def from_sentencepiece(file: Path) -> LlamaTokenizer:
-    """A sentencepiece BPE model with byte fallback as a `LlamaTokenizer`."""
+    """Return a sentencepiece BPE model with byte fallback as a `LlamaTokenizer`."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     vocabulary = {model.id_to_piece(index): index for index in range(model.vocab_size())}
     words = [

@@ -87,14 +87,14 @@ def is_added(name: str, before: SparsityConfig) -> bool:
 
 
 def our_name(published: str) -> str:
-    """This package's name of a published parameter."""
+    """Return this package's name of a published parameter."""
     for pattern, replacement in RENAMES:
         published = re.sub(pattern, replacement, published)
     return published
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint under our names, memory-mapped: reading costs nothing until one is used.
+    """Return every tensor of a checkpoint under our names, memory-mapped: reading costs nothing until one is used.
 
     Raises `UserError` for no weight file, one missing that the index names, one truncated, or a ``.bin`` of more than
     tensors.
@@ -129,7 +129,7 @@ def read_ahead(directory: Path) -> None:
 
 
 def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """A vision tower's own checkpoint (or the vision half of a CLIP) under our names."""
+    """Return a vision tower's own checkpoint, or the vision half of a CLIP, under our names."""
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
         for name, tensor in read_file(path).items():
@@ -139,7 +139,7 @@ def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: safetensors where there are any, else PyTorch files."""
+    """Return the files that hold a checkpoint's weights: safetensors where there are any, else PyTorch files."""
     for single, index in (SAFETENSORS, PICKLES):
         if (directory / single).is_file():
             return [directory / single]

@@ -164,7 +164,7 @@ class DynamicLlavaForConditionalGeneration(SparseVLM, LlavaForConditionalGenerat
 
     @classmethod
     def check_images(cls, policy: Policy, config: Any) -> None:
-        """As `SparseVLM.check_images`, and what the policy needs of vision tower and projector."""
+        """Check as `SparseVLM.check_images`, and what the policy needs of vision tower and projector."""
         _check_patches(policy, config, config.vision_feature_layer, config.vision_feature_select_strategy)
         super().check_images(policy, config)
 
