@@ -42,7 +42,9 @@ CPU_ROWS = $(OUT)/efficiency/cpu.json
 BENCH_CPU = $(PY) -m dynllava_plugin.bench all --resume --device cpu --shape cpu-medium --json $(CPU_ROWS)
 bench-cpu: setup
 	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 11
+	$(BENCH_CPU) --only prefill --batch 16,32 --repeats 3
 	$(BENCH_CPU) --only decode --batch 1,8 --new-tokens 2000 --repeats 9
+	$(BENCH_CPU) --only decode --batch 4,16,32 --at 0,500 --repeats 7
 	$(BENCH_CPU) --only batching --batch 1,8 --at 200 --repeats 9
 	$(BENCH_CPU) --only nocache --batch 1,8 --at 0,250,500 --repeats 6
 	$(BENCH_CPU) --only memory --batch 1,8 --new-tokens 2000
@@ -57,13 +59,17 @@ bench-cpu: setup
 bench-harness: setup
 	$(PY) -m dynllava_plugin.bench harness --resume --json $(OUT)/harness/cpu.json --output $(OUT)/harness
 
-# LLaVA-1.5's shapes on one GPU with 80 GB, random weights (six minutes on an H100); rows in $(OUT)/gpu, whole after each.
+# LLaVA-1.5's shapes on one GPU with 80 GB, random weights ; rows in $(OUT)/gpu, whole after each.
 BENCH_GPU = $(PYTHON) -m dynllava_plugin.bench all --resume --device cuda --dtype bfloat16 --repeats 5
 export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
 bench-gpu:
-	$(BENCH_GPU) --shape llava-1.5-7b --only prefill,decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/gpu/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only prefill --batch 1,4,8,16,32 --path eager,static --json $(OUT)/gpu/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1,8 --at 0,500,1000 --path eager,static --json $(OUT)/gpu/7b.json
+	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 4,16,32 --at 500 --path static --mode image_text --json $(OUT)/gpu/7b.json
 	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,memory --batch 8 --at 1000,2000,4000 --json $(OUT)/gpu/13b.json
-	$(BENCH_GPU) --shape llava-1.5-13b --only prefill,decode --batch 1 --at 500 --path eager,static --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only prefill --batch 1,4,8,16,32 --path eager,static --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only decode --batch 1 --at 500 --path eager,static --json $(OUT)/gpu/13b.json
+	$(BENCH_GPU) --shape llava-1.5-13b --only decode --batch 4,8,16 --at 500 --path static --mode image_text --json $(OUT)/gpu/13b.json
 	$(BENCH_GPU) --shape llava-1.5-13b --only nocache --batch 8 --at 0,500,1000 --json $(OUT)/gpu/13b.json
 	$(BENCH_GPU) --shape llava-1.5-7b --only memory,score --batch 1,8 --at 1000,2000 --json $(OUT)/gpu/7b.json
 	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/gpu/7b.json

@@ -13,6 +13,7 @@ from PIL import Image
 from dynllava_plugin.bench import loading, measuring, timing
 from dynllava_plugin.bench.command import PHASES, main
 from dynllava_plugin.bench.modes import MODES, context_in, modes_named
+from dynllava_plugin.bench.never_slower import never_slower
 from dynllava_plugin.bench.paper import paper_figures
 from dynllava_plugin.bench.report import markdown
 from dynllava_plugin.bench.rows import Rows
@@ -84,6 +85,8 @@ def test_every_phase_and_mode_has_its_rows(everything):
     found = {(row["phase"], row["mode"]) for row in rows}
     assert found >= {(phase, mode) for phase in PHASES for mode in MODES if phase != "load"}
     assert {row["path"] for row in rows if row["phase"] == "load"} == {"cold", "warm"}
+    for phase in ("prefill", "decode"):
+        assert {row["path"] for row in rows if row["phase"] == phase} == {"eager", "static"}
     for row in rows:
         assert row["shape"] == "4x256x4" and row["device"] == "cpu" and row["image_tokens"] == 16
         if row["phase"] != "memory":
@@ -145,6 +148,23 @@ def test_report(everything):
     )
     assert (folder / "4x256x4_cpu_float32_batch3.png").stat().st_size > 10_000
     assert json.loads((folder / "machine.json").read_text())["cpu"]["host"]["cores"]
+
+
+def test_what_is_never_slower_is_told_for_every_batch_size(everything):
+    rows = [dict(row) for row in everything[0]]
+    for row in rows:
+        row.update(speedup=2.0 if row["path"] == "eager" else 3.0, of_ideal=0.5)
+    text = never_slower([*rows, *({**row, "device": "GPU X"} for row in rows if row["phase"] == "prefill")])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    found = {tuple(line[:4]): line[4:] for line in lines[2:]}
+    assert lines[0][4:] == [f"batch {batch}" for batch in (1, 4, 8, 16, 32)]
+    assert found["cpu", "4x256x4", "decode", "fastv"] == ["2.00 (0.50)", *["not measured"] * 4]
+    assert found["GPU X", "4x256x4", "prefill", "image"][0] == "3.00 (0.50)"  # captured
+    assert found["GPU X", "4x256x4", "decode", "image"] == ["not measured"] * 5
+    assert found["a CUDA GPU", "llava-1.5-13b", "prefill", "image_text"] == ["not measured"] * 5
+    assert text in markdown(
+        [*rows, *({**row, "device": "GPU X"} for row in rows if row["phase"] == "prefill")]
+    )
 
 
 def test_a_report_over_several_files(everything, tmp_path, capsys):

@@ -15,13 +15,14 @@ from dynllava_plugin.flops import paper_prefill_flops, prefill_flops, uncached_s
 
 @torch.inference_mode()
 def prefill(run: Run) -> None:
-    """Time prefill into a fresh cache, logits of the last token, per batch size."""
+    """Time prefill into a fresh cache, logits of the last token, per batch size: in every mode on every path, in turns."""
     for batch in run.batches:
-        if run.has("prefill", batch=batch):
+        if all(run.has("prefill", run.modes_on(path), path=path, batch=batch) for path in run.paths):
             continue
         prompts = run.subject.prompts(batch, 1)
-        calls = {mode: partial(_prefill, run, prompts) for mode in run.modes}
-        _add(run, "prefill", batch, 0, run.times(calls, run.repeats, run.subject.switch))
+        pairs = [(mode, path) for path in run.paths for mode in run.modes_on(path)]
+        calls = {(mode, path): partial(_prefill, run, prompts, path) for mode, path in pairs}
+        _add(run, "prefill", batch, 0, run.times(calls, run.repeats, lambda key: run.subject.switch(key[0])))
         release(run.subject.device)
 
 
@@ -34,19 +35,14 @@ def nocache(run: Run) -> None:
             prompts.calibrate()
         for length in run.lengths:
             if not run.has("nocache", run.parallel_modes, batch=batch, length=length):
-                calls = {mode: partial(_uncached, prompts, length) for mode in run.parallel_modes}
-                _add(
-                    run,
-                    "nocache",
-                    batch,
-                    length,
-                    run.times(calls, max(run.repeats // 2, 2), run.subject.switch),
-                )
+                calls = {(mode, "eager"): partial(_uncached, prompts, length) for mode in run.parallel_modes}
+                times = run.times(calls, max(run.repeats // 2, 2), lambda key: run.subject.switch(key[0]))
+                _add(run, "nocache", batch, length, times)
         release(run.subject.device)
 
 
-def _prefill(run: Run, prompts: Prompts) -> Any:
-    return prompts.prefill(run.new_cache("eager"))
+def _prefill(run: Run, prompts: Prompts, path: str) -> Any:
+    return prompts.prefill(run.new_cache(path))
 
 
 def _uncached(prompts: Prompts, length: int) -> Any:
@@ -55,11 +51,10 @@ def _uncached(prompts: Prompts, length: int) -> Any:
     )
 
 
-def _add(run: Run, phase: str, batch: int, length: int, times: dict[str, list[float]]) -> None:
+def _add(run: Run, phase: str, batch: int, length: int, times: dict[tuple[str, str], list[float]]) -> None:
     subject, shape = run.subject, run.subject.shape
-    full = summary(times["full"])["median_s"]
-    for mode, taken in times.items():
-        measured = summary(taken)
+    for (mode, path), taken in times.items():
+        measured, full = summary(taken), summary(times["full", path])["median_s"]
         full_cost, cost = (
             prefill_flops(shape, context, batch)
             if phase == "prefill"
@@ -67,7 +62,7 @@ def _add(run: Run, phase: str, batch: int, length: int, times: dict[str, list[fl
             for context in (subject.context(run.modes[0]), subject.context(mode))
         )
         run.rows.add(
-            phase=phase, mode=mode, path="eager", prompts="equal", batch=batch, length=length, **measured,
+            phase=phase, mode=mode, path=path, prompts="equal", batch=batch, length=length, **measured,
             **against_full(full, measured["median_s"], full_cost, cost),
             tflops_paper=paper_prefill_flops(shape, subject.context(mode), batch) / 1e12, tflops_exact=cost / 1e12,
         )  # fmt: skip

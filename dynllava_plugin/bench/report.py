@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.bench.figures import heading, written
+from dynllava_plugin.bench.never_slower import never_slower
 from dynllava_plugin.bench.paper import beside_the_paper
 from dynllava_plugin.bench.plots import draw
 from dynllava_plugin.bench.rows import machine_file, read_rows
@@ -164,7 +165,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             found = [row for row in here if row["phase"] == phase]
             if found:
                 parts += [f"### {title}", _table(found, columns)]
-    parts += beside_the_paper(rows)
+    parts += [text for text in (never_slower(rows), *beside_the_paper(rows)) if text]
     if rows and all(row["device"] == "cpu" for row in rows):
         parts.append("A CUDA GPU: not measured.")
     return "\n\n".join(parts) + "\n"
