@@ -29,7 +29,7 @@ demo: setup
 	$(PY) -m dynllava_plugin.demo
 
 smoke: setup
-	$(PY) -m dynllava_plugin.evaluation.smoke
+	$(PY) -m tests.smoke
 
 # The committed table: every test question instead of a sample (hours on 2 cores).
 table-full: setup

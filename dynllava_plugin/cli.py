@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError, nearest
-from dynllava_plugin.evaluation.minis import command as mini_command
 from dynllava_plugin.evaluation.own_sets.generation import command as build_command
 from dynllava_plugin.evaluation.results import command as table_command
 from dynllava_plugin.evaluation.suite import command as suite_command
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             loaded = import_module(module_name)
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.run)
-    for module in (suite_command, table_command, build_command, mini_command, checkpoint_command):
+    for module in (suite_command, table_command, build_command, checkpoint_command):
         module.add_parser(commands)
     version = commands.add_parser("version", help="installed versions of what decides the numbers")
     version.set_defaults(run=_version)

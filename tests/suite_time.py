@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = args.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     minis = work / "mini"
-    subprocess.run([*_dynllava(), "make-mini", str(minis)], env=_environment(HERE, work), check=True)
+    subprocess.run(
+        [sys.executable, "-m", "tests.minis", str(minis)], env=_environment(HERE, work), check=True
+    )
     suite = [
         "eval",
         "understanding",

@@ -21,15 +21,15 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
-from dynllava_plugin.evaluation.minis import hub_short
-from dynllava_plugin.evaluation.minis.hub import write_repo
-from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.results.run_settings import run_settings
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
+from tests.minis import hub_short
+from tests.minis.hub import write_repo
+from tests.minis.kit_sets import write_tsvs
 
 LIMIT = 5
 HELPFUL = "You are a helpful assistant."

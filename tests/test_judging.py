@@ -17,11 +17,11 @@ import pytest
 from dynllava_plugin.evaluation.judges import unanswered
 from dynllava_plugin.evaluation.judging import FAILED_IN_A_ROW, TRIES, Patience, llava_scores, mm_vet_score
 from dynllava_plugin.evaluation.lmms_eval import judging as lmms_eval_judging
-from dynllava_plugin.evaluation.minis.command import make_minis
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit import judging as vlmevalkit_judging
 from tests.judge_server import FAILS, HANGS, NO_JSON, judge_server
+from tests.minis import make_minis
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = {"MM-Vet": 4, "LLaVA-Wild": 6}

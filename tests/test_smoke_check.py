@@ -15,10 +15,11 @@ from datasets import load_dataset
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from dynllava_plugin.evaluation.minis.command import make_minis
-from dynllava_plugin.evaluation.smoke.check import check_table, read_truth
-from dynllava_plugin.evaluation.smoke.expected import EXPECTED
+from tests.minis import MARKER, make_minis
+from tests.minis.__main__ import main
 from tests.property_tests import examples
+from tests.smoke.check import check_table, read_truth
+from tests.smoke.expected import EXPECTED
 
 FEW = examples(15, suppress_health_check=list(HealthCheck))
 WORDS = [
@@ -264,3 +265,14 @@ def test_a_wrong_cell_is_named(row: Mapping[str, Any], problem: str, minis: Path
     run = Run(find_benchmark(name), "lmms-eval", "", tmp_path, [], {}, tmp_path, {}, {})
     (found,) = check_table(pd.DataFrame([row]), [run], minis, None)
     assert found.startswith(f"{name} in lmms-eval") and problem in found
+
+
+def test_the_command_replaces_its_own_folder_and_no_other(
+    minis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tests.minis._write", lambda folder: (folder.mkdir(), (folder / MARKER).touch()))
+    mine, foreign = tmp_path / "mine", tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    assert [main([str(mine)]), main([str(mine)]), main([str(foreign)])] == [0, 0, 2]
+    assert "not made by tests.minis" in capsys.readouterr().err and (foreign / "thesis.tex").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,3 @@ def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
 def vlmevalkit_predictions(folder: Path, dataset: str) -> dict[int, str]:
     """Return the kit's answers by row number."""
     return {place: row["prediction"] for place, row in enumerate(vlmevalkit_rows(folder, dataset))}
-
-
-def journal_entries(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Return the answers (or scores) that a run wrote down, each question once."""
-    seen = set()
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if kind in entry and entry["key"] not in seen:
-                seen.add(entry["key"])
-                yield entry[kind]

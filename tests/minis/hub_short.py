@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dynllava_plugin.evaluation.minis.hub import Config, Row, image
-from dynllava_plugin.evaluation.minis.items import Item, items_of
+from tests.minis.hub import Config, Row, image
+from tests.minis.items import Item, items_of
 
 STRINGS = ["string"]
 _VQAV2 = {

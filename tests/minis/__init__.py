@@ -1,35 +1,18 @@
-"""`dynllava make-mini DIR`: miniatures of every benchmark in its real schema."""
+"""Miniatures of every benchmark in its real schema, made of easy-VQA's images: `python -m tests.minis DIR`."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG
 
 TRUTH = "truth"
 MARKER = "miniatures.txt"
-
-
-def add_parser(commands: Any) -> None:
-    """Add the subcommand to the ones of `dynllava`."""
-    parser = commands.add_parser(
-        "make-mini", help="small datasets in every benchmark's real schema, from easy-VQA's images"
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="new, or an earlier run's (it is replaced)")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
-    make_minis(args.folder)
-    print(f"{args.folder}: run `dynllava eval smoke --pretrained tiny --data {args.folder}`")
-    return 0
 
 
 def make_minis(folder: Path) -> None:
@@ -45,7 +28,7 @@ def make_minis(folder: Path) -> None:
         If `folder` holds something else, or easy-VQA isn't installed, or the folder can't be written.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UserError(f"{folder}: not empty and not made by make-mini; name another folder")
+        raise UserError(f"{folder}: not empty and not made by tests.minis; name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -60,12 +43,12 @@ def make_minis(folder: Path) -> None:
 
 def _write(folder: Path) -> None:
     from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
-    from dynllava_plugin.evaluation.minis import hub_choice, hub_modern, hub_short
-    from dynllava_plugin.evaluation.minis.hub import Config, write_repo
-    from dynllava_plugin.evaluation.minis.items import RECIPES, items_of
-    from dynllava_plugin.evaluation.minis.kit_sets import write_tsvs
-    from dynllava_plugin.evaluation.minis.long_answers import write_generation_sets
     from dynllava_plugin.files import write_text
+    from tests.minis import hub_choice, hub_modern, hub_short
+    from tests.minis.hub import Config, write_repo
+    from tests.minis.items import RECIPES, items_of
+    from tests.minis.kit_sets import write_tsvs
+    from tests.minis.long_answers import write_generation_sets
 
     recipes: dict[str, Callable[[], dict[str, Config]]] = {
         "VQAv2": hub_short.vqav2,
@@ -97,4 +80,4 @@ def _write(folder: Path) -> None:
     for name in RECIPES:
         lines = [item.to_json() for item in items_of(name)]
         write_text(folder / TRUTH / f"{name}.jsonl", "\n".join(lines) + "\n")
-    write_text(folder / MARKER, "Made by `dynllava make-mini`, which may replace this folder.\n")
+    write_text(folder / MARKER, "Made by `python -m tests.minis`, which may replace this folder.\n")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.minis.hub_choice import cv_bench_prompt, four_choices
-from dynllava_plugin.evaluation.minis.hub_modern import asks_openly
-from dynllava_plugin.evaluation.minis.items import Item, items_of
 from dynllava_plugin.files import write_text
+from tests.minis.hub_choice import cv_bench_prompt, four_choices
+from tests.minis.hub_modern import asks_openly
+from tests.minis.items import Item, items_of
 
 Row = dict[str, Any]
 CIRCULAR = 1_000_000

@@ -1,4 +1,4 @@
-"""`python -m dynllava_plugin.evaluation.smoke`, or `make smoke`: proof that every benchmark runs and is read right.
+"""`python -m tests.smoke`, or `make smoke`: proof that every benchmark runs and is read right.
 
 Makes the miniatures, runs `dynllava eval smoke` on them, computes every cell of the table a
 second time from what the runs saved, and then takes some benchmarks again: cut short and resumed, and in two
@@ -20,16 +20,16 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.minis.command import make_minis
 from dynllava_plugin.evaluation.results.footer import STATE, footer
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.results.tables import render
-from dynllava_plugin.evaluation.smoke.check import check_table
 from dynllava_plugin.evaluation.suite.command import evaluate
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import LONG
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.files import write_text
+from tests.minis import make_minis
+from tests.smoke.check import check_table
 
 SUITE = Path("smoke")
 AGAIN = ("POPE", "LVIS-VQA multi")

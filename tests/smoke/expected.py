@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
-from dynllava_plugin.evaluation.smoke import readings
+from tests.smoke import readings
 
 Truth = Sequence[Mapping[str, Any]]
 Predictions = Mapping[int, str]

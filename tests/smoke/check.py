@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
 from dynllava_plugin.evaluation.results.predictions import (
-    journal_entries,
     lmms_eval_predictions,
     lmms_eval_samples,
     vlmevalkit_predictions,
     vlmevalkit_rows,
 )
 from dynllava_plugin.evaluation.results.results import COSTS, NEEDS_JUDGE, SCORED, SUBMISSION
-from dynllava_plugin.evaluation.smoke.expected import EXPECTED
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+from tests.smoke.expected import EXPECTED
 
 TOLERANCE = 1e-4  # of percent; perplexity passes through float32 losses
 
@@ -39,7 +38,7 @@ def check_table(table: pd.DataFrame, runs: Sequence[Run], minis: Path, limit: in
     runs : sequence of Run
         Each has to have its cells.
     minis : Path
-        What `make-mini` wrote.
+        What `make_minis` wrote.
     limit : int or None
         Questions of each benchmark.
     """
@@ -253,3 +252,14 @@ def _check_submission(row: dict[str, Any], run: Run, minis: Path) -> str:
     if [answer.lower() for answer in answers] != [said[place].lower() for place in range(len(truth))]:
         return "the file doesn't hold the predictions"
     return ""
+
+
+def journal_entries(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Return the answers (or scores) that a run wrote down, each question once."""
+    seen = set()
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if kind in entry and entry["key"] not in seen:
+                seen.add(entry["key"])
+                yield entry[kind]
