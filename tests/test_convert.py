@@ -87,7 +87,7 @@ def test_card_holds_recipe_and_results(tmp_path, capsys):
     results.mkdir(parents=True)
     assert main(["push", str(folder)]) == 0
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert card.startswith("---\nbase_model: liuhaotian/llava-v1.5-7b\nlibrary_name: transformers\n")
     assert "base_model: liuhaotian/llava-v1.5-7b" in card and "# my-dynamic-llava" in card
     assert "| `learning_rate` | 5e-06 |" in card and "| image tokens kept | 0.2 |" in card
     assert "Not measured." in card

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from dynllava_plugin.model import flash_decoding
-from dynllava_plugin.model.flash_decoding import flash_step
+from dynllava_plugin.model import attention as module
+from dynllava_plugin.model.attention import flash_step
 from tests.tiny_random import batch_of, random_model, random_sample
 
 CALLS = []
@@ -32,7 +32,7 @@ def contract(q, k_cache, v_cache, *, cache_seqlens, softmax_scale):
 @pytest.fixture
 def kernel(monkeypatch):
     CALLS.clear()
-    monkeypatch.setattr(flash_decoding, "_kernel", lambda: contract)
+    monkeypatch.setattr(module, "_kernel", lambda: contract)
 
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
@@ -60,7 +60,7 @@ def test_flash_steps_equal_masked_ones(kernel, implementation):
 def test_without_the_package_the_masked_step_runs():
     query = torch.zeros(2, 4, 1, 8, dtype=torch.bfloat16)
     keys = torch.zeros(2, 2, 5, 8, dtype=torch.bfloat16)
-    if flash_decoding._kernel() is None:
+    if module._kernel() is None:
         assert flash_step(query, keys, keys, torch.tensor([1, 2]), 1.0) is None
 
 
@@ -73,7 +73,7 @@ def test_what_the_kernel_does_not_take_goes_the_other_way(kernel):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or flash_decoding._kernel() is None,
+    not torch.cuda.is_available() or module._kernel() is None,
     reason="needs a CUDA GPU and flash-attn",
 )
 def test_the_real_kernel_keeps_the_contract():

@@ -7,8 +7,9 @@ context of Eq. 7, the cache whose slots a step attends, and who wants to see que
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.flash_decoding import flash_step
 from dynllava_plugin.policies import TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 from dynllava_plugin.sparsity.masked_softmax import TrainingContext, masked_softmax_attention
@@ -139,6 +139,43 @@ def sparse_attention(
     if cache is not None and cache.observes:
         cache.observe(module.layer_idx, query, key, scaling)
     return mixed, weights
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any] | None:
+    """Return flash-attention's KV-cache kernel, where that package is installed."""
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except (ImportError, OSError):  # absent, or built for another PyTorch
+        return None
+    return flash_attn_with_kvcache
+
+
+def flash_step(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """Return the attention [B, 1, H, D] of one token a sample to the slots up to its own, by flash-attention's KV-cache kernel.
+
+    That takes how many slots each sample holds instead of a mask: it reads no slot in vain and splits a long context over the
+    whole GPU. Where it isn't there the step goes through SDPA with a mask, which computes the same.
+
+    `query` is [B, H, 1, D]; `keys` and `values` [B, H_kv, K, D] are a layer's buffers, the new token's own included; `slots` int64
+    [B] is where that lies. None where the kernel takes no such tensors, or the call is no single-token step.
+    """
+    kernel = _kernel() if slots is not None and query.dtype in (torch.float16, torch.bfloat16) else None
+    if kernel is None or query.shape[2] != 1:
+        return None
+    return kernel(
+        query.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        cache_seqlens=(slots + 1).to(torch.int32),  # type: ignore[operator, union-attr]
+        softmax_scale=scaling,
+    )
 
 
 def implementation_of(config: Any) -> str:

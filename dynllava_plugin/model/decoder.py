@@ -59,15 +59,12 @@ class SparseDecoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         check_layers(config)
-        self.image_predictor = ImagePredictor(config.hidden_size, config.sparsity)
-        self.text_predictor = (
-            TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.text_predictor else None
-        )
-        self.prompt_predictor = (
-            TextPredictor(config.hidden_size, config.sparsity) if config.sparsity.prompt_predictor else None
-        )
-        for layer, _ in config.sparsity.later_gates:
-            setattr(self, f"image_predictor_{layer}", ImagePredictor(config.hidden_size, config.sparsity))
+        size, sparsity = config.hidden_size, config.sparsity
+        self.image_predictor = ImagePredictor(size, sparsity)
+        self.text_predictor = TextPredictor(size, sparsity) if sparsity.text_predictor else None
+        self.prompt_predictor = TextPredictor(size, sparsity) if sparsity.prompt_predictor else None
+        for layer, _ in sparsity.later_gates:
+            setattr(self, f"image_predictor_{layer}", ImagePredictor(size, sparsity))
         self._policy: tuple[SparsityConfig, Policy] | None = None  # and the settings it was made of
         self.post_init()  # type: ignore[operator]
 

@@ -14,8 +14,6 @@ from dynllava_plugin.policies.base import Choice, InputPolicy, argument, count
 class CDPruner(InputPolicy):
     """Greedy MAP of a determinantal point process with kernel relevance_i * cosine_ij * relevance_j; `n` tokens stay.
 
-    Notes
-    -----
     The paper's LLaVA code takes relevance from CLIP's image and text embeddings, negated. LLaVA checkpoints have
     neither CLIP's text tower nor its projections, so here relevance is the cosine between a projected image token and
     the mean word embedding of the question, as the paper defines it, not negated; similarity is that of the projected

@@ -17,8 +17,6 @@ class DART(ImagePolicy):
     the tokens with the lowest cosine to it among those that no one has taken; the budget is divided evenly, what is left over
     goes to the first pivots.
 
-    Notes
-    -----
     Norms and cosines are of the hidden states that enter the layer. The published code takes norms of the keys of the layer
     before (the paper finds the choice of pivots of little consequence) and cosines of the states behind the final norm.
     Its number of tokens is a multiple of the number of pivots, here it is the budget exactly. Text pivots are of the whole prompt

@@ -15,8 +15,6 @@ class H2O(CachePolicy):
     Each head of each layer keeps, in equal parts, the most recent tokens and, of the older ones, those that
     received the most attention since they entered. The prompt is attended whole and then cut to the budget.
 
-    Notes
-    -----
     The published code fixes the budget at r times the prompt's length; here it grows with the output, so that r = 1
     is full context and r = 0.5 half of it at any length. With grouped queries a key-value head sums the attention of its
     group. What is let go depends on every step before, so that scoring runs step by step and decoding without a

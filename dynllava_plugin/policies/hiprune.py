@@ -20,8 +20,6 @@ class HiPrune(PatchPolicy):
     patches beside, above and below them; registers fill the budget with those that receive most in the layer that the projector reads.
     Attention received is the mean over heads and over all patches, the class token among them.
 
-    Notes
-    -----
     arXiv 2508.00553, https://github.com/Danielement321/HiPrune: alpha = 0.1, object layer 9 of CLIP's 24 (counted from 1; the
     same share of another depth). As there a neighbour beyond a row's end is the next row's first, and one outside the image the
     image's first or last patch. Where 5 patches an anchor are more than n there are fewer anchors.

@@ -18,8 +18,6 @@ class HoloV(PatchPolicy):
     the crop's other patches, scaled so that its mean is the attention's. Parts are rounded down, and what is left goes to the
     crops of the largest parts, one token each.
 
-    Notes
-    -----
     arXiv 2510.02912, https://github.com/obananas/HoloV: 16 crops, alpha = 1, beta = 0.09. As there a patch's cosine to itself
     counts as 0 in the variance. Departures: cosines are of the patches before the projector, so that only what stays is projected
     (there: behind it), and what a crop can't hold goes to the next ones (there its places are zeros). Crops are runs of the

@@ -20,8 +20,6 @@ class PruMergePlus(PatchPolicy):
     the outliers' mean spacing. Each adds the attention-weighted sum of the `neighbours` other patches whose keys are most
     like its own; one more token is the weighted sum of all that do not stay.
 
-    Notes
-    -----
     With `keep`, `n` or `tokens`, a quarter of the tokens are the most attended ones, the rest evenly spaced. An image without
     an outlier keeps its most attended patch. In a batch every image has its own number (the published code takes the first's).
     """

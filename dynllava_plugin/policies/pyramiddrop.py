@@ -13,8 +13,6 @@ class PyramidDrop(StagedPolicy):
 
     The gates divide the layers evenly (8, 16 and 24 of 32). `ratio` is the paper's lambda, 0.5 there.
 
-    Notes
-    -----
     The published code ranks with the projections of the layer behind the gate on the states that enter it, a second time
     beside the layer itself; here the attention is the layer's before the gate, as FastV's. The budget holds for each image of
     a prompt; the published code has one image.

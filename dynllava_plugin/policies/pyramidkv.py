@@ -16,8 +16,6 @@ class PyramidKV(SnapKV):
 
     The last layer holds r / beta, or 2r - 1 where the first would else hold more than all.
 
-    Notes
-    -----
     arXiv 2406.02069, https://github.com/Zefan-Cai/KVCache-Factory: beta = 20, 30 or 40 by set; 20 here, as in kvpress. There
     the window is added to each layer's number of tokens, here it is inside, at most half of it, as in `snapkv`.
     """

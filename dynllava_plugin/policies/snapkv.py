@@ -23,8 +23,6 @@ class SnapKV(CachePolicy):
     The prompt's last `window` tokens stay. Of the others each head keeps those that these attend to most: attention summed
     over the window and averaged along the prompt over `kernel` neighbours.
 
-    Notes
-    -----
     The published budget is a number of tokens, here a share of the prompt. The window is at most half of the budget, so that
     short prompts have a choice to make (the published code asks for a budget larger than the window). With grouped
     queries a key-value head ranks by the attention of its group. What comes behind the first prompt part stays whole. As the

@@ -23,8 +23,6 @@ class SparseVLM(StagedPolicy):
     the nearest centre, the mean of a cluster at its centre's place. The budget counts merged tokens. Gates are at 3, 7 and 16
     of 32 layers, and at the same shares of another depth; attention is that of the layer before, mean over heads and raters.
 
-    Notes
-    -----
     arXiv 2410.04417 (v1.5), https://github.com/Gumpest/SparseVLMs, which prunes behind layers 2, 6 and 15 to 300, 200 and 110 of
     576 tokens (`shares=0.521-0.348-0.191`) and recycles 30%. Departures: merged tokens are inside the budget (there: on top), at
     most half of it, and their number comes from the tokens over the budget; a merged token keeps its centre's position id (there

@@ -17,8 +17,6 @@ class V2Drop(StagedPolicy):
     The gates are at 3, 17 and 22 of 32 layers, and at the same shares of another depth. Nothing of attention is looked at, so
     that every attention kernel stays in use.
 
-    Notes
-    -----
     arXiv 2509.01552, https://github.com/xuyang-liu16/V2Drop. Its LLaVA-1.5 code leaves 288, 144 and 1 of 576 tokens
     (`shares=0.5-0.25-0.001`, a mean of 203); by `keep`, `ratio` and `tokens` every gate leaves the same share of what reaches it.
     """

@@ -20,8 +20,6 @@ class VisPruner(PatchPolicy):
     eight) tokens that are most like one of the second (cosine) go, and the rest, the least attended part last, is split anew,
     until as many are left as are wanted.
 
-    Notes
-    -----
     Where the first part has fewer tokens than must go, another round removes what is left to remove; the published code
     takes for granted that it hasn't.
     """

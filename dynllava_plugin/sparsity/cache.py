@@ -244,7 +244,7 @@ class SparseContextCache(Cache):
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let, for beam search, sample b continue from sample `beam_idx[b]`."""
+        """Let sample b continue from sample `beam_idx[b]` int64, as in beam search."""
         for part in (*self.tracks, *self.layers):
             part.index(beam_idx)
         self._output_keep = [chosen(keep, beam_idx) for keep in self._output_keep]
@@ -252,9 +252,7 @@ class SparseContextCache(Cache):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, chosen(value, beam_idx, self.static and name == "fed"))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the samples `indices` (int64) only."""
-        self.reorder_cache(indices)
+    batch_select_indices = reorder_cache  # keeps these samples only
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each sample become `repeats` samples in a row."""

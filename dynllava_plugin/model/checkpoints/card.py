@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.markup import in_markdown
 from dynllava_plugin.model.checkpoints.sources import read_json
@@ -58,10 +60,8 @@ def write_card(folder: Path, results: str | None = None) -> Path:
 
 def push(folder: Path, hub_id: str, results: str | None = None, private: bool = False) -> str:
     """Write the card, upload a checkpoint and return the repository's address; `UserError` where the hub refuses, too."""
-    from huggingface_hub import HfApi
-
     write_card(folder, results)
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=UPLOADED)
@@ -72,13 +72,12 @@ def push(folder: Path, hub_id: str, results: str | None = None, private: bool = 
 
 
 def _front_matter(run: dict[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
-    lines += ["tags:", "- dynamic-llava", "- token-pruning"]
     base = run.get("model_name_or_path")
     # A hub id is OWNER/NAME; a path of the machine that trained means nothing elsewhere.
-    if base and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not Path(base).exists():
-        lines.append(f"base_model: {base}")
-    return "\n".join([*lines, "---"]) + "\n"
+    if not base or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) or Path(base).exists():
+        base = None
+    facts = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "base_model": base}
+    return f"---\n{huggingface_hub.ModelCardData(**facts, tags=['dynamic-llava', 'token-pruning']).to_yaml()}\n---\n"
 
 
 def _recipe(run: dict[str, Any]) -> str:
