@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, argument, count
+from dynllava_plugin.sparsity.selection import at_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,10 @@ class DART(ImagePolicy):
     def keep_image(self, gate: Gate) -> Choice:
         """Return the tokens that stay; a score is a token's highest cosine to a pivot, negated."""
         states = gate.of_images(gate.hidden).float()  # [M, N, d]
-        images, total, _ = states.shape
         budget = self.budget(gate)
         own = states.abs().sum(-1).topk(min(self.pivots, budget), dim=-1).indices
-        keep = torch.zeros(images, total, dtype=torch.bool, device=states.device).scatter_(1, own, True)
-        pivots = states.gather(1, own[..., None].expand(-1, -1, states.shape[2]))
+        keep = at_places(own, states.shape[1])
+        pivots = states.take_along_dim(own[..., None], 1)
         pivots = torch.cat([pivots, self._text_pivots(gate, pivots)], 1)
         normal = torch.nn.functional.normalize
         cosine = normal(pivots, dim=-1) @ normal(states, dim=-1).transpose(1, 2)  # [M, P, N]
@@ -59,5 +59,5 @@ class DART(ImagePolicy):
         wanted = min(own.shape[1], norm.shape[1])
         found = norm.topk(wanted, dim=-1)
         rows = [gate.layout.image_rows[image] for image in gate.images]
-        chosen = hidden.gather(1, found.indices[..., None].expand(-1, -1, hidden.shape[2]))[rows]
+        chosen = hidden.take_along_dim(found.indices[..., None], 1)[rows]
         return torch.where((found.values[rows] >= 0)[..., None], chosen, own[:, :wanted])

@@ -159,7 +159,7 @@ class HeavyHitterLayer(ObservedLayer):
         received = self._received(query, key, causal & track.arriving[:, None, None], scaling)
         keys, values = self._prompt
         if order is not None:
-            received = received.gather(2, order[:, None].expand(-1, received.shape[1], -1))
+            received = received.take_along_dim(order[:, None], 2)
             keys, values = gather_tokens(keys, order), gather_tokens(values, order)
         number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
         self._keep_best(keys, values, received, number, track.full)
@@ -232,14 +232,12 @@ class HeavyHitterLayer(ObservedLayer):
         fresh = number >= (track._seen_then - track.recent)[:, None, None]
         score = received.masked_fill(fresh, math.inf).masked_fill(~there, -math.inf)
         stays = ranks(score) < track._pending[:, None, None]
-        order = packing_order(stays.flatten(0, 1))
-        order = order.view(batch, heads, -1)
+        order = packing_order(stays.flatten(0, 1)).view(batch, heads, -1)
         room = (capacity or track.capacity) - order.shape[2]
         pad = torch.nn.functional.pad
-        index = order[..., None]
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys = pad(keys.gather(2, index.expand(-1, -1, -1, keys.shape[3])), (0, 0, 0, room))
-        self.values = pad(values.gather(2, index.expand(-1, -1, -1, values.shape[3])), (0, 0, 0, room))
+        self.keys = pad(keys.take_along_dim(order[..., None], 2), (0, 0, 0, room))
+        self.values = pad(values.take_along_dim(order[..., None], 2), (0, 0, 0, room))
         self.received = pad(received.gather(2, order), (0, room))
         self.number = pad(number.gather(2, order), (0, room))
 

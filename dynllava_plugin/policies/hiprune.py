@@ -10,6 +10,7 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, count, share
 from dynllava_plugin.policies.points import ranks
+from dynllava_plugin.sparsity.selection import at_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,10 @@ class HiPrune(PatchPolicy):
     def choose(self, patches: Patches, score: torch.Tensor, kept: int) -> torch.Tensor:
         """Return anchors with their neighbours, and registers."""
         assert patches.earlier is not None
-        images, total = score.shape
+        total = score.shape[1]
         side = math.isqrt(total)
         anchors = min(round(kept * self.alpha / 5), kept // 5)
         places = patches.received(*patches.earlier).topk(anchors, dim=-1).indices
         around = torch.tensor([0, -1, 1, -side, side], device=score.device)
         near = (places[..., None] + around).flatten(1).clamp(0, total - 1)
-        keep = torch.zeros(images, total, dtype=torch.bool, device=score.device).scatter_(1, near, True)
-        return ranks(score.masked_fill(keep, math.inf)) < kept
+        return ranks(score.masked_fill(at_places(near, total), math.inf)) < kept

@@ -84,7 +84,7 @@ class SnapLayer(ObservedLayer):
         window = (budget + 1).div(2, rounding_mode="floor").clamp(max=track.policy.window)
         seen = self._window_attention(query, key, window, scaling)
         order = packing_order(track.arriving) if track.plan.order is None else track.plan.order
-        seen = seen.gather(2, order[:, None].expand(-1, seen.shape[1], -1))
+        seen = seen.take_along_dim(order[:, None], 2)
         places = torch.arange(order.shape[1], device=seen.device)
         there, recent = places < track.full[:, None], places >= track.full[:, None] - window
         seen = seen.masked_fill((recent | ~there)[:, None], 0)
@@ -94,13 +94,8 @@ class SnapLayer(ObservedLayer):
         stays = packing_order((ranks(score) < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1, 1)
         self.dtype, self.device = key.dtype, key.device
         room = track.capacity - stays.shape[2]
-        keys, values = (gather_tokens(states, order) for states in self._prompt)
-        self.keys, self.values = (
-            torch.nn.functional.pad(
-                states.gather(2, stays.expand(-1, -1, -1, states.shape[3])), (0, 0, 0, room)
-            )
-            for states in (keys, values)
-        )
+        prompt = (gather_tokens(states, order).take_along_dim(stays, 2) for states in self._prompt)
+        self.keys, self.values = (torch.nn.functional.pad(states, (0, 0, 0, room)) for states in prompt)
         self.is_initialized, self._prompt = True, None
 
     def _window_attention(

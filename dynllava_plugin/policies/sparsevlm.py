@@ -43,9 +43,8 @@ class SparseVLM(StagedPolicy):
         image = gate.layout.image_mask
         assert image is not None
         like = (hidden @ hidden.transpose(1, 2)).masked_fill(~text[:, None], -math.inf).softmax(-1)
-        mean = like.nan_to_num().masked_fill(~image[..., None], 0).sum(1) / image.sum(1, keepdim=True).clamp(
-            min=1
-        )
+        summed = like.nan_to_num().masked_fill(~image[..., None], 0).sum(1)
+        mean = summed / image.sum(1, keepdim=True).clamp(min=1)
         average = mean.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
         return text & (mean > average * (1 - 1e-3))  # rounding decides nothing where all words are alike
 
@@ -60,12 +59,12 @@ class SparseVLM(StagedPolicy):
             return Choice(keep, score, states, budget)
         pool = max(merged, min(int(self.recycled * (total - budget + merged)) + 1, total - budget + merged))
         places = score.masked_fill(keep, -math.inf).topk(pool, dim=-1).indices
-        left = states.gather(1, places[..., None].expand(-1, -1, states.shape[2])).float()
+        left = states.take_along_dim(places[..., None], 1).float()
         centres, cluster = density_peaks(left, merged)
         member = torch.nn.functional.one_hot(cluster, merged).float()  # [M, pool, merged]
         mean = member.transpose(1, 2) @ left / member.sum(1)[..., None]
         at = places.gather(1, centres)
-        states = states.scatter(1, at[..., None].expand(-1, -1, states.shape[2]), mean.to(states))
+        states = states.scatter(1, at[..., None].expand_as(mean), mean.to(states))
         return Choice(keep.scatter(1, at, True), score, states, budget)
 
 

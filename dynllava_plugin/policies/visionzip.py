@@ -8,6 +8,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, argument, count
+from dynllava_plugin.sparsity.selection import at_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +39,14 @@ class VisionZip(PatchPolicy):
 
         With original positions a token stands at its own place, the class token at the first free one.
         """
-        images, total = patches.hidden.shape[:2]
+        total = patches.hidden.shape[1]
         kept = self.kept_tokens(total)
         attention = patches.cls_attention()
         if kept >= total:
             return Choice(torch.ones_like(attention, dtype=torch.bool), attention, patches.hidden)
         merged = self.merged_tokens(kept)
-        dominant = _sorted(attention.topk(kept - merged - 1, dim=-1).indices)  # [M, D]
-        others = _others(dominant, total)  # [M, R]
+        dominant = attention.topk(kept - merged - 1, dim=-1).indices.sort(dim=-1).values  # [M, D]
+        others = (~at_places(dominant, total)).nonzero()[:, 1].view(len(dominant), -1)  # [M, R], in order
         step = max(1, others.shape[1] // max(merged, 1))
         is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
         is_target[torch.arange(0, others.shape[1], step, device=others.device)[:merged]] = True
@@ -53,14 +54,16 @@ class VisionZip(PatchPolicy):
         key = patches.key[:, 1:].unflatten(-1, (patches.heads, -1)).float().mean(2)
         key = torch.nn.functional.normalize(key, dim=-1)
         hidden = patches.hidden
-        tokens = [patches.cls[:, None], _pick(hidden, dominant)]
+        tokens = [patches.cls[:, None], hidden.take_along_dim(dominant[..., None], 1)]
         if merged:
-            similarity = _pick(key, joining) @ _pick(key, targets).transpose(1, 2)
+            from_, to = (places[..., None] for places in (joining, targets))
+            similarity = key.take_along_dim(from_, 1) @ key.take_along_dim(to, 1).transpose(1, 2)
             joins = torch.nn.functional.one_hot(similarity.argmax(-1), merged).to(hidden)  # [M, J, T]
-            mean = joins.transpose(1, 2) @ _pick(hidden, joining) / joins.sum(1).clamp(min=1)[..., None]
-            tokens.append(_pick(hidden, targets) + mean)
-        keep = torch.zeros(images, total, dtype=torch.bool, device=hidden.device)
-        keep.scatter_(1, torch.cat([dominant, targets], 1), True)
+            mean = (
+                joins.transpose(1, 2) @ hidden.take_along_dim(from_, 1) / joins.sum(1).clamp(min=1)[..., None]
+            )
+            tokens.append(hidden.take_along_dim(to, 1) + mean)
+        keep = at_places(torch.cat([dominant, targets], 1), total)
         first_free = (~keep).to(torch.uint8).argmax(1, keepdim=True)
         keep.scatter_(1, first_free, True)
         places = torch.cat([first_free, dominant, targets], 1)
@@ -77,21 +80,5 @@ class VisionZip(PatchPolicy):
 def in_places(hidden: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, packed: bool) -> torch.Tensor:
     """Return `hidden` [M, N, c] with `tokens` [M, n, c] at `places` [M, n], if `packed` in their own order instead of the places'."""
     if packed:
-        places = _sorted(places)
-    return hidden.scatter(1, places[..., None].expand(-1, -1, hidden.shape[-1]), tokens.to(hidden))
-
-
-def _sorted(places: torch.Tensor) -> torch.Tensor:
-    return places.sort(dim=-1).values
-
-
-def _others(places: torch.Tensor, total: int) -> torch.Tensor:
-    """int64 [M, D] places -> [M, total - D]: the other ones, in order."""
-    taken = torch.zeros(places.shape[0], total, dtype=torch.bool, device=places.device).scatter_(
-        1, places, True
-    )
-    return (~taken).nonzero()[:, 1].view(places.shape[0], -1)
-
-
-def _pick(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+        places = places.sort(dim=-1).values
+    return hidden.scatter(1, places[..., None].expand_as(tokens), tokens.to(hidden))

@@ -8,6 +8,7 @@ import torch
 
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, share
 from dynllava_plugin.policies.points import descending
+from dynllava_plugin.sparsity.selection import at_places
 
 AT_ONCE = 8  # duplicates that one round of matching removes
 
@@ -46,5 +47,4 @@ class VisPruner(PatchPolicy):
             gone = min(AT_ONCE, surplus, first.shape[1])
             different = descending(like)[:, gone:]
             rest = torch.cat([first[rows, different], second], 1)
-        keep = torch.zeros_like(score, dtype=torch.bool)
-        return keep.scatter_(1, torch.cat([ranked[:, :important], rest], 1), True)
+        return at_places(torch.cat([ranked[:, :important], rest], 1), score.shape[1])

@@ -116,8 +116,12 @@ def keep_score(logits: torch.Tensor) -> torch.Tensor:
 
 def select_image_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return Eq. 5, bool [M, N] of scores [M, N] of M images: True for the `count` highest of each image."""
-    kept = scores.topk(count, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+    return at_places(scores.topk(count, dim=-1).indices, scores.shape[-1])
+
+
+def at_places(places: torch.Tensor, total: int) -> torch.Tensor:
+    """Return bool [M, total], True at the `places` int64 [M, n] of each image."""
+    return torch.zeros(len(places), total, dtype=torch.bool, device=places.device).scatter_(1, places, True)
 
 
 def random_image_scores(seeds: list[int], num_tokens: int, device: torch.device) -> torch.Tensor:
