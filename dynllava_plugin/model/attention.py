@@ -152,11 +152,7 @@ def _kernel() -> Callable[..., Any] | None:
 
 
 def flash_step(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor | None,
-    scaling: float,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor | None, scaling: float
 ) -> torch.Tensor | None:
     """Return the attention [B, 1, H, D] of one token a sample to the slots up to its own, by flash-attention's KV-cache kernel.
 

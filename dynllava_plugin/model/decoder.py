@@ -265,13 +265,7 @@ class SparseDecoder(nn.Module):
         return additive(cached, tokens.hidden) if cached is not None and step else cached
 
     def _run(
-        self,
-        start: int,
-        end: int,
-        tokens: Tokens,
-        mask: torch.Tensor | None,
-        rotary: Any,
-        call: SparseCall,
+        self, start: int, end: int, tokens: Tokens, mask: torch.Tensor | None, rotary: Any, call: SparseCall
     ) -> Tokens:
         """Layers start..end - 1 over the present tokens."""
         hidden, deepstack, entered = tokens.hidden, tokens.deepstack, tokens.entered

@@ -230,16 +230,16 @@ def _decide_images(policy: Policy, gate: Gate, decision: Decision) -> None:
 
 def by_sample(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """Return [B, N_img] of values [T] of a call's image tokens, right padded with 0."""
-    assert layout.image_mask is not None
-    counts = [0] * len(layout.image_mask)
-    for row, length in zip(layout.image_rows, layout.image_lengths, strict=True):
-        counts[row] += length
-    width = max(counts)
-    if min(counts) == width:
-        return values.view(len(counts), width)
-    there = torch.arange(width) < torch.tensor(counts)[:, None]
-    rows = values.new_zeros(there.shape)
-    return rows.masked_scatter(there.to(values.device), values)
+    counts = layout.image_counts()
+    if min(counts) == max(counts):
+        return values.view(len(counts), counts[0])
+    return right_padded(values, counts)[0]
+
+
+def right_padded(values: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values [T], `counts` of each sample, as [B, n], right padded with 0, and bool [B, n], the real ones."""
+    there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(values.device)
+    return values.new_zeros(there.shape).masked_scatter(there, values), there
 
 
 def present_tokens(

@@ -20,14 +20,7 @@ from torch.nn.functional import pad
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import one_line
 from dynllava_plugin.model.attention import SparseCall, WatchedRows, context_mask, use_sparse_attention
-from dynllava_plugin.model.gate import (
-    Tokens,
-    decide,
-    gather_columns,
-    gather_positions,
-    last_column,
-    segment_ends,
-)
+from dynllava_plugin.model.gate import Tokens, decide, gather_columns, gather_positions, segment_ends
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.model.token_layout import position_offset
@@ -121,8 +114,7 @@ class StaticPrefill:
                 None if found is None else found[:rows].clone() for found in (last, image_keep, image_score)
             )
         cache.note(tokens.valid.shape[1], None, image_keep)
-        columns = torch.arange(tokens.valid.shape[1], device=device)
-        index = torch.where(last_column(tokens.valid), columns, -1).amax(1, keepdim=True)
+        index = tokens.token_index.amax(1, keepdim=True)
         decision = Decision(tokens.valid, image_keep=image_keep, image_score=image_score)
         return SparseDecoderOutput(
             last_hidden_state=last, past_key_values=cache, token_index=index, decision=decision

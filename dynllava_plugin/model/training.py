@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.gate import Tokens, in_order
+from dynllava_plugin.model.gate import Tokens, in_order, right_padded
 from dynllava_plugin.model.outputs import DynamicLlavaOutput, SparseDecoderOutput, TrainingMasks
 from dynllava_plugin.policies import Gate, Policy
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -79,7 +79,7 @@ def mask_images(
     flat = _gumbel(_image_logits(gate, share, earlier), layout.image_mask, noise, masks.tau)
     flat = flat if earlier is None else flat * earlier
     masks.keep = masks.keep.masked_scatter(layout.image_mask, flat)
-    masks.images.append((*right_padded(flat, layout.image_mask), share))
+    masks.images.append((*right_padded(flat, layout.image_counts()), share))
 
 
 def mask_texts(
@@ -100,7 +100,7 @@ def mask_texts(
         # Short texts are kept whole; the product keeps the predictor in the graph, which DDP asks for.
         flat = torch.where(counted[:, None].expand_as(places)[places], flat, flat * 0 + 1)
         masks.keep = masks.keep.masked_scatter(places, flat)
-        masks.texts[kind] = (*right_padded(flat, places), counted)
+        masks.texts[kind] = (*right_padded(flat, lengths.tolist()), counted)
 
 
 def _image_logits(gate: Gate, share: float | torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
@@ -126,15 +126,6 @@ def _gumbel(logits: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None
         counts = mask.sum(1)
         drawn = noise[torch.arange(noise.shape[1], device=noise.device) < counts[:, None]]
     return gumbel_keep_mask(logits, drawn, tau)
-
-
-def right_padded(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values [T, ...] of the True places of `mask` [B, L] as [B, n, ...], right padded with 0, and bool [B, n], the real."""
-    counts = mask.sum(1)
-    valid = torch.arange(int(counts.max()), device=mask.device) < counts[:, None]
-    rows = values.new_zeros(*valid.shape, *values.shape[1:])
-    rows[valid] = values
-    return rows, valid
 
 
 def training_output(

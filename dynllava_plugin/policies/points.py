@@ -41,6 +41,14 @@ class TokenLayout:
             return columns >= 0
         return columns < torch.where(self.output_mask, columns, len(columns)).amin(1, keepdim=True)
 
+    def image_counts(self) -> list[int]:
+        """Return how many image tokens each sample has."""
+        assert self.image_mask is not None
+        counts = [0] * len(self.image_mask)
+        for row, length in zip(self.image_rows, self.image_lengths, strict=True):
+            counts[row] += length
+        return counts
+
     def image_groups(self) -> list[tuple[int, list[int]]]:
         """Return (tokens an image, the images that have and had so many), so that each group is one rectangle."""
         groups: dict[tuple[int, int], list[int]] = {}

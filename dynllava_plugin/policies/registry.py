@@ -24,7 +24,7 @@ from dynllava_plugin.policies.prumerge import PruMergePlus
 from dynllava_plugin.policies.pyramiddrop import PyramidDrop
 from dynllava_plugin.policies.pyramidkv import PyramidKV
 from dynllava_plugin.policies.random import RandomImage, RandomText
-from dynllava_plugin.policies.schedule import Schedule, read_steps
+from dynllava_plugin.policies.schedule import Schedule
 from dynllava_plugin.policies.snapkv import SnapKV
 from dynllava_plugin.policies.sparsevlm import SparseVLM
 from dynllava_plugin.policies.structure import Structure
@@ -105,7 +105,7 @@ def _policy(
     made: list[Part] = []
     followers: list[
         int
-    ] = []  # parts with no layer of their own (chance, the cache): they act where the others do
+    ] = []  # parts without a layer of their own (chance, the cache) act where the others do
     for part in parts:
         for method in _methods(part):
             if method.layer_argument and method.follows and method.layer_argument not in given[part]:
@@ -201,15 +201,28 @@ def _one(name: str, method: type[Part], arguments: dict[str, Any], defaults: dic
     return made
 
 
-def _steps(text: str, defaults: dict[str, Any]) -> tuple[ImagePolicy, ...]:
-    def step(name: str, layer: int, keep: float) -> Part:
-        methods = _methods(name)
-        at = {argument: layer for argument in [methods[0].layer_argument] if argument and layer > 0}
-        if len(methods) > 1 or not issubclass(methods[0], ImagePolicy) or methods[0] is Schedule:
-            return Part()
-        return _one(name, methods[0], {"keep": keep, **at}, defaults)
-
-    return read_steps(text, step)
+def _steps(text: str, defaults: dict[str, Any]) -> tuple[Part, ...]:
+    """Return a schedule's steps, written `layer:policy:share-layer:policy:share`, in order; `UserError` for one that can't be."""
+    steps: list[Part] = []
+    for part in filter(None, text.split("-")):
+        layer, _, rest = part.partition(":")
+        name, _, keep = rest.partition(":")
+        try:
+            at, share = int(layer), float(keep)
+        except ValueError:
+            raise UserError(f"schedule: {part!r} is not layer:policy:share, such as 6:random:0.3") from None
+        method, *more = _methods(name)
+        image = issubclass(method, ImagePolicy) and method is not Schedule and not more
+        if not image or (at > 0) != bool(method.layer_argument):
+            acts = "has gates of its own" if image and at > 0 else "doesn't act there"
+            raise UserError(
+                f"schedule: {part!r}: {name} {acts}; choose an image policy with a layer, or at 0 one before the LLM"
+            )
+        where = {str(method.layer_argument): at} if at > 0 else {}
+        steps.append(_one(name, method, {"keep": share, **where}, defaults))
+    if not steps:
+        raise UserError("schedule: give its steps, such as schedule,2:fastv:0.5,6:random:0.3")
+    return tuple(sorted(steps, key=lambda step: step.layers[0]))
 
 
 def _meant(name: str, learned_text: bool) -> str:

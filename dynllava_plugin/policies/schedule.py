@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, Part, Patches
+from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, Patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +83,3 @@ class Schedule(ImagePolicy):
         super().check()
         for step in self.steps:
             step.check()
-
-
-def read_steps(text: str, make: Callable[[str, int, float], Part]) -> tuple[ImagePolicy, ...]:
-    """Return the steps written `layer:policy:share-layer:policy:share`, in order; `make(name, layer, keep)` gives a method.
-
-    Raises `UserError`, naming the step that can't be one.
-    """
-    steps: list[ImagePolicy] = []
-    for part in filter(None, text.split("-")):
-        layer, _, rest = part.partition(":")
-        name, _, keep = rest.partition(":")
-        try:
-            at, share = int(layer), float(keep)
-        except ValueError:
-            raise UserError(f"schedule: {part!r} is not layer:policy:share, such as 6:random:0.3") from None
-        step = make(name, at, share)
-        if not isinstance(step, ImagePolicy) or (at > 0) != bool(step.layer_argument):
-            acts = "has gates of its own" if isinstance(step, ImagePolicy) and at > 0 else "doesn't act there"
-            raise UserError(
-                f"schedule: {part!r}: {name} {acts}; choose an image policy with a layer, or at 0 one before the LLM"
-            )
-        steps.append(step)
-    if not steps:
-        raise UserError("schedule: give its steps, such as schedule,2:fastv:0.5,6:random:0.3")
-    return tuple(sorted(steps, key=lambda step: step.layers[0]))

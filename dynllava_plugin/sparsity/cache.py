@@ -172,10 +172,7 @@ class SparseContextCache(Cache):
         self.moved_up = count if self.moved_up is None else self.moved_up + count
 
     def commit(
-        self,
-        valid: torch.Tensor,
-        output_keep: torch.Tensor | None,
-        image_keep: torch.Tensor | None = None,
+        self, valid: torch.Tensor, output_keep: torch.Tensor | None, image_keep: torch.Tensor | None = None
     ) -> None:
         """End a forward call over the columns of `valid` bool [B, L], False on padding; its decisions are as in `note`."""
         for track in self.tracks:
