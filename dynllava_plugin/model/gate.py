@@ -12,6 +12,7 @@ from dynllava_plugin.model.outputs import Decision
 from dynllava_plugin.model.token_layout import token_positions
 from dynllava_plugin.policies import Gate, Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.selection import pick
 from dynllava_plugin.sparsity.tracks import packing_order
 
 
@@ -76,12 +77,12 @@ class Tokens:
         `layout_too` says whether a later gate will ask where images and output text are.
         """
         order, there = packed_columns(present, counts)
-        columns = order if self.columns is None else gather_columns(self.columns, order)
+        columns = order if self.columns is None else pick(self.columns, order)
         layout = shorter_layout(self.layout, order, there) if layout_too else TokenLayout()
         return self._at(
             order,
             valid=there,
-            keep=there if self.keep is self.valid else gather_columns(self.keep, order) & there,
+            keep=there if self.keep is self.valid else pick(self.keep, order) & there,
             counts=counts,
             columns=torch.where(there, columns, -1),
             layout=replace(layout, counts=tuple(counts)),
@@ -91,12 +92,12 @@ class Tokens:
         """Return the tokens at `order` int64 [B, n], with what else is known of them."""
         positions, same = gather_positions(self.position_ids, order), self.text_positions is self.position_ids
         return Tokens(
-            gather_columns(self.hidden, order),
+            pick(self.hidden, order),
             positions,
             positions if same else gather_positions(self.text_positions, order),
             counts=counts,
             columns=columns,
-            deepstack=tuple(gather_columns(level, order) for level in self.deepstack),
+            deepstack=tuple(pick(level, order) for level in self.deepstack),
             **facts,
         )
 
@@ -120,19 +121,19 @@ def last_column(valid: torch.Tensor) -> torch.Tensor:
 
 def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor) -> TokenLayout:
     """Return the layout of the tokens at `order` int64 [B, n], of which those that are `there` bool [B, n] are real."""
-    output = None if layout.output_mask is None else gather_columns(layout.output_mask, order) & there
+    output = None if layout.output_mask is None else pick(layout.output_mask, order) & there
     # Rows are packed to the right: an output token is no farther from their end than before.
     length = 0 if layout.output_mask is None else layout.output_mask.shape[1]
     start = max(0, layout.output_start - (length - order.shape[1]))
-    watched = None if layout.watched is None else gather_columns(layout.watched, order) & there
+    watched = None if layout.watched is None else pick(layout.watched, order) & there
     if layout.image_mask is None:
         return TokenLayout(output_mask=output, output_start=start)
-    image_mask = gather_columns(layout.image_mask, order) & there
+    image_mask = pick(layout.image_mask, order) & there
     numbers = torch.full(layout.image_mask.shape, -1, device=order.device)
     of_image = torch.arange(len(layout.image_lengths), device=order.device)
     lengths = torch.tensor(layout.image_lengths, device=order.device)
     numbers.view(-1)[layout.image_index] = of_image.repeat_interleave(lengths)
-    left = torch.where(image_mask, gather_columns(numbers, order), len(lengths))
+    left = torch.where(image_mask, pick(numbers, order), len(lengths))
     held = torch.bincount(left.flatten(), minlength=len(lengths) + 1)[: len(lengths)].tolist()
     return TokenLayout(
         image_mask=image_mask,
@@ -144,15 +145,6 @@ def shorter_layout(layout: TokenLayout, order: torch.Tensor, there: torch.Tensor
         output_mask=output,
         output_start=start,
         watched=watched,
-    )
-
-
-def gather_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return [B, L', ...] of `values` [B or 1, L, ...] at `columns` int64 [B, L'] (-1 gives column 0)."""
-    index = columns.clamp(min=0)
-    values = values.expand(len(index), *values.shape[1:])
-    return values.gather(
-        1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
     )
 
 

@@ -20,12 +20,13 @@ from torch.nn.functional import pad
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import one_line
 from dynllava_plugin.model.attention import SparseCall, WatchedRows, context_mask, use_sparse_attention
-from dynllava_plugin.model.gate import Tokens, decide, gather_columns, gather_positions, segment_ends
+from dynllava_plugin.model.gate import Tokens, decide, gather_positions, segment_ends
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.model.token_layout import position_offset
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.selection import pick
 from dynllava_plugin.sparsity.tracks import packing_order
 
 HELD = 8  # graphs at once
@@ -208,7 +209,7 @@ def _aligned(tokens: Tokens, counts: Sequence[int], to: Bucket) -> tuple[torch.T
     order = None if min(counts) == length else packing_order(valid, width)
 
     def states(values: torch.Tensor) -> torch.Tensor:
-        values = values if order is None else gather_columns(values, order)
+        values = values if order is None else pick(values, order)
         values = pad(values, (0, 0, 0, behind))
         return torch.cat([values, values[-1:].expand(more, -1, -1)]) if more else values
 
@@ -281,6 +282,6 @@ def prefill_in_shape(
         assert decision.counts is not None
         lengths, rotary = decision.keep.sum(1), None
         tokens = tokens.first(packing_order(decision.keep, max(decision.counts)), lengths)
-    last = gather_columns(tokens.hidden, lengths[:, None] - 1)
+    last = pick(tokens.hidden, lengths[:, None] - 1)
     found = (None, None) if decision is None else (decision.image_keep, decision.image_score)
     return llm.norm(last), *found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dynllava_plugin.policies.base import Choice, Gate, ImagePolicy, argument, count
-from dynllava_plugin.sparsity.selection import at_places
+from dynllava_plugin.sparsity.selection import at_places, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class DART(ImagePolicy):
         budget = self.budget(gate)
         own = states.abs().sum(-1).topk(min(self.pivots, budget), dim=-1).indices
         keep = at_places(own, states.shape[1])
-        pivots = states.take_along_dim(own[..., None], 1)
+        pivots = pick(states, own)
         pivots = torch.cat([pivots, self._text_pivots(gate, pivots)], 1)
         normal = torch.nn.functional.normalize
         cosine = normal(pivots, dim=-1) @ normal(states, dim=-1).transpose(1, 2)  # [M, P, N]
@@ -59,5 +59,5 @@ class DART(ImagePolicy):
         wanted = min(own.shape[1], norm.shape[1])
         found = norm.topk(wanted, dim=-1)
         rows = [gate.layout.image_rows[image] for image in gate.images]
-        chosen = hidden.take_along_dim(found.indices[..., None], 1)[rows]
+        chosen = pick(hidden, found.indices)[rows]
         return torch.where((found.values[rows] >= 0)[..., None], chosen, own[:, :wanted])

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from dynllava_plugin.policies.points import ranks
-from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache, gather_tokens
+from dynllava_plugin.sparsity.cache import RaggedLayer, SparseContextCache
+from dynllava_plugin.sparsity.selection import pick
 from dynllava_plugin.sparsity.tracks import Chunk, ContextTrack, Prefill, chosen, packing_order
 
 BLOCK = 256  # prompt rows whose attention is computed at once
@@ -94,6 +95,11 @@ def share_of(tokens: torch.Tensor, share: float) -> torch.Tensor:
     return (tokens * share + 1e-6).floor().long().clamp(min=1)
 
 
+def pick_of_heads(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return states [B, H, n, D] of `states` [B, H, L, D] at `places` int64 [B, H, n]."""
+    return pick(states.flatten(0, 1), places.flatten(0, 1)).view(*places.shape, -1)
+
+
 class ObservedLayer(RaggedLayer):
     """Keys and values whose prompt is stored by a subclass's `observe`, once its attention is known."""
 
@@ -159,8 +165,9 @@ class HeavyHitterLayer(ObservedLayer):
         received = self._received(query, key, causal & track.arriving[:, None, None], scaling)
         keys, values = self._prompt
         if order is not None:
-            received = received.take_along_dim(order[:, None], 2)
-            keys, values = gather_tokens(keys, order), gather_tokens(values, order)
+            received, keys, values = (
+                pick(x.transpose(1, 2), order).transpose(1, 2) for x in (received, keys, values)
+            )
         number = torch.arange(received.shape[2], dtype=torch.int32, device=query.device).expand_as(received)
         self._keep_best(keys, values, received, number, track.full)
         self.is_initialized = True
@@ -236,8 +243,7 @@ class HeavyHitterLayer(ObservedLayer):
         room = (capacity or track.capacity) - order.shape[2]
         pad = torch.nn.functional.pad
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys = pad(keys.take_along_dim(order[..., None], 2), (0, 0, 0, room))
-        self.values = pad(values.take_along_dim(order[..., None], 2), (0, 0, 0, room))
+        self.keys, self.values = (pad(pick_of_heads(x, order), (0, 0, 0, room)) for x in (keys, values))
         self.received = pad(received.gather(2, order), (0, room))
         self.number = pad(number.gather(2, order), (0, room))
 

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from dynllava_plugin.policies.base import CachePolicy, argument, count, number
-from dynllava_plugin.policies.heavy_hitters import CutTrack, ObservedCache, ObservedLayer, share_of
+from dynllava_plugin.policies.heavy_hitters import (
+    CutTrack,
+    ObservedCache,
+    ObservedLayer,
+    pick_of_heads,
+    share_of,
+)
 from dynllava_plugin.policies.points import ranks
-from dynllava_plugin.sparsity.cache import gather_tokens
+from dynllava_plugin.sparsity.selection import pick
 from dynllava_plugin.sparsity.tracks import Prefill, packing_order
 
 
@@ -84,18 +90,22 @@ class SnapLayer(ObservedLayer):
         window = (budget + 1).div(2, rounding_mode="floor").clamp(max=track.policy.window)
         seen = self._window_attention(query, key, window, scaling)
         order = packing_order(track.arriving) if track.plan.order is None else track.plan.order
-        seen = seen.take_along_dim(order[:, None], 2)
+        seen = pick(seen.transpose(1, 2), order).transpose(1, 2)
         places = torch.arange(order.shape[1], device=seen.device)
         there, recent = places < track.full[:, None], places >= track.full[:, None] - window
         seen = seen.masked_fill((recent | ~there)[:, None], 0)
         kernel = track.policy.kernel
         score = torch.nn.functional.avg_pool1d(seen, kernel, stride=1, padding=kernel // 2)
         score = score.masked_fill(recent[:, None], math.inf).masked_fill(~there[:, None], -math.inf)
-        stays = packing_order((ranks(score) < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1, 1)
+        stays = packing_order((ranks(score) < budget[..., None]).flatten(0, 1)).view(*seen.shape[:2], -1)
         self.dtype, self.device = key.dtype, key.device
         room = track.capacity - stays.shape[2]
-        prompt = (gather_tokens(states, order).take_along_dim(stays, 2) for states in self._prompt)
-        self.keys, self.values = (torch.nn.functional.pad(states, (0, 0, 0, room)) for states in prompt)
+        self.keys, self.values = (
+            torch.nn.functional.pad(
+                pick_of_heads(pick(x.transpose(1, 2), order).transpose(1, 2), stays), (0, 0, 0, room)
+            )
+            for x in self._prompt
+        )
         self.is_initialized, self._prompt = True, None
 
     def _window_attention(
@@ -103,13 +113,12 @@ class SnapLayer(ObservedLayer):
     ) -> torch.Tensor:
         """Return float32 [B, H_kv, L], what columns receive from their sample's last `window` [B, 1] tokens, mean over the group."""
         arriving = self.track.arriving
-        batch, heads, length, width = query.shape
-        groups = key.shape[1]
+        length, groups = query.shape[2], key.shape[1]
         number = arriving.cumsum(1) - 1
         inside = arriving & (number >= self.track.full[:, None] - window)
         rows = packing_order(inside)  # [B, w]
         real = inside.gather(1, rows)
-        query = gather_tokens(query, rows).view(batch, groups, heads // groups, -1, width)
+        query = pick(query.transpose(1, 2), rows).transpose(1, 2).unflatten(1, (groups, -1))
         scores = torch.einsum("bhgqd,bhkd->bhgqk", query, key).float() * scaling
         columns = torch.arange(length, device=query.device)
         visible = arriving[:, None] & (columns <= rows[..., None])  # [B, w, L]

@@ -10,7 +10,7 @@ import torch
 from dynllava_plugin.policies.base import Choice, Gate, argument, fraction
 from dynllava_plugin.policies.points import descending
 from dynllava_plugin.policies.staged import StagedPolicy
-from dynllava_plugin.sparsity.selection import select_image_tokens
+from dynllava_plugin.sparsity.selection import pick, select_image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class SparseVLM(StagedPolicy):
             return Choice(keep, score, states, budget)
         pool = max(merged, min(int(self.recycled * (total - budget + merged)) + 1, total - budget + merged))
         places = score.masked_fill(keep, -math.inf).topk(pool, dim=-1).indices
-        left = states.take_along_dim(places[..., None], 1).float()
+        left = pick(states, places).float()
         centres, cluster = density_peaks(left, merged)
         member = torch.nn.functional.one_hot(cluster, merged).float()  # [M, pool, merged]
         mean = member.transpose(1, 2) @ left / member.sum(1)[..., None]
@@ -82,6 +82,5 @@ def density_peaks(states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
     denser = density[:, None] > density[:, :, None]
     apart = torch.where(denser, distance, farthest).amin(-1)
     centres = descending(apart * density)[:, :count]
-    rows = torch.arange(len(states), device=states.device)[:, None]
-    cluster = distance[rows, centres].argmin(1)
+    cluster = pick(distance, centres).argmin(1)
     return centres, cluster.scatter(1, centres, torch.arange(count, device=states.device).expand_as(centres))

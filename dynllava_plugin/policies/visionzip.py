@@ -8,7 +8,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import Choice, Patches, PatchPolicy, argument, count
-from dynllava_plugin.sparsity.selection import at_places
+from dynllava_plugin.sparsity.selection import at_places, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,12 @@ class VisionZip(PatchPolicy):
         key = patches.key[:, 1:].unflatten(-1, (patches.heads, -1)).float().mean(2)
         key = torch.nn.functional.normalize(key, dim=-1)
         hidden = patches.hidden
-        tokens = [patches.cls[:, None], hidden.take_along_dim(dominant[..., None], 1)]
+        tokens = [patches.cls[:, None], pick(hidden, dominant)]
         if merged:
-            from_, to = (places[..., None] for places in (joining, targets))
-            similarity = key.take_along_dim(from_, 1) @ key.take_along_dim(to, 1).transpose(1, 2)
+            similarity = pick(key, joining) @ pick(key, targets).transpose(1, 2)
             joins = torch.nn.functional.one_hot(similarity.argmax(-1), merged).to(hidden)  # [M, J, T]
-            mean = (
-                joins.transpose(1, 2) @ hidden.take_along_dim(from_, 1) / joins.sum(1).clamp(min=1)[..., None]
-            )
-            tokens.append(hidden.take_along_dim(to, 1) + mean)
+            mean = joins.transpose(1, 2) @ pick(hidden, joining) / joins.sum(1).clamp(min=1)[..., None]
+            tokens.append(pick(hidden, targets) + mean)
         keep = at_places(torch.cat([dominant, targets], 1), total)
         first_free = (~keep).to(torch.uint8).argmax(1, keepdim=True)
         keep.scatter_(1, first_free, True)

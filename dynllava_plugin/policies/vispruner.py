@@ -8,7 +8,7 @@ import torch
 
 from dynllava_plugin.policies.base import Patches, PatchPolicy, argument, share
 from dynllava_plugin.policies.points import descending
-from dynllava_plugin.sparsity.selection import at_places
+from dynllava_plugin.sparsity.selection import at_places, pick
 
 AT_ONCE = 8  # duplicates that one round of matching removes
 
@@ -34,7 +34,6 @@ class VisPruner(PatchPolicy):
     def choose(self, patches: Patches, score: torch.Tensor, kept: int) -> torch.Tensor:
         """Return the important patches and the different ones."""
         important = int(kept * self.important)
-        rows = torch.arange(len(score), device=score.device)[:, None]
         unit = torch.nn.functional.normalize(patches.hidden.float(), dim=-1)
         ranked = descending(score)
         rest = ranked[:, important:]
@@ -43,8 +42,8 @@ class VisPruner(PatchPolicy):
             if second.shape[1] == 0:  # one is left, and none is wanted
                 rest = rest[:, :0]
                 continue
-            like = (unit[rows, first] @ unit[rows, second].transpose(1, 2)).amax(-1)
+            like = (pick(unit, first) @ pick(unit, second).transpose(1, 2)).amax(-1)
             gone = min(AT_ONCE, surplus, first.shape[1])
             different = descending(like)[:, gone:]
-            rest = torch.cat([first[rows, different], second], 1)
+            rest = torch.cat([pick(first, different), second], 1)
         return at_places(torch.cat([ranked[:, :important], rest], 1), score.shape[1])

@@ -66,7 +66,9 @@ class RaggedLayer(CacheLayerMixin):
         if isinstance(plan, Prefill):
             self.lazy_initialization(key_states, value_states)
             for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-                packed = states if plan.order is None else gather_tokens(states, plan.order)
+                packed = states
+                if plan.order is not None:
+                    packed = states.transpose(1, 2)[plan.rows, plan.order].transpose(1, 2)
                 buffer[:, :, : packed.shape[2]] = packed
             return key_states, value_states
         self.grow()
@@ -270,12 +272,6 @@ class SparseContextCache(Cache):
         raise NotImplementedError(
             "SparseContextCache can't be cropped (skipped tokens are gone); don't use assisted decoding with it"
         )
-
-
-def gather_tokens(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return states [B, H, L, D] at the columns `order` int64 [B, n]."""
-    index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states.gather(2, index)
 
 
 def zeros(like: torch.Tensor, slots: int) -> torch.Tensor:

@@ -119,6 +119,11 @@ def select_image_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
     return at_places(scores.topk(count, dim=-1).indices, scores.shape[-1])
 
 
+def pick(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return values [M, n, ...] of `values` [M, N, ...] at `places` int64 [M, n]; on a CPU much faster than `gather`."""
+    return values[torch.arange(len(places), device=places.device)[:, None], places]
+
+
 def at_places(places: torch.Tensor, total: int) -> torch.Tensor:
     """Return bool [M, total], True at the `places` int64 [M, n] of each image."""
     return torch.zeros(len(places), total, dtype=torch.bool, device=places.device).scatter_(1, places, True)

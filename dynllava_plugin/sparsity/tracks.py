@@ -36,7 +36,8 @@ def chosen(values: torch.Tensor, rows: torch.Tensor, in_place: bool = False) -> 
 class Prefill:
     """First tokens: attend to each other, then the kept ones are packed into fresh buffers."""
 
-    order: torch.Tensor | None  # [B, n] columns to store, None for all of them
+    order: torch.Tensor | None  # int64 [B, n] columns to store, None for all of them
+    rows: torch.Tensor | None = None  # int64 [B, 1], the samples, where there are columns
 
 
 @dataclass
@@ -86,8 +87,10 @@ class ContextTrack:
         if self.lengths is None:
             counts = keep.sum(1).tolist() if counts is None else counts
             width = max(counts)
-            everything = min(counts) == keep.shape[1]
-            self.plan = Prefill(order=None if everything else packing_order(keep, width))
+            self.plan = Prefill(order=None)
+            if min(counts) < keep.shape[1]:
+                rows = torch.arange(len(keep), device=keep.device)[:, None]
+                self.plan = Prefill(packing_order(keep, width), rows)
             self._pending, self._pending_bound = keep.sum(1), width
             self.capacity = width + self.growth_step
             return None
