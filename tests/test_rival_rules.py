@@ -14,6 +14,7 @@ from dynllava_plugin.flops import DecoderShape, decode_step_flops, prefill_flops
 from dynllava_plugin.policies.contexts import context_of
 from dynllava_plugin.policies.dart import DART
 from dynllava_plugin.policies.fastervlm import FasterVLM
+from dynllava_plugin.policies.heavy_hitters import share_of
 from dynllava_plugin.policies.points import Gate, TokenLayout
 from dynllava_plugin.policies.registry import check_policy, policy_changes
 from dynllava_plugin.policies.vispruner import VisPruner
@@ -361,6 +362,14 @@ def test_costs_of_several_gates():
         for n, output in zip([47, 47, 27, 27, 17, 17, 12, 12], [4] * 3 + [2] * 5, strict=True)
     )
     assert decode_step_flops(SHAPE, context, 4) == expected + 2 * SHAPE.hidden * SHAPE.vocab
+
+
+def test_a_cache_holds_the_whole_of_its_share():
+    """Of 100 tokens 0.59 are 59, and not 58 because 0.59 * 100 is less in the numbers of a device."""
+    tokens = torch.arange(1, 3001)
+    for percent in range(1, 101):
+        expected = (percent * tokens).div(100, rounding_mode="floor").clamp(min=1)
+        assert torch.equal(share_of(tokens, percent / 100), expected), percent
 
 
 def test_costs_of_snapkv():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ class HeavyHitterTrack(CutTrack):
 
 
 def share_of(tokens: torch.Tensor, share: float) -> torch.Tensor:
-    """Return max(1, floor(share * tokens)) of numbers int64 [B]; the small term undoes binary rounding."""
-    return (tokens * share + 1e-6).floor().long().clamp(min=1)
+    """Return max(1, floor(share * tokens)) of numbers int64 [B], without rounding: 0.59 of 100 are 59."""
+    exact = Fraction(share).limit_denominator(10**6)
+    return (tokens * exact.numerator // exact.denominator).clamp(min=1)
 
 
 def pick_of_heads(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
