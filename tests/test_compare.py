@@ -17,12 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
 from dynllava_plugin.compare.answers import Figure, forgetful
 from dynllava_plugin.compare.bootstrap import interval, resampled
 from dynllava_plugin.compare.literature import COLUMNS, published
 from dynllava_plugin.compare.measuring import cache_kib
-from dynllava_plugin.compare.picture import draw
+from dynllava_plugin.compare.picture import draw, draw_policies, highlighted
 from dynllava_plugin.compare.report import claims_table, field_table, make_table
 from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Subject, runnable, subjects
 from dynllava_plugin.errors import UserError
@@ -275,8 +276,65 @@ def test_table_and_picture(tmp_path: Path):
         and "mean % of full" in lines[0]
     )
     assert lines[2].startswith("| full | - |") and f"{pruned.value:.2f}, {pruned.percent:.1f}% (" in text
-    draw(table, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 5000
+    for name, drawn in (("picture", draw), ("policies", draw_policies)):
+        drawn(table, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_several_trainings_have_their_mean_and_spread() -> None:
+    """A policy is compared with full context in the checkpoints that it was asked in: `random` in the first only."""
+    rng = np.random.default_rng(1)
+    scenes, cost = "easy_vqa_scenes", {"equivalent_tokens": 30}
+    scores = {
+        name: [(100.0 * (rng.random(90) < share)).tolist() for share in shares]
+        for name, shares in (("full", (0.9, 0.8)), ("image", (0.7, 0.5)), ("random", (0.4,)))
+    }
+    measured = [
+        [
+            (
+                Subject(name, None if name == "full" else 0.2, name),
+                scenes,
+                [figure("accuracy", of[seed], scenes)],
+                cost,
+            )
+            for name, of in scores.items()
+            if seed < len(of)
+        ]
+        for seed in (0, 1)
+    ]
+    table = make_table(*measured)
+    rows = {row.policy: row for row in table.itertuples()}
+    means = {name: [mean(one) for one in of] for name, of in scores.items()}
+    assert rows["image"].value == pytest.approx(mean(means["image"]))
+    assert (rows["image"].highest, rows["image"].lowest) == tuple(means["image"])
+    behind = [full - ours for full, ours in zip(means["full"], means["image"], strict=True)]
+    assert rows["image"].behind_full == pytest.approx(mean(behind)) and rows["image"].trainings == 2
+    assert rows["random"].behind_full == pytest.approx(means["full"][0] - means["random"][0])
+    assert rows["random"].trainings == 1
+    alone = make_table(measured[0]).set_index("policy").loc["random"]
+    assert (rows["random"].behind_low, rows["random"].behind_high) == (alone.behind_low, alone.behind_high)
+    # Questions are drawn once for both checkpoints.
+    both = [(100 * (a + b) / 200) for a, b in zip(*scores["image"], strict=True)]
+    assert (rows["image"].low, rows["image"].high) == pytest.approx(
+        interval(resampled(both, mean, scenes)), abs=1e-6
+    )
+    assert f"[{means['image'][1]:.2f} to {means['image'][0]:.2f}] |" in field_table(table)
+    assert field_table(table).count("[") == 2
+
+
+def test_the_picture_names_each_line_once_and_no_policy_without_a_saving() -> None:
+    """`image_text` has `image`'s figures, H2O all image tokens; shares are no ranks once there are tokens."""
+    rows = [
+        (name, 0.2, None, value, tokens)
+        for name, value, tokens in (
+            ("full", 90, 64), ("image", 70, 30), ("image_text", 70, 30), ("h2o", 90, 64), ("fastv", 89, 50),
+            ("random", 20, 30),
+        )
+    ] + [("random", None, 30, 60, 30), ("image_text", None, 30, 70, 30), ("image", None, 30, 70, 30)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["policy", "keep", "tokens", "value", "equivalent_tokens"])
+    table = table.assign(benchmark="easy_vqa_scenes", metric="accuracy", percent=table["value"] / 0.9)
+    assert highlighted(table) == ["image", "random"]
+    assert highlighted(table[table["tokens"].isna()]) == ["image", "fastv", "random"]
 
 
 def test_published_figures_have_a_source_and_stand_apart():
@@ -319,7 +377,42 @@ def test_command_measures_reports_and_adds_rows(
         long.loc["h2o", "cache_kib"] < long.loc["full", "cache_kib"] and (long["low"] <= long["value"]).all()
     )
     assert set(table.loc[table["benchmark"] == "mean", "policy"]) == {"full", "fastv", "h2o"}
-    assert (tmp_path / "picture.png").is_file() and (tmp_path / "table.md").read_text() in said
+    assert (tmp_path / "picture.png").is_file() and (tmp_path / "policies.png").is_file()
+    assert (tmp_path / "table.md").read_text() in said
+
+
+def test_several_checkpoints_answer_under_the_learned_policies(
+    easy_vqa_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `make policies` types it; a comparison of one checkpoint finds its figures there again."""
+    checkpoints = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model, processor = load_model("tiny")
+        checkpoints.append(str(tmp_path / f"seed{seed}"))
+        for part in (model, processor):
+            part.save_pretrained(checkpoints[-1])
+    flags = ["--repeats", "0", "--policies", "full", "image", "random", "--tasks", "easy_vqa_hard"]
+    flags = compared(tmp_path / "out", *flags, "--tokens", "40", "--pretrained")
+    assert main([*flags, *checkpoints]) == 0
+    said = capsys.readouterr().out
+    assert said.count("image at 40 tokens: ") == 2 and said.count("random at 40 tokens: ") == 1
+    table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("policy")
+    assert table["trainings"].to_dict() == {"full": 2, "image": 2, "random": 1}
+    values = []
+    for checkpoint in checkpoints:
+        assert main([*flags, checkpoint]) == 0
+        values.append(pd.read_csv(tmp_path / "out" / "table.csv").set_index("policy").loc["image", "value"])
+    assert "random at 40 tokens: " in capsys.readouterr().out  # the second checkpoint's, and nothing else
+    assert table.loc["image", "value"] == pytest.approx(mean(values))
+    for wrong, problem in (
+        ([checkpoints[0], checkpoints[0]], "seed0 is there twice"),
+        ([*checkpoints, "tiny"], "tiny: image: needs predictors"),
+        ([*checkpoints, "--policies", "full", "random"], "--policies names none"),
+    ):
+        assert main([*flags, *wrong]) == 2
+        said = capsys.readouterr()
+        assert problem in said.err and "[1/" not in said.out
 
 
 @pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl"])

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from dynllava_plugin.errors import UserError, check_installed
 
 if TYPE_CHECKING:
+    from dynllava_plugin.compare.answers import Harness
     from dynllava_plugin.compare.measuring import Comparison
+    from dynllava_plugin.compare.subjects import Subject
     from dynllava_plugin.evaluation.benchmarks import Benchmark
     from dynllava_plugin.evaluation.settings import ModelSettings
 
@@ -22,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = "Several GPUs: accelerate launch --num_processes N -m dynllava_plugin.cli compare ..."
     add = parser.add_argument
-    add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")
+    add(
+        "--pretrained", nargs="+", default=["tiny"], metavar="CKPT",
+        help="checkpoint folder, hub id, or tiny; more of them are other trainings of the same model, asked under full context and "
+        "the learned policies for their mean and spread (default: tiny)",
+    )  # fmt: skip
     add(
         "--policies", nargs="+", metavar="POLICY", default=["all"],
         help="as for the harnesses, e.g. full image_text fastv,k=2; or all, those that can run (default: all)",
@@ -70,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{flag.replace('_', '-')}: {value} is {'negative' if least == 0 else 'not positive'}"
             )
-    settings = ModelSettings(
-        args.pretrained,
-        device=_device() if args.device is None else args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-    )
-    settings.check()
+    device = _device() if args.device is None else args.device
+    settings = [
+        ModelSettings(name, device=device, dtype=args.dtype, attn_implementation=args.attn_implementation)
+        for name in args.pretrained
+    ]
+    for one in settings:
+        one.check()
     check_folder("--output", args.output)
     first = int(os.environ.get("RANK", 0)) == 0
     try:
@@ -87,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
 
 
-def _compare(args: argparse.Namespace, settings: ModelSettings, first: bool) -> int:
-    from dynllava_plugin.compare.subjects import ALL, DEFAULT_POLICIES, KEEP, TOKENS, runnable, subjects
+def _compare(args: argparse.Namespace, settings: list[ModelSettings], first: bool) -> int:
+    from dynllava_plugin.compare.subjects import ALL, DEFAULT_POLICIES, FULL, KEEP, TOKENS, runnable, subjects
 
     listed = args.policies == [ALL]
     kind, budgets = (TOKENS, args.tokens) if args.tokens else (KEEP, args.keep or DEFAULT_KEEP)
@@ -96,15 +102,62 @@ def _compare(args: argparse.Namespace, settings: ModelSettings, first: bool) -> 
     benchmarks = _benchmarks(args)
 
     from dynllava_plugin.compare.answers import Harness
-    from dynllava_plugin.compare.measuring import Comparison
-    from dynllava_plugin.compare.store import Store
-    from dynllava_plugin.evaluation.engine.engine import Engine
     from dynllava_plugin.evaluation.locks import locks
     from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
     from dynllava_plugin.evaluation.suite.data import HUB
     from dynllava_plugin.policies.base import SQUARE
 
-    digest = resolve_checkpoint(args.pretrained)
+    digests = [resolve_checkpoint(one.pretrained) for one in settings]
+    for number, digest in enumerate(digests):
+        if digest in digests[:number]:
+            raise UserError(
+                f"--pretrained: {settings[number].pretrained} is there twice; name other trainings"
+            )
+    learned = [subject for subject in found if subject.learned]
+    if len(settings) > 1 and not learned:
+        raise UserError(
+            "--pretrained: several trainings differ in learned policies, and --policies names none"
+        )
+    local = args.data / HUB if args.data and (args.data / HUB).is_dir() else None
+    harness = Harness(benchmarks, args.limit, local)
+    comparisons: list[Comparison] = []
+    able: list[list[Subject]] = []
+    reasons: dict[str, list[str]] = {}
+    for one, digest in zip(settings, digests, strict=True):
+        comparison = _loaded(args, one, digest, harness, first)
+        asked = [subject for subject in found if not able or subject.name == FULL or subject in learned]
+        # Images of one size were checked against the config; of others the first ones have to do.
+        varied = [] if SQUARE in comparison.engine.model.gives else benchmarks
+        samples = [sample for item in varied for sample in harness.inputs(comparison.engine, item, 1)]
+        try:
+            wanted, left = runnable(asked, comparison.engine.model, listed, samples)
+        except UserError as error:
+            raise error if len(settings) == 1 else UserError(f"{one.pretrained}: {error}") from None
+        comparisons.append(comparison)
+        able.append(wanted)
+        reasons |= left
+    if first:
+        print("".join(f"left out, {line}\n" for line in _lines(reasons)), end="", flush=True)
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    with locks({args.output} if first else set(), "another `dynllava compare`"):
+        for comparison, wanted in zip(comparisons, able, strict=True):
+            if first and len(comparisons) > 1:
+                print(f"{comparison.checkpoint}:", flush=True)
+            reasons |= comparison.measure(wanted, benchmarks, args.fresh, lenient=listed and alone)
+        if first:
+            if args.repeats:
+                comparisons[0].time(able[0], benchmarks, args.repeats, args.fresh)
+            _report(comparisons, args, _lines(reasons))
+    return 0
+
+
+def _loaded(
+    args: argparse.Namespace, settings: ModelSettings, digest: str, harness: Harness, first: bool
+) -> Comparison:
+    from dynllava_plugin.compare.measuring import Comparison
+    from dynllava_plugin.compare.store import Store
+    from dynllava_plugin.evaluation.engine.engine import Engine
+
     engine = Engine.load(settings, args.batch_size)
     made_from = {
         "checkpoint": f"{settings.checkpoint_name} {digest}",
@@ -112,24 +165,7 @@ def _compare(args: argparse.Namespace, settings: ModelSettings, first: bool) -> 
         "device": engine.model.device.type,
         "attention": engine.model.config._attn_implementation,
     }
-    local = args.data / HUB if args.data and (args.data / HUB).is_dir() else None
-    harness = Harness(benchmarks, args.limit, local)
-    # Images of one size were checked against the config; of others the first ones have to do.
-    varied = [] if SQUARE in engine.model.gives else benchmarks
-    samples = [sample for benchmark in varied for sample in harness.inputs(engine, benchmark, 1)]
-    wanted, reasons = runnable(found, engine.model, listed, samples)
-    if first:
-        print("".join(f"left out, {line}\n" for line in _lines(reasons)), end="", flush=True)
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    with locks({args.output} if first else set(), "another `dynllava compare`"):
-        store = Store(args.output / "runs", made_from)
-        comparison = Comparison(engine, settings, harness, store, args.limit, first)
-        reasons |= comparison.measure(wanted, benchmarks, args.fresh, lenient=listed and alone)
-        if first:
-            if args.repeats:
-                comparison.time(wanted, benchmarks, args.repeats, args.fresh)
-            _report(comparison, args, _lines(reasons))
-    return 0
+    return Comparison(engine, settings, harness, Store(args.output / "runs", made_from), args.limit, first)
 
 
 def _lines(reasons: dict[str, list[str]]) -> list[str]:
@@ -149,7 +185,12 @@ def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
     from dynllava_plugin.evaluation.suite.data import how_to_provide, is_offline, is_ours, locate
 
     if args.suite:
-        given = {"pretrained": args.pretrained, "harness": LMMS_EVAL, "data": args.data, "limit": args.limit}
+        given = {
+            "pretrained": args.pretrained[0],
+            "harness": LMMS_EVAL,
+            "data": args.data,
+            "limit": args.limit,
+        }
         found = SuiteConfig.read(args.suite, given).wanted()
     else:
         found = list(dict.fromkeys(find_benchmark(name) for name in args.tasks))
@@ -165,23 +206,26 @@ def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
     return able
 
 
-def _report(comparison: Comparison, args: argparse.Namespace, left_out: list[str]) -> None:
+def _report(comparisons: list[Comparison], args: argparse.Namespace, left_out: list[str]) -> None:
     from dynllava_plugin.compare.literature import published
-    from dynllava_plugin.compare.picture import draw
+    from dynllava_plugin.compare.picture import draw, draw_policies
     from dynllava_plugin.compare.report import claims_table, field_table, make_table
     from dynllava_plugin.environment import host, versions
     from dynllava_plugin.files import write_json, write_text
 
-    table = make_table(comparison.everything())
+    table = make_table(*(comparison.everything() for comparison in comparisons))
     claims = claims_table(
-        published(comparison.family, args.tokens or []), list(dict.fromkeys(table["benchmark"]))
+        published(comparisons[0].family, args.tokens or []), list(dict.fromkeys(table["benchmark"]))
     )
     facts = host()
     notes = [f"* not measured, {line}" for line in left_out]
     notes += [
-        f"* Checkpoint: {comparison.checkpoint}. Machine: {facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
+        f"* Checkpoint: {', '.join(one.checkpoint for one in comparisons)}.",
+        f"* Machine: {facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
         "* Intervals: 95%, bootstrap over questions, paired between policies. Prefill ms: pixels to first logits, one sample.",
     ]
+    if len(comparisons) > 1:
+        notes += ["* Of several checkpoints: their mean, and in brackets the lowest and the highest."]
     text = field_table(table) + "\n" + "\n".join(notes) + "\n"
     if claims:
         text += f"\nWhat papers claim, in percent of the full model's score, by their own choice of benchmarks:\n\n{claims}"
@@ -190,4 +234,5 @@ def _report(comparison: Comparison, args: argparse.Namespace, left_out: list[str
     threads = os.environ.get("OMP_NUM_THREADS")
     write_json(args.output / "machine.json", {"host": facts, "versions": versions(), "threads": threads})
     draw(table, args.output / "picture.png")
-    print(f"\n{text}\ntables and picture: {args.output}")
+    draw_policies(table, args.output / "policies.png")
+    print(f"\n{text}\ntables and pictures: {args.output}")

@@ -15,27 +15,29 @@ from dynllava_plugin.files import write_figure
 LEARNED = ("image", "image_text", "learned")
 _HIGHLIGHTED = 5
 _COLORS = ("#c1272d", "#0050a0", "#e69f00", "#008f6b", "#7b3fa0")
-_COLUMNS, _PANELS = 3, 12
+_COLUMNS, _PANELS, _SMALL_COLUMNS = 3, 12, 6
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Write a PNG: figures against equivalent tokens, bars are intervals; the learned policies and the best others stand out."""
+    """Write a PNG: figures against equivalent tokens; the learned policies and the best others stand out.
+
+    Bars are intervals, a band of the same colour goes from the lowest to the highest of several trainings.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys(zip(table["benchmark"], table["metric"], strict=True)))
-    panels = sorted(panels, key=lambda panel: panel[0] != MEAN)[:_PANELS]
+    panels = _panels(table)[:_PANELS]
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(1.9 + 4.1 * columns, 0.9 + 3.3 * lines), squeeze=False, layout="constrained"
     )
-    colors = dict(zip(_highlighted(table), _COLORS, strict=False))
+    table = _whole(table)
+    colors = dict(zip(highlighted(table), _COLORS, strict=False))
     for axis, panel in zip(axes.flat, panels, strict=False):
-        rows = table[(table["benchmark"] == panel[0]) & (table["metric"] == panel[1])]
-        _panel(axis, rows[rows["equivalent_tokens"].notna()], colors)
+        _panel(axis, _rows(table, panel), colors)
         axis.set_title(panel[0], fontsize=11, loc="left")
         axis.set_ylabel(panel[1])
         axis.set_xlabel("image tokens, mean over layers")
@@ -50,9 +52,67 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     write_figure(path, figure)
 
 
-def _highlighted(table: pd.DataFrame) -> list[str]:
-    """Return the learned policies, then those that are the least behind full context at equal tokens, by their mean rank."""
+def draw_policies(table: pd.DataFrame, path: Path) -> None:
+    """Write a PNG of the first of `draw`'s panels anew for each policy, which stands out there beside the best learned one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panel = _panels(table)[0]
+    rows = _rows(_whole(table), panel)
+    whole = rows.loc[rows["policy"] == FULL, "equivalent_tokens"].max()
+    names = [str(name) for name, mine in rows.groupby("policy") if mine["equivalent_tokens"].min() < whole]
+    learned = [name for name in highlighted(table) if name.partition(",")[0] in LEARNED][:1]
+    names = [name for name in names if name not in learned] or learned
+    if not names:
+        return
+    columns = min(_SMALL_COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(0.6 + 2.2 * columns, 0.9 + 1.9 * lines), squeeze=False, layout="constrained",
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    for axis, name in zip(axes.flat, names, strict=False):
+        _panel(axis, rows, dict(zip([*learned, name], _COLORS, strict=False)))
+        axis.set_title(name.replace(",", ",\n"), fontsize=9, loc="left", color=_COLORS[len(learned)])
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    title = " ".join([*panel, f"(dashed: {FULL}", *(f"red: {name}" for name in learned)]).replace(
+        " red", ", red"
+    )
+    figure.suptitle(f"{title})", fontsize=11)
+    figure.supxlabel("image tokens, mean over layers", fontsize=10)
+    write_figure(path, figure)
+
+
+def _panels(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return pairs of benchmark and metric, the mean over benchmarks first."""
+    panels = list(dict.fromkeys(zip(table["benchmark"], table["metric"], strict=True)))
+    return sorted(panels, key=lambda panel: panel[0] != MEAN)
+
+
+def _rows(table: pd.DataFrame, panel: tuple[str, str]) -> pd.DataFrame:
+    mine = (table["benchmark"] == panel[0]) & (table["metric"] == panel[1])
+    return table[mine & table["equivalent_tokens"].notna()]
+
+
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows without those of fewer questions, as of a trial with `--limit`."""
+    largest = table.groupby(["benchmark", "metric"])["n"].transform("max")
+    return table[table["n"].isna() | (table["n"] == largest)]
+
+
+def highlighted(table: pd.DataFrame) -> list[str]:
+    """Return the learned policies, then those that are the least behind full context at equal tokens, by their mean rank.
+
+    Of policies with the same figures everywhere (of `image` and `image_text`, where answers are one word) the first stands for all.
+    A policy that drops no image tokens has no place.
+    """
     rows = table[(table["policy"] != FULL) & table["percent"].notna() & table["equivalent_tokens"].notna()]
+    rows = rows[rows["equivalent_tokens"] < table.loc[table["policy"] == FULL, "equivalent_tokens"].max()]
+    if rows["tokens"].notna().any():  # shares are other budgets for a policy that acts earlier
+        rows = rows[rows["tokens"].notna()]
     budget = rows["tokens"].fillna(rows["keep"])
     ranks = (
         rows["percent"]
@@ -60,8 +120,12 @@ def _highlighted(table: pd.DataFrame) -> list[str]:
         .rank(ascending=False)
     )
     order = ranks.groupby(rows["policy"]).mean().sort_values(kind="stable").index.tolist()
-    there = [name for name in LEARNED if name in set(table["policy"])]
-    return [*there, *(name for name in order if name not in there)][:_HIGHLIGHTED]
+    there = [name for name in order if name.partition(",")[0] in LEARNED]
+    lines: dict[tuple[Any, ...], str] = {}
+    for name in [*sorted(there), *(name for name in order if name not in there)]:
+        mine = rows.loc[rows["policy"] == name, ["benchmark", "metric", "equivalent_tokens", "value"]]
+        lines.setdefault(tuple(mine.sort_values(list(mine)).itertuples(index=False, name=None)), name)
+    return list(lines.values())[:_HIGHLIGHTED]
 
 
 def _panel(axis: Any, rows: pd.DataFrame, colors: dict[str, str]) -> None:
@@ -88,6 +152,11 @@ def _panel(axis: Any, rows: pd.DataFrame, colors: dict[str, str]) -> None:
             color=colors.get(str(policy), "0.78"), linewidth=2 if shown else 0.9, marker="o",
             markersize=5 if shown else 2.5, capsize=2.5, elinewidth=1, zorder=3 if shown else 2,
         )  # fmt: skip
+        if shown and (mine["trainings"] > 1).any():
+            axis.fill_between(
+                mine["equivalent_tokens"], mine["lowest"], mine["highest"], color=colors[str(policy)],
+                alpha=0.2, linewidth=0, zorder=1,
+            )  # fmt: skip
     axis.set_xlim(left=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)

@@ -19,37 +19,43 @@ COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",
     "low", "high", "behind_full", "behind_low", "behind_high",
     "image_tokens", "kept_image_tokens", "kept_output_share", "prefill_gflops", "prefill_iqr_ms", "cache_kib",
-    "tokens", "percent", "percent_low", "percent_high",
+    "tokens", "percent", "percent_low", "percent_high", "trainings", "lowest", "highest",
 )  # fmt: skip
 COSTS = ("equivalent_tokens", "prefill_ms", *COLUMNS[13:19])
 PERCENT_OF_FULL = "percent of full"
 Measured = Iterable[tuple[Subject, str, list[Figure], Mapping[str, Any]]]
 
 
-def make_table(measured: Measured) -> pd.DataFrame:
+def make_table(*trainings: Measured) -> pd.DataFrame:
     """Return one figure a row, and one of the benchmark `MEAN` for each policy and budget.
 
     Parameters
     ----------
-    measured : iterable of (Subject, benchmark's name, figures, costs)
-        `costs` fills the columns of its names.
+    *trainings : iterable of (Subject, benchmark's name, figures, costs)
+        What was measured of each checkpoint; `costs` fills the columns of its names.
 
     Returns
     -------
     DataFrame
         Columns `COLUMNS`. `low` and `high` are the 95% interval of `value`; `behind_full` is the figure of full context
         minus this one (or the reverse, where less is better) and `percent` this one in percent of it (or the reverse), with their
-        paired intervals. NaN where the task's figure can't be resampled, or where full context has none.
+        paired intervals. NaN where the task's figure can't be resampled, or where full context has none. A subject that several
+        checkpoints were asked under has their mean, beside that of full context in the same ones, with `lowest` and `highest`.
     """
-    groups: dict[tuple[str, str, int], dict[Subject, tuple[Figure, Mapping[str, Any]]]] = {}
-    for subject, benchmark, figures, costs in measured:
-        for figure in figures:
-            groups.setdefault((benchmark, figure.metric, figure.n), {})[subject] = figure, costs
+    groups: dict[tuple[str, str, int], dict[Subject, dict[int, tuple[Figure, Mapping[str, Any]]]]] = {}
+    for number, measured in enumerate(trainings):
+        for subject, benchmark, figures, costs in measured:
+            for figure in figures:
+                group = groups.setdefault((benchmark, figure.metric, figure.n), {})
+                group.setdefault(subject, {})[number] = figure, costs
     rows, shares = [], {}
     for (benchmark, metric, n), group in groups.items():
         higher, headline = _of_metric(benchmark, metric)
-        whole = next((figure for subject, (figure, _) in group.items() if subject.name == FULL), None)
-        for subject, (figure, costs) in group.items():
+        wholes = next((found for subject, found in group.items() if subject.name == FULL), {})
+        for subject, found in group.items():
+            figure, costs = _mean_of([figure for figure, _ in found.values()]), next(iter(found.values()))[1]
+            whole = _mean_of([wholes[key][0] for key in found]) if set(found) <= set(wholes) else None
+            values = [one.value for one, _ in found.values()]
             row = {
                 "policy": subject.name,
                 "keep": subject.keep,
@@ -57,6 +63,7 @@ def make_table(measured: Measured) -> pd.DataFrame:
                 "benchmark": benchmark,
             }
             row |= {"metric": metric, "value": figure.value, "n": n}
+            row |= {"trainings": len(values), "lowest": min(values), "highest": max(values)}
             row |= {name: costs[name] for name in COSTS if costs.get(name) is not None}
             draws = np.array(figure.draws)
             row |= _named("", draws)
@@ -78,6 +85,14 @@ def make_table(measured: Measured) -> pd.DataFrame:
     return table.sort_values(
         ["benchmark", "metric", "keep", "tokens", "policy"], ascending=[True, True, False, False, True], na_position="first"
     ).reset_index(drop=True)  # fmt: skip
+
+
+def _mean_of(figures: Sequence[Figure]) -> Figure:
+    """Return the mean of one figure over trainings, draw by draw: all were asked the same questions."""
+    value = float(np.mean([figure.value for figure in figures]))
+    same = len({len(figure.draws) for figure in figures}) == 1
+    draws = np.mean([figure.draws for figure in figures], axis=0).tolist() if same else []
+    return Figure(figures[0].metric, value, figures[0].n, draws)
 
 
 def _of_metric(benchmark: str, metric: str) -> tuple[bool, bool]:
@@ -118,7 +133,8 @@ def _means(shares: Mapping[tuple[Subject, str], Any]) -> list[dict[Any, Any]]:
 def field_table(table: pd.DataFrame) -> str:
     """Return Markdown as papers print it: policies by budget, figures and their percentage of full context across, then costs.
 
-    Intervals are those of the percentage, where there is one; of full context those of the figure.
+    Intervals are those of the percentage, where there is one; of full context those of the figure. In square brackets the lowest
+    and highest of several trainings.
     """
     numbers: dict[tuple[str, str], float] = {}
     for benchmark, metric, n in zip(table["benchmark"], table["metric"], table["n"], strict=True):
@@ -139,6 +155,8 @@ def field_table(table: pd.DataFrame) -> str:
         cells |= {f"{' '.join(pair)} (n = {n:.0f})": _cell(found.get(pair)) for pair, n in numbers.items()}
         cells |= {"mean % of full": _cell(found.get((MEAN, PERCENT_OF_FULL)))} if averaged else {}
         for name, title in _COST_TITLES.items():
+            if table[name].isna().all():
+                continue
             values = {pair[0]: row[name] for pair, row in found.items() if not pd.isna(row[name])}
             values.pop(MEAN, None)
             cells[title] = significant(float(np.mean(list(values.values()))), 4) if values else "-"
@@ -169,7 +187,10 @@ def _cell(row: Mapping[Any, Any] | None) -> str:
     if row["policy"] != FULL and row["benchmark"] != MEAN and not pd.isna(row["percent"]):
         text, digits = f"{text}, {row['percent']:.1f}%", 1 if part else digits
     low, high = row[f"{part}low"], row[f"{part}high"]
-    return text if pd.isna(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+    text += "" if pd.isna(low) else f" ({low:.{digits}f} to {high:.{digits}f})"
+    spread = decimals(row["metric"], row["value"])
+    several = row["trainings"] > 1
+    return f"{text} [{row['lowest']:.{spread}f} to {row['highest']:.{spread}f}]" if several else text
 
 
 def claims_table(claims: pd.DataFrame, benchmarks: Sequence[str]) -> str:

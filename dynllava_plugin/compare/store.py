@@ -56,7 +56,8 @@ class Store:
 
     def _path(self, kind: str, subject: Subject, ending: str) -> Path:
         plain = re.sub(r"[^\w.=@-]+", "-", subject.policy)
-        return self.folder / kind / f"{plain}_{_digits(subject.policy + str(subject))}.{ending}"
+        made_from = json.dumps(self.made_from, sort_keys=True)
+        return self.folder / kind / f"{plain}_{_digits(made_from + subject.policy + str(subject))}.{ending}"
 
 
 def _digits(text: str) -> str:

@@ -12,7 +12,14 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.policies.base import CACHE, OUTPUT
-from dynllava_plugin.policies.registry import POLICIES, arguments_of, check_policy, describe, parse_policy
+from dynllava_plugin.policies.registry import (
+    POLICIES,
+    arguments_of,
+    check_policy,
+    describe,
+    parse_policy,
+    policy_of,
+)
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 ALL, FULL = "all", "full"
@@ -40,6 +47,11 @@ class Subject:
         if self.tokens is not None:
             return f"{self.name} at {self.tokens:g} tokens"
         return self.name if self.keep is None else f"{self.name} at {self.keep:.0%}"
+
+    @property
+    def learned(self) -> bool:
+        """Return whether it asks trained predictors."""
+        return bool(policy_of(self.settings(SparsityConfig())).predictors)
 
     def settings(self, sparsity: SparsityConfig) -> SparsityConfig:
         """Return the checkpoint's settings with this policy."""
