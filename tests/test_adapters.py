@@ -25,7 +25,7 @@ from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava, LossAndGreedy
 from dynllava_plugin.evaluation.results.journal import Journal
-from dynllava_plugin.evaluation.results.manifest import RunRecord
+from dynllava_plugin.evaluation.results.record import RunRecord
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)

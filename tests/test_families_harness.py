@@ -21,8 +21,8 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
+from dynllava_plugin.evaluation.results.manifest import run_settings
 from dynllava_plugin.evaluation.results.results import read_results
-from dynllava_plugin.evaluation.results.run_settings import run_settings
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +198,3 @@ def test_registry_names_each_place_once() -> None:
     places = [m.lmms_eval[:2] for b in BENCHMARKS for m in b.metrics if m.lmms_eval]
     places += [m.vlmevalkit[:2] for b in BENCHMARKS for m in b.metrics if m.vlmevalkit]
     assert len(set(places)) == len(places)
-
-
-def test_a_figure_is_at_most_three_files_from_its_harness(results: Path) -> None:
-    """Reading a results file, its manifest, and what tables call its settings."""
-    files = set()
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        name = frame.f_code.co_filename
-        if event == "call" and "dynllava_plugin/evaluation" in name:
-            files.add(Path(name).name)
-
-    sys.setprofile(note)
-    try:
-        read_results(results)
-    finally:
-        sys.setprofile(None)
-    assert files == {"results.py", "manifest.py", "run_settings.py"}

@@ -16,7 +16,8 @@ from PIL import Image
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer
 from dynllava_plugin.evaluation.judges import Judge
-from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
+from dynllava_plugin.evaluation.results.manifest import NAME
+from dynllava_plugin.evaluation.results.record import RunRecord, write_joined
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit import command

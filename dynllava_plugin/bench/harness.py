@@ -24,9 +24,9 @@ from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
+from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
 from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.evaluation.results.predictions import lmms_eval_predictions, vlmevalkit_predictions
-from dynllava_plugin.evaluation.results.results import MANIFEST_NAME
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 

@@ -17,7 +17,7 @@ from dynllava_plugin.bench.plots import draw
 from dynllava_plugin.bench.rows import machine_file, read_rows
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import write_json, write_text
-from dynllava_plugin.markup import in_markdown
+from dynllava_plugin.markup import MARKDOWN
 
 RATIOS = ("speedup", "ideal_speedup", "of_ideal")
 ABOUT = ("batch", "length", "mode")
@@ -160,7 +160,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         texts = (f"{name} {row[name]}" if name in NAMED else str(row[name]) for name in COMMON if name in row)
         groups.setdefault(tuple(texts), []).append(row)
     for common, here in groups.items():
-        parts.append(f"## {in_markdown(', '.join(common))}")
+        parts.append(f"## {', '.join(common).translate(MARKDOWN)}")
         for phase, (title, columns) in SECTIONS.items():
             found = [row for row in here if row["phase"] == phase]
             if found:
@@ -175,5 +175,7 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
     if "mode" in shown:
         rows = sorted(rows, key=lambda row: (row["batch"], row["length"], row.get("path") or ""))
-    cells = [{heading(name): in_markdown(written(name, row.get(name))) for name in shown} for row in rows]
+    cells = [
+        {heading(name): written(name, row.get(name)).translate(MARKDOWN) for name in shown} for row in rows
+    ]
     return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)

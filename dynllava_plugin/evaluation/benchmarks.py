@@ -23,12 +23,12 @@ __all__ = [
     "LMMS_EVAL",
     "METRICS",
     "PERCENT",
+    "UNITS",
     "VLMEVALKIT",
     "Benchmark",
     "Metric",
     "Place",
     "find_benchmark",
-    "unit_of",
 ]
 
 
@@ -45,7 +45,7 @@ def _by_task() -> dict[tuple[str, str], list[tuple[Benchmark, Metric, str, float
 
 # What a harness's task or dataset reports, by (harness, task): benchmark, metric, its key, factor to our unit.
 METRICS = _by_task()
-_UNITS = {metric.name: metric.unit for benchmark in reversed(BENCHMARKS) for metric in benchmark.metrics}
+UNITS = {metric.name: metric.unit for benchmark in reversed(BENCHMARKS) for metric in benchmark.metrics}
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -65,8 +65,3 @@ def find_benchmark(name: str) -> Benchmark:
         return names[name.lower()]
     near = nearest(name, (item.name for item in BENCHMARKS), "`dynllava benchmarks` lists them")
     raise UserError(f"{name}: no such benchmark; {near}")
-
-
-def unit_of(metric: str) -> str:
-    """Return the unit of a metric of ours."""
-    return _UNITS.get(metric, "")

@@ -5,7 +5,6 @@ Both harnesses would ask a judge that fails for minutes for each sample, and the
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -84,14 +83,3 @@ def llava_scores(text: str | None) -> tuple[float, float] | None:
     if len(numbers) != 2 or not (0 < numbers[0] <= 10 and 0 <= numbers[1] <= 10):
         return None
     return numbers[0], numbers[1]
-
-
-def failure(count: int, of: int | None) -> str:
-    """Return what a cell says instead of a figure."""
-    return f"judge failed: {count} of {of if of is not None else '?'}"
-
-
-def failed_samples(text: str) -> int:
-    """Return the count in what `failure` says; 0 in another text."""
-    found = re.match(r"judge failed: (\d+) of ", text)
-    return int(found[1]) if found else 0

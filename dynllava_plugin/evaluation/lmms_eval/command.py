@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation import judging
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL
 from dynllava_plugin.evaluation.judges import Judge, find_judge, judge_tasks, unanswered
 from dynllava_plugin.evaluation.lmms_eval.checks import (
@@ -234,22 +233,20 @@ class _Runs:
         written = next(Path(args.output_path).glob(f"**/{date}_results.json"), None)
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
+        from dynllava_plugin.evaluation.results.manifest import beside
+        from dynllava_plugin.evaluation.results.results import failure
+
         for task, count in missing.items():
             asked = results.get("n-samples", {}).get(task, {}).get("effective")
-            self.fail(f"task {task}: {judging.failure(count, asked)}; run it again")
+            self.fail(f"task {task}: {failure(count, asked)}; run it again")
         if self._model is not None:
             facts = {"results": written.name, "tasks": args.tasks.split(","), "limit": args.limit}
             facts["judge"] = (
                 {"model": judge.model, "url": judge.url, "unanswered": missing} if judge else None
             )
-            self._write_manifest(written, facts)
+            manifest = self._model.record.to_dict(LMMS_EVAL, arguments=self._arguments, **facts)
+            write_json(beside(written), manifest)
         print(f"results: {written}")
-
-    def _write_manifest(self, written: Path, facts: dict[str, Any]) -> None:
-        from dynllava_plugin.evaluation.results.manifest import beside
-
-        manifest = self._model.record.to_dict(LMMS_EVAL, arguments=self._arguments, **facts)
-        write_json(beside(written), manifest)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dynllava_plugin.evaluation.engine.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.questions import Item, LazyRequests, Question, Rounds, is_padding
 from dynllava_plugin.evaluation.results.journal import Journal
-from dynllava_plugin.evaluation.results.manifest import RunRecord
+from dynllava_plugin.evaluation.results.record import RunRecord
 from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.markup import in_markdown
+from dynllava_plugin.markup import MARKDOWN
 
 STATE = "run.json"  # of a run in a suite
 
@@ -36,7 +36,9 @@ def footer(folders: Iterable[Path]) -> str:
         "Device: " + _all(_device(manifest) for manifest in manifests),
         _time([manifest.get("seconds") or 0 for manifest in manifests], states),
     ]
-    return "\n" + "\n".join(f"{in_markdown(line)}  " for line in lines if not line.endswith(": ")) + "\n"
+    return (
+        "\n" + "\n".join(f"{line.translate(MARKDOWN)}  " for line in lines if not line.endswith(": ")) + "\n"
+    )
 
 
 def _time(answering: list[float], states: set[Path | None]) -> str:

@@ -1,120 +1,43 @@
-"""The run manifest `dynllava_run.json`: what ran, where, for how long, and how many tokens were kept.
-
-An adapter notes its answers in a `RunRecord` while a harness runs; the command around the harness writes the file
-beside the harness's output; tables read it.
-"""
+"""The run manifest `dynllava_run.json` as tables read it: what ran, where, how many tokens were kept, and what the run is called."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.answers import Answer, Score, mean_counts, mean_score_counts
-from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
-from dynllava_plugin.evaluation.results.identity import checkpoint_hash, commit
-from dynllava_plugin.evaluation.settings import ModelSettings
-from dynllava_plugin.files import write_json
-from dynllava_plugin.flops import DecoderShape
-from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
+from dynllava_plugin.evaluation.settings import SPARSITY_KEYS
+from dynllava_plugin.policies.registry import arguments_of, describe, parse_policy
 
 NAME = "dynllava_run.json"
 # Parts that are read, and what each of them is where it is there.
 _OBJECTS = ("settings", "sparsity", "model", "tokens", "scored", "versions", "host", "judge", "questions")
 _OF_TASKS = ("tokens", "scored")
 _TEXTS = ("checkpoint_hash", "prompts", "commit", "harness")
-# What two runs of VLMEvalKit into one folder have to agree in for the first one's counts to stay.
-_SAME_RUN = ("checkpoint_hash", "sparsity", "model", "prompts", "max_new_tokens")
-
-
-class RunRecord:
-    """Notes of one model in one run; the clock starts when it is made."""
-
-    def __init__(self) -> None:
-        self.started = time.time()
-        self.settings: dict[str, Any] | None = None
-        self.sparsity: dict[str, Any] | None = None
-        self.model: dict[str, Any] | None = None
-        self._pretrained = ""
-        self._costs: tuple[DecoderShape, Policy] | None = None
-        self._answers: dict[str, list[Answer]] = defaultdict(list)
-        self._scores: dict[str, list[Score]] = defaultdict(list)
-        self._times: dict[str, float] = {}
-        self._shared_prompts = 0
-
-    def note_model(self, settings: ModelSettings, model: Any) -> None:
-        """Note the model that was loaded; its sparsity settings are those in force, not only the overrides."""
-        self.settings = {**settings.to_dict(), "checkpoint": settings.checkpoint_name}
-        self.sparsity = model.config.sparsity.to_dict()
-        self.model = {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": getattr(model.config, "_attn_implementation", None),
-        }
-        self._pretrained = settings.pretrained
-        self._costs = DecoderShape.of(model.config.text_config), policy_of(model.config.sparsity)
-
-    def note_answers(self, benchmark: str, answers: Sequence[Answer]) -> None:
-        """Note answers to questions of `benchmark` (the harness's name)."""
-        self._answers[benchmark].extend(answers)
-
-    def note_scores(self, benchmark: str, scores: Sequence[Score]) -> None:
-        """Scores of given answers of `benchmark`."""
-        self._scores[benchmark].extend(scores)
-
-    def note_time(self, engine: Any) -> None:
-        """Note the seconds since the first question, of these in the engine, of these in the model; prompts that shared a prefill."""
-        since = 0.0 if engine.started is None else time.perf_counter() - engine.started
-        seconds = {"answering": since, "engine": engine.seconds, "model": engine.model_seconds}
-        self._times = {name: round(value, 3) for name, value in seconds.items()}
-        self._shared_prompts = engine.shared_prompts
-
-    def gather(self) -> None:
-        """Bring the notes of all processes of a distributed run to rank 0; every process has to call it."""
-        import torch.distributed as dist
-
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (dict(self._answers), dict(self._scores), self._shared_prompts))
-        self._answers, self._scores = defaultdict(list), defaultdict(list)
-        self._shared_prompts = sum(shared for _, _, shared in everyone)
-        for answers, scores, _ in everyone:
-            for name, found in answers.items():
-                self._answers[name].extend(found)
-            for name, found in scores.items():
-                self._scores[name].extend(found)
-
-    def to_dict(self, harness: str, **more: Any) -> dict[str, Any]:
-        """Return the manifest."""
-        return {
-            "harness": harness,
-            "settings": self.settings,
-            "checkpoint_hash": checkpoint_hash(self._pretrained) if self._pretrained else None,
-            "sparsity": self.sparsity,
-            "model": self.model,
-            "tokens": {name: self._counts(answers) for name, answers in self._answers.items()},
-            "scored": {name: mean_score_counts(scores) for name, scores in self._scores.items()},
-            "seconds": round(time.time() - self.started, 1),
-            "engine_seconds": self._times,
-            "shared_prompts": self._shared_prompts,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "versions": versions(),
-            "commit": commit(),
-            "host": host(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            **more,
-        }
-
-    def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
-        counts = mean_counts(answers)
-        return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
+# Columns of the tidy table beside the names of a row.
+SETTINGS = (
+    "checkpoint_hash",
+    "policy",
+    "vision_keep_rate",
+    "text_keep_rate",
+    "image_policy",
+    "random_seed",
+    "dtype",
+    "attn_implementation",
+    "prompts",
+    "generation",
+)
+# Options of lmms-eval's that change what is asked or how.
+_CHANGES_ANSWERS = (
+    "offset",
+    "num_fewshot",
+    "system_instruction",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,39 +93,141 @@ def beside(results_file: Path) -> Path:
     return results_file.with_name(f"{results_file.name.removesuffix('_results.json')}_{NAME}")
 
 
-def write_joined(
-    path: Path, record: RunRecord | None, tasks: Sequence[str], facts: Mapping[str, Any]
-) -> None:
-    """Write the manifest of a folder that one run of VLMEvalKit after another writes into.
+def generation_label(config: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+    """Return what a run asked for beyond its tasks' own generation, questions and prompts: ``temperature=0.7, offset=8``.
 
     Parameters
     ----------
-    path : Path
-    record : RunRecord or None
-        None where no question was asked, because an earlier run's answers were scored.
-    tasks : sequence of str
-        The run's datasets; what an earlier run of the same settings noted of others stays.
-    facts : mapping
-        Further entries; ``judge`` is that of `tasks`.
+    config : dict
+        Of lmms-eval's results file; empty for VLMEvalKit.
+    manifest : dict
+        VLMEvalKit's tell a limit of new tokens that isn't the usual one.
     """
-    try:
-        earlier = read_manifest(path)
-    except UserError:
-        earlier = {}  # it is written anew
-    judge = facts.get("judge")
-    before = earlier.get("judge") or {}
-    others = [name for name in before.get("tasks", []) if name not in tasks]
-    if others and judge is None:
-        judge = {**before, "tasks": others}
-    elif others and judge and (judge["model"], judge["url"]) == (before.get("model"), before.get("url")):
-        judge = {**judge, "tasks": [*judge["tasks"], *others]}
-    if record is None or record.settings is None:
-        if earlier:
-            write_json(path, {**earlier, "judge": judge})
-        return
-    manifest = record.to_dict("vlmevalkit", **{**facts, "judge": judge})
-    if all(earlier.get(key) == manifest.get(key) for key in _SAME_RUN):
-        for part in ("tokens", "scored", "questions"):
-            kept = {name: value for name, value in (earlier.get(part) or {}).items() if name not in tasks}
-            manifest[part] = {**kept, **manifest.get(part, {})}
-    write_json(path, manifest)
+    given = config.get("gen_kwargs") or {}
+    asked = dict(given) if isinstance(given, dict) else {"gen_kwargs": given}
+    command = config.get("resolved_cli_args") or {}
+    asked |= {name: command[name] for name in _CHANGES_ANSWERS if command.get(name)}
+    if asked.get("do_sample"):
+        asked["seed"] = config.get("torch_seed")
+    if (limit := manifest.get("max_new_tokens")) not in (None, MAX_NEW_TOKENS):
+        asked["max_new_tokens"] = limit
+    return ", ".join(f"{name}={asked[name]}" for name in sorted(asked)) or None
+
+
+def run_settings(
+    manifest: dict[str, Any], model_args: str, path: Path, generation: str | None = None
+) -> dict[str, Any]:
+    """Return ``checkpoint``, ``mode``, `SETTINGS` and ``seconds`` of a run.
+
+    Parameters
+    ----------
+    manifest : dict
+        The run's ``dynllava_run.json``; empty where there is none.
+    model_args : str
+        lmms-eval's, which tell a little of a run without a manifest.
+    path : Path
+        The harness's results file.
+    generation : str, optional
+        `generation_label` of the run.
+    """
+    given = manifest.get("settings") or {}
+    if manifest:
+        sparsity = manifest.get("sparsity") or {}
+        checkpoint = given.get("checkpoint", "unknown") + _asked_otherwise(given)
+    else:
+        sparsity, checkpoint = _from_arguments(model_args, path.parent.name)
+    loaded = manifest.get("model") or {}  # what was in force, not only what was asked for
+    by_policy = bool(sparsity.get("policy"))
+    # Output text is dropped in one mode only: elsewhere its keep rate says nothing about the run.
+    drops_text = sparsity.get("mode") == "image_text" and not by_policy
+    drops_image = sparsity.get("mode") != "full" and not by_policy
+    return {
+        "checkpoint": checkpoint,
+        "mode": mode_name(sparsity),
+        "checkpoint_hash": manifest.get("checkpoint_hash"),
+        "policy": policy_label(sparsity) if by_policy else None,
+        "vision_keep_rate": _number(sparsity, "vision_keep_rate", uses_keep_rate(sparsity)),
+        "text_keep_rate": _number(sparsity, "text_keep_rate", drops_text),
+        "image_policy": sparsity.get("image_policy") if drops_image else None,
+        "random_seed": _number(sparsity, "random_seed", draws_from_seed(sparsity)),
+        "dtype": loaded.get("dtype") or given.get("dtype"),
+        "attn_implementation": loaded.get("attn_implementation") or given.get("attn_implementation"),
+        "prompts": manifest.get("prompts"),
+        "generation": generation,
+        "seconds": manifest.get("seconds"),
+    }
+
+
+def _asked_otherwise(given: dict[str, Any]) -> str:
+    """What is said behind a checkpoint's name where it was given a system prompt or limits of pixels of the user's."""
+    names = {
+        "system_prompt": "system prompt {!r}",
+        "min_pixels": "at least {} pixels",
+        "max_pixels": "at most {} pixels",
+    }
+    said = [text.format(given[name]) for name, text in names.items() if given.get(name) is not None]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _from_arguments(model_args: str, otherwise: str) -> tuple[dict[str, Any], str]:
+    pairs = dict(part.split("=", 1) for part in str(model_args).split(",") if "=" in part)
+    checkpoint = Path(pairs.pop("pretrained", otherwise)).name
+    sparsity: dict[str, Any] = {key: pairs.pop(key) for key in SPARSITY_KEYS if key in pairs}
+    for other in ("device", "dtype", "attn_implementation", "batch_size", "max_batch_size"):
+        pairs.pop(other, None)
+    return {**sparsity, "policy_args": pairs} if "policy" in sparsity else sparsity, checkpoint
+
+
+def _number(sparsity: dict[str, Any], key: str, means_something: bool) -> float | None:
+    return float(sparsity[key]) if means_something and key in sparsity else None
+
+
+def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
+    """Return a run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
+    if sparsity.get("policy"):
+        return _policy_name(sparsity, default_rate)
+    mode = str(sparsity.get("mode", "unknown"))
+    if mode == "full":
+        return mode
+    if sparsity.get("image_policy", "learned") != "learned":
+        # The control: the same checkpoint and mode, but another chooses the image tokens.
+        mode = str(sparsity["image_policy"]) if mode == "image_text" else f"{sparsity['image_policy']}_{mode}"
+    rate = float(sparsity.get("vision_keep_rate", default_rate))
+    return mode if rate == default_rate else f"{mode}@{100 * rate:g}%"
+
+
+def policy_label(sparsity: dict[str, Any]) -> str:
+    """Return a policy with its arguments, as on the command line: ``fastv,k=3,r=0.75``."""
+    return describe(*_policy(sparsity))
+
+
+def uses_keep_rate(sparsity: dict[str, Any]) -> bool:
+    """Whether the model's `vision_keep_rate` says how many image tokens stay."""
+    if not sparsity.get("policy"):
+        return sparsity.get("mode") != "full"
+    name, arguments = _policy(sparsity)
+    return "keep" in arguments_of(name) and not {"keep", "r", "n"} & _bare(arguments)
+
+
+def draws_from_seed(sparsity: dict[str, Any]) -> bool:
+    """Whether the model's `random_seed` decides anything."""
+    if not sparsity.get("policy"):
+        return sparsity.get("image_policy") == "random" and sparsity.get("mode") != "full"
+    name, arguments = _policy(sparsity)
+    return "seed" in arguments_of(name) and "seed" not in _bare(arguments)
+
+
+def _policy_name(sparsity: dict[str, Any], default_rate: float) -> str:
+    """``fastv,k=3,r=0.75``; ``visionzip@10%`` where the keep rate is the model's setting."""
+    label = policy_label(sparsity)
+    rate = float(sparsity.get("vision_keep_rate", default_rate))
+    return label if rate == default_rate or not uses_keep_rate(sparsity) else f"{label}@{100 * rate:g}%"
+
+
+def _policy(sparsity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return parse_policy(describe(str(sparsity["policy"]), sparsity.get("policy_args") or {}))
+
+
+def _bare(arguments: dict[str, Any]) -> set[str]:
+    """The arguments' names without the part of a combination that they are for."""
+    return {key.rpartition(".")[2] for key in arguments}

@@ -20,11 +20,17 @@ from dynllava_plugin.evaluation.benchmarks import (
     Benchmark,
     Metric,
 )
-from dynllava_plugin.evaluation.judging import failure
 from dynllava_plugin.evaluation.results import saved_table
 from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
-from dynllava_plugin.evaluation.results.manifest import beside, number, read_json, read_manifest
-from dynllava_plugin.evaluation.results.run_settings import SETTINGS, generation_label, run_settings
+from dynllava_plugin.evaluation.results.manifest import (
+    SETTINGS,
+    beside,
+    generation_label,
+    number,
+    read_json,
+    read_manifest,
+    run_settings,
+)
 
 COUNTS = (
     "image_tokens",
@@ -51,7 +57,7 @@ _RANKS = {
         )
     },
 }
-# What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`judging.failure`).
+# What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`failure`).
 SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
 
 
@@ -220,6 +226,17 @@ def _unjudged(manifest: dict[str, Any], task: str, count: int | None) -> str:
     """What the cell of a task that isn't `_judged` says."""
     failed = (manifest.get("judge") or {}).get("unanswered", {}).get(task)
     return failure(failed, count) if failed else NEEDS_JUDGE
+
+
+def failure(count: int, of: int | None) -> str:
+    """Return what a cell says instead of a figure."""
+    return f"judge failed: {count} of {of if of is not None else '?'}"
+
+
+def failed_samples(text: str) -> int:
+    """Return the count in what `failure` says; 0 in another text."""
+    found = re.match(r"judge failed: (\d+) of ", text)
+    return int(found[1]) if found else 0
 
 
 def _row(

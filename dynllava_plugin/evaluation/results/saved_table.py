@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import unit_of
+from dynllava_plugin.evaluation.benchmarks import UNITS
 
 NAME = "table.csv"
 
@@ -54,7 +54,7 @@ def read_saved(
             table[name] = table[name].astype(float)
         except ValueError as error:
             raise UserError(f"{path}: column {name}: {error}") from None
-    table["unit"] = table["unit"].fillna("") if "unit" in known else table["metric"].map(unit_of)
+    table["unit"] = table["unit"].fillna("") if "unit" in known else table["metric"].map(UNITS).fillna("")
     table["status"] = table["status"].where(table["status"].notna() | table["value"].isna(), scored)
     table = table.where(table.notna(), None).astype(dict.fromkeys(numbers, float))
     counted = table["n"].notna().all()

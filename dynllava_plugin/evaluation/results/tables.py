@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, PERCENT, VLMEVALKIT, unit_of
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, PERCENT, UNITS, VLMEVALKIT
+from dynllava_plugin.evaluation.results.manifest import mode_name
 from dynllava_plugin.evaluation.results.results import KEYS, SCORED, in_order, read_results
-from dynllava_plugin.evaluation.results.run_settings import mode_name, told_apart
-from dynllava_plugin.markup import in_latex, in_markdown
+from dynllava_plugin.markup import LATEX, MARKDOWN
 
 __all__ = [
     "LMMS_EVAL",
@@ -32,6 +32,14 @@ _LONG = 20  # tokens; which of fewer stay says nothing
 # Figures for reading; CSV and JSON are never rounded.
 _PPL = "ppl"
 _MOST = 12  # what is smaller still is rounding
+# Settings that a table tells only where its runs differ in them.
+_SHOWN_WHERE_DIFFERENT = {
+    "random_seed": "seed {:.0f}",
+    "dtype": "{}",
+    "attn_implementation": "{}",
+    "prompts": "{} prompts",
+    "generation": "{}",
+}
 # More than these don't fit beside each other: one benchmark a row then.
 _BENCHMARKS_ACROSS = 4
 
@@ -165,13 +173,33 @@ def _finished(wide: pd.DataFrame) -> pd.DataFrame:
 
 def frame_text(frame: pd.DataFrame, style: str) -> str:
     """Return a frame of finished cells as a Markdown or LaTeX table."""
-    escaped = in_latex if style == "latex" else in_markdown
-    columns = [escaped(name) for name in frame.columns]
-    rows = [[escaped(str(value)) for value in row] for row in frame.to_numpy().tolist()]
+    escapes = LATEX if style == "latex" else MARKDOWN
+    columns = [name.translate(escapes) for name in frame.columns]
+    rows = [[str(value).translate(escapes) for value in row] for row in frame.to_numpy().tolist()]
     if style == "latex":
         return _latex(columns, rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---"] * len(columns)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def told_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the tidy table with `checkpoint` and `mode` spelled out where two runs differ in nothing else that is shown.
+
+    Two checkpoints of one name get their hashes, two runs of one mode their data types, prompts and so on. The
+    mode as it was is in the column ``method``.
+    """
+    table = table.assign(method=table["mode"])
+    hashes = (
+        table.fillna({"checkpoint_hash": ""}).groupby("checkpoint")["checkpoint_hash"].transform("nunique")
+    )
+    several = (hashes > 1) & table["checkpoint_hash"].notna()
+    table.loc[several, "checkpoint"] += " (" + table.loc[several, "checkpoint_hash"].astype(str) + ")"
+    for column, text in _SHOWN_WHERE_DIFFERENT.items():
+        # A run that asked for nothing is a run of its own beside one that did; elsewhere nothing means not known.
+        if table[column].nunique(dropna=column != "generation") > 1:
+            known = table[column].notna()
+            table.loc[known, "mode"] += [", " + text.format(value) for value in table.loc[known, column]]
+    return table
 
 
 def largest_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,7 +215,7 @@ def left_out(table: pd.DataFrame) -> str:
     runs = hidden.groupby(["checkpoint", "mode", "harness", "n"], sort=False, dropna=False)
     for (*names, questions), rows in runs:
         run = ", ".join([*map(str, names), *rows["benchmark"].unique()])
-        text += f"* left out, an older or smaller run of {in_markdown(run)}: n = {questions:.0f}\n"
+        text += f"* left out, an older or smaller run of {run.translate(MARKDOWN)}: n = {questions:.0f}\n"
     return f"\n{text}" if text else ""
 
 
@@ -196,7 +224,7 @@ def _by_size(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _title(row: Mapping[Any, Any]) -> str:
-    unit = unit_of(row["metric"])
+    unit = UNITS.get(row["metric"])
     return f"{row['benchmark']} {row['metric']}" + (f" [{unit}]" if unit else "") + f" {row['harness']}"
 
 
@@ -224,7 +252,7 @@ def decimals(metric: str, value: float, percent: int = 2) -> int:
 
     Of perplexities near 1 at least four, and two digits of what is above 1.
     """
-    if unit_of(metric) == PERCENT:
+    if UNITS.get(metric) == PERCENT:
         return percent
     if metric == _PPL:
         return max(4, _place(value - 1) + 1) if value < 2 else 2

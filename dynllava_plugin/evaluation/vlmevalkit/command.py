@@ -21,7 +21,8 @@ from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.identity import source_digest
 from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
-from dynllava_plugin.evaluation.results.manifest import NAME, RunRecord, write_joined
+from dynllava_plugin.evaluation.results.manifest import NAME
+from dynllava_plugin.evaluation.results.record import RunRecord, write_joined
 from dynllava_plugin.evaluation.results.results import prediction_rows
 from dynllava_plugin.evaluation.settings import PROMPTS, ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of

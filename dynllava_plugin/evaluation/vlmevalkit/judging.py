@@ -18,8 +18,9 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, failure, llava_scores, mm_vet_score
+from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, llava_scores, mm_vet_score
 from dynllava_plugin.evaluation.patches import Patches
+from dynllava_plugin.evaluation.results.results import failure
 
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _NO_SCORE = -1.0

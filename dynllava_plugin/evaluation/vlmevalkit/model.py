@@ -21,7 +21,7 @@ from dynllava_plugin.evaluation.engine.engine import DEFAULT_BATCH_SIZE, Engine
 from dynllava_plugin.evaluation.engine.prompting import PromptStyle
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS, Generation, Request
 from dynllava_plugin.evaluation.results.journal import Journal, entry_key
-from dynllava_plugin.evaluation.results.manifest import RunRecord
+from dynllava_plugin.evaluation.results.record import RunRecord
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.prompts import has_own_wording, llava_question
 from dynllava_plugin.model.prompts import IMAGE_TOKEN

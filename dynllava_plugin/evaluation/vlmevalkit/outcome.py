@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.judging import failed_samples
 from dynllava_plugin.evaluation.results.manifest import read_json
+from dynllava_plugin.evaluation.results.results import failed_samples
 from dynllava_plugin.files import write_json
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.

@@ -14,7 +14,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError, nearest
 from dynllava_plugin.evaluation.patches import Patches
-from dynllava_plugin.evaluation.results.manifest import RunRecord
+from dynllava_plugin.evaluation.results.record import RunRecord
 from dynllava_plugin.evaluation.settings import ModelSettings
 
 MODEL_NAME = "dynllava"

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.markup import in_markdown
+from dynllava_plugin.markup import MARKDOWN
 from dynllava_plugin.model.checkpoints.sources import read_json
 
 PAPER = "https://arxiv.org/abs/2412.00876"
@@ -89,5 +89,5 @@ def _recipe(run: dict[str, Any]) -> str:
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    body = "\n".join(f"| {name} | {in_markdown(str(value))} |" for name, value in rows)
+    body = "\n".join(f"| {name} | {str(value).translate(MARKDOWN)} |" for name, value in rows)
     return f"| setting | value |\n|---|---|\n{body}\n"
