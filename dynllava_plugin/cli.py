@@ -23,6 +23,10 @@ from dynllava_plugin.evaluation.suite import command as suite_command
 
 # Modules with `add_arguments(parser)` and `run(args)`, imported where they are asked for.
 COMMANDS = {
+    "answer": (
+        "dynllava_plugin.evaluation.answer_command",
+        "answers to your own questions, both files as LLaVA's",
+    ),
     "bench": ("dynllava_plugin.bench.command", "time and memory of each mode, with random weights"),
     "compare": (
         "dynllava_plugin.compare.command",
