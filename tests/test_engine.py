@@ -15,12 +15,11 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine import engine as engine_module
 from dynllava_plugin.evaluation.engine.answers import Answer, mean_counts
 from dynllava_plugin.evaluation.engine.engine import Engine
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
-from dynllava_plugin.model.processing import _rgb
+from dynllava_plugin.images import open_image
 from dynllava_plugin.model.static_prefill import prefill_bytes
 from train.data import open_images
 from train.samples import Sample
@@ -213,11 +212,16 @@ def test_bad_images_are_named(tmp_path: Path, lenient: bool, monkeypatch: pytest
     Image.effect_noise((64, 64), 90).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:600])
     corrupt.write_text("no image")
-    for path, problem in ((truncated, "truncated"), (corrupt, "isn't an image"), (tmp_path, "doesn't exist")):
+    for path, problem in (
+        (truncated, "truncated"),
+        (corrupt, "isn't an image"),
+        (tmp_path, "doesn't exist"),
+        (tmp_path / "none", "doesn't exist"),
+    ):
         with pytest.raises(UserError, match=f"row 7: image .*{path.name}.* {problem}"):
-            load_image(path, "row 7")
+            open_image(path, "row 7")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
-    gray = load_image(Image.new("L", (3, 2)))
+    gray = open_image(Image.new("L", (3, 2)))
     assert gray.mode == "RGB" and gray.size == (3, 2)
 
 
@@ -302,22 +306,23 @@ def test_an_automatic_batch_that_finds_no_room_is_answered_in_halves(
 
 
 def test_every_opener_scales_sixteen_bits(tmp_path: Path) -> None:
-    """The harnesses', training's and the processor's: none cuts grey values off, all refuse a scale that no file tells."""
+    """The package's and what training makes of it: neither cuts grey values off, both refuse a scale that no file tells."""
     values = (np.arange(48, dtype=np.uint16) * 1365).reshape(6, 8)
     Image.fromarray(values).save(tmp_path / "grey.png")
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
     sample = Sample("row 7", ("grey.png",), ())
     opened = [
-        load_image(tmp_path / "grey.png"),
+        open_image(tmp_path / "grey.png"),
         *open_images(sample, tmp_path),
-        _rgb(tmp_path / "grey.png", ""),
     ]
     for picture in opened:
         assert picture.mode == "RGB" and np.array_equal(np.asarray(picture)[..., 1], values // 257)
-    assert np.array_equal(np.asarray(load_image(Image.open(tmp_path / "grey.png"))), np.asarray(opened[0]))
+    assert np.array_equal(np.asarray(open_image(Image.open(tmp_path / "grey.png"))), np.asarray(opened[0]))
     with pytest.raises(
         UserError, match=r"row 7: image .*float\.tiff: grey values of mode 'F' have no known scale"
     ):
-        load_image(tmp_path / "float.tiff", "row 7")
-    with pytest.raises(UnusableSample, match=r"float\.tiff: unreadable image \(grey values of mode 'F'"):
+        open_image(tmp_path / "float.tiff", "row 7")
+    with pytest.raises(
+        UnusableSample, match=r"row 7: unreadable image .*float\.tiff: grey values of mode 'F'"
+    ):
         open_images(Sample("row 7", ("float.tiff",), ()), tmp_path)

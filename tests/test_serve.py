@@ -165,7 +165,10 @@ def test_bad_requests_are_one_line(client: Any) -> None:
     refused(lambda: ask(client, good, temperature=-1), "temperature: -1")
     refused(lambda: ask(client, good, model="other"), "'tiny'", "'other'")
     refused(lambda: ask(client, turn(LONG, "/etc/hostname")), "data:, http:// or https://")
-    refused(lambda: ask(client, turn(LONG, "data:image/png;base64,AAAA")), "cannot be read as an image")
+    refused(
+        lambda: ask(client, turn(LONG, "data:image/png;base64,AAAA")),
+        "image_url: image data:image/png;base64,AAAA isn't an image",
+    )
     refused(lambda: ask(client, []), "messages")
     refused(lambda: ask(client, [{"role": "user", "content": [{"type": "input_audio"}]}]), "input_audio")
     assert text_of(client, good)

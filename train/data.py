@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prompting import VICUNA, style_of
-from dynllava_plugin.model.processing import DynamicLlavaProcessor, eight_bits
+from dynllava_plugin.images import open_image
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
 from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
@@ -145,19 +146,10 @@ class ConversationDataset(Dataset):
 
 def open_images(sample: Sample, image_folder: Path) -> list[Image.Image]:
     """Return a sample's images, decoded to RGB; `UnusableSample` where one can't be."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # an imported library may have had them filled with gray
-    images = []
-    for image in sample.images:
-        path = image_folder / image
-        try:
-            with Image.open(path) as file:
-                images.append(eight_bits(file).convert("RGB"))
-        except Exception as error:  # corrupt files raise anything from SyntaxError to struct.error
-            reason = " ".join(str(error).split())
-            raise UnusableSample(
-                UNREADABLE, f"{path}: unreadable image ({reason}), needed by {sample.name}"
-            ) from None
-    return images
+    try:
+        return [open_image(image_folder / image) for image in sample.images]
+    except UserError as error:
+        raise UnusableSample(UNREADABLE, f"{sample.name}: unreadable {error}") from None
 
 
 def encoder_of(model: Any, processor: Any) -> ConversationEncoder | ChatEncoder:

@@ -10,8 +10,8 @@ import torch
 from dynllava_plugin import load_model
 from dynllava_plugin.bench.subject import Prompts, Subject
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.images import open_image
 from dynllava_plugin.policies import Policy
 
 QUESTION = "Describe the image in detail."
@@ -78,5 +78,5 @@ class Loaded:
             question = " ".join([QUESTION] * (1 + (row % 3 if mixed else 0)))
             turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
             texts.append(self.processor.apply_chat_template([turn], add_generation_prompt=True))
-        images = [[load_image(self.files[row % len(self.files)], "--images")] for row in range(batch)]
+        images = [[open_image(self.files[row % len(self.files)], "--images")] for row in range(batch)]
         return dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))

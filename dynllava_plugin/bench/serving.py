@@ -24,6 +24,7 @@ from dynllava_plugin.bench.pictures import QUESTION, pictures_in
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.bench.timing import place
 from dynllava_plugin.errors import UserError, reason_in
+from dynllava_plugin.images import open_image
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 
 Burst = tuple[list[float], float]  # seconds to the first text of each request, seconds of all
@@ -122,7 +123,7 @@ def _body(checkpoint: str, policy: str, new_tokens: int) -> dict[str, Any]:
 def _data_url(path: Path | None) -> str:
     from PIL import Image
 
-    image = Image.open(path).convert("RGB") if path else Image.effect_noise((336, 336), 90).convert("RGB")
+    image = open_image(path) if path else Image.effect_noise((336, 336), 90).convert("RGB")
     content = io.BytesIO()
     image.save(content, "PNG")
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

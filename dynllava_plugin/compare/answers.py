@@ -168,9 +168,9 @@ def _quiet() -> Iterator[str]:
 
 
 def _pixels(engine: Engine, request: Request) -> dict[str, Any]:
-    from dynllava_plugin.evaluation.engine.images import load_image
+    from dynllava_plugin.images import open_image
 
-    images = [load_image(image, request.name) for image in request.images]
+    images = [open_image(image, request.name) for image in request.images]
     given = {"images": [images]} if images else {}
     adds = engine.encoder._adds_special_tokens(request.prompt)
     inputs = engine.processor(text=[request.prompt], return_tensors="pt", add_special_tokens=adds, **given)

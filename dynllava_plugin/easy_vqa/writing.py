@@ -13,6 +13,7 @@ from dynllava_plugin.easy_vqa.facts import Tile, load_tiles
 from dynllava_plugin.easy_vqa.hard import draw_hard_scene, hard_questions, paint
 from dynllava_plugin.easy_vqa.scenes import DESCRIBE, DESCRIPTIONS, Fact, describe, scene_questions
 from dynllava_plugin.files import write_text
+from dynllava_plugin.images import open_image
 
 TEST_SCENES, TEST_DESCRIPTIONS, SEED = 1000, 200, 0  # of the benchmarks
 HARD_TEST_SCENES, HARD_TEST_QUESTIONS = 400, 5
@@ -33,8 +34,7 @@ def tile_scene(tiles: list[Tile]) -> Image.Image:
     """Four 64x64 tiles as one 128x128 image: top left, top right, bottom left, bottom right."""
     scene = Image.new("RGB", (128, 128))
     for k, tile in enumerate(tiles):
-        with Image.open(tile.path) as image:
-            scene.paste(image.convert("RGB"), (64 * (k % 2), 64 * (k // 2)))
+        scene.paste(open_image(tile.path), (64 * (k % 2), 64 * (k // 2)))
     return scene
 
 
@@ -91,7 +91,7 @@ def _draw_hard(
 ) -> tuple[str, list[dict[str, str]]]:
     """A hard scene's image, written, and its questions."""
     scene = draw_hard_scene(known, rng)
-    pictures = [Image.open(known[k].path) for k in scene.tiles]
+    pictures = [open_image(known[k].path) for k in scene.tiles]
     name = f"images/{split}/hard_{number:05d}.png"
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     paint(scene, pictures).save(folder / name)

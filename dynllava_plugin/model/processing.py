@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import re
-import urllib.request
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor
 
-from dynllava_plugin.errors import UserError, one_line
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.images import open_image
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE, IMAGE_TOKEN
 
@@ -91,7 +88,7 @@ class DynamicLlavaProcessor(LlavaProcessor):
 
         `name` stands in the error message. What is left to `image_processor` is cropping and normalising.
         """
-        picture = _rgb(image, name)
+        picture = open_image(image, name)
         processor = self.image_processor
         resample = Image.Resampling(int(processor.resample))
         size, pads = dict(processor.size), self.image_aspect_ratio == "pad"
@@ -209,57 +206,6 @@ def _grouped(images: Any, samples: Sequence[str] | None, marker: str) -> list[li
     if flat and groups:
         groups[-1] += flat  # too many: reported for the last sample
     return groups
-
-
-def fetched(address: str) -> Image.Image:
-    """Return an image behind an http(s) or data URL, its pixels as a local file's: not turned by EXIF, which LLaVA ignores."""
-    with urllib.request.urlopen(address, timeout=60) as response:
-        return Image.open(io.BytesIO(response.read()))
-
-
-def _rgb(image: Any, name: str) -> Image.Image:
-    """Anything image-like as an RGB PIL image; `UserError` with the file's name where it cannot be read."""
-    if isinstance(image, (str, PathLike)):
-        name = str(image)[:200]
-    name = getattr(image, "filename", "") or name  # a PIL image that is read only now
-    try:
-        if isinstance(image, Image.Image):
-            return eight_bits(image).convert("RGB")
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            return eight_bits(fetched(image)).convert("RGB")
-        if isinstance(image, (str, PathLike)):
-            with Image.open(image) as opened:
-                return eight_bits(opened).convert("RGB")
-        array = np.asarray(image)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such image file") from None
-    except Exception as error:
-        raise UserError(f"{name}: cannot be read as an image ({one_line(error)})") from None
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UserError(
-            f"{name}: an array must be uint8 [H, W, 3] or [3, H, W], not {array.dtype} {array.shape}"
-        )
-    return Image.fromarray(array)
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Return `image` with 16-bit grey values scaled to 8 bits, where PIL would cut them off; any other as it is.
-
-    Raises `UserError` for grey values on a scale that the file doesn't tell (32-bit integers, floating-point
-    numbers).
-    """
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint16)
-        return Image.fromarray((values // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UserError(
-            f"grey values of mode {image.mode!r} have no known scale; save the image with 8 or 16 bits"
-        )
-    return image
 
 
 AutoProcessor.register(DynamicLlavaConfig, DynamicLlavaProcessor)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.processing import DynamicLlavaProcessor, fetched
+from dynllava_plugin.images import open_image
+from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 ROLES = ("system", "user", "assistant")
 
@@ -63,18 +62,9 @@ def fetch_images(turns: list[dict[str, Any]], processor: Any) -> None:
     for turn in turns:
         for part in turn["content"]:
             if part["type"] == "image":
-                part["image"] = _image(part["image"], processor)
-
-
-def _image(url: str, processor: Any) -> Image.Image:
-    try:
-        image = fetched(url)
-        if not isinstance(processor, DynamicLlavaProcessor):  # LLaVA-1.5 doesn't turn photographs
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
-    except Exception as error:  # the network's, base64's and PIL's
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"image_url {url[:60]}: cannot be read as an image ({reason})") from None
+                # LLaVA-1.5 doesn't turn photographs.
+                turned = not isinstance(processor, DynamicLlavaProcessor)
+                part["image"] = open_image(part["image"], "image_url", turned)
 
 
 def tensors(turns: list[dict[str, Any]], processor: Any, tools: Any = None, **template: Any) -> Any:

@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
     check_file("--output", output)
 
     from dynllava_plugin import explain, load_model
-    from dynllava_plugin.evaluation.engine.images import load_image
     from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import write_bytes, write_text
+    from dynllava_plugin.images import open_image
     from dynllava_plugin.policies.registry import policy_changes
     from dynllava_plugin.visualize.page import page
     from dynllava_plugin.visualize.picture import draw
 
-    image = load_image(args.image)  # before the checkpoint: a wrong path costs no time
+    image = open_image(args.image)  # before the checkpoint: a wrong path costs no time
     settings = [
         ModelSettings(args.pretrained, vision_keep_rate=args.vision_keep_rate, policy=policy)
         for policy in args.policy

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 
@@ -97,7 +97,7 @@ def explain(
     """
     policy = model.model.language_model.policy
     prompt = style_of(model, processor).prompt([(question, None)], 1, "question")
-    picture = load_image(image, "")
+    picture = open_image(image, "")
     inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(model.device)
     grid, seen = _grid(model, processor, inputs, picture)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

@@ -5,10 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES
+from dynllava_plugin.images import open_image
 from train.tiny_llava.batches import Encoder, collate
 from train.tiny_llava.language import answer_logits
 
@@ -48,7 +48,7 @@ def accuracy(
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(names), per_batch):
         chosen = names[start : start + per_batch]
-        pictures = [Image.open(Path(folder) / name).convert("RGB") for name in chosen]
+        pictures = [open_image(Path(folder) / name) for name in chosen]
         pixels = images(pictures, return_tensors="pt")["pixel_values"]
         batch = collate(encoder, [(grouped[name], True) for name in chosen], pixels)
         logits, labels = answer_logits(model, batch)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dynllava_plugin.easy_vqa.facts import COLORS, SHAPES, Tile
+from dynllava_plugin.images import open_image
 from train.tiny_llava.optim import Optimizers
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's
@@ -41,7 +41,7 @@ class TileSet:
 
     def __init__(self, tiles: list[Tile]) -> None:
         self.tiles = known = [tile for tile in tiles if tile.known]
-        self.pixels = torch.from_numpy(np.stack([np.array(Image.open(t.path).convert("RGB")) for t in known]))
+        self.pixels = torch.from_numpy(np.stack([np.array(open_image(t.path)) for t in known]))
         border = torch.cat(
             [self.pixels[:, 0], self.pixels[:, -1], self.pixels[:, :, 0], self.pixels[:, :, -1]], dim=1
         )

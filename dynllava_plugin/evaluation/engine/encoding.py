@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.engine.requests import Request
+from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 
 _REMEMBERED = 64  # images whose tensors are kept for the questions that follow
@@ -172,7 +172,7 @@ class LlavaEncoder(Encoder):
         return Prepared(index, request, images, self._tokens(text))
 
     def _image(self, image: Any, name: str) -> PreparedImage:
-        picture = self._processor.prepare_image(load_image(image, name), name)
+        picture = self._processor.prepare_image(image, name)
         key = hashlib.blake2b(picture.tobytes(), digest_size=16, person=b"%dx%d" % picture.size).digest()
         known = self._recent.pop(key, None)
         if known is None:
@@ -245,7 +245,7 @@ class ProcessorEncoder(Encoder):
     window_batches = 4  # its images may be large, and each question has its own copy
 
     def _prepare(self, index: int, request: Request, text: str) -> Prepared:
-        pictures = [load_image(image, request.name) for image in request.images]
+        pictures = [open_image(image, request.name) for image in request.images]
         given = {"images": [pictures]} if pictures else {}
         try:
             found = self._processor(

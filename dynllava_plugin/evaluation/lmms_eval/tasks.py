@@ -11,9 +11,9 @@ from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from PIL import Image
 
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor, meteor_name
+from dynllava_plugin.images import open_image
 
 TASKS_FOLDER = Path(__file__).parent / "task_files"
 
@@ -63,7 +63,7 @@ class EasyVQATask(LocalTask):
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """Return the row's image."""
-    return [load_image(doc["image"], doc["id"])]
+    return [open_image(doc["image"], doc["id"])]
 
 
 def process_short_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

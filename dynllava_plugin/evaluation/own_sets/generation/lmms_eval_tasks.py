@@ -9,10 +9,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from dynllava_plugin.evaluation.engine.images import load_image
 from dynllava_plugin.evaluation.lmms_eval.tasks import LocalTask
 from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows, mean_meteor
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor_name
+from dynllava_plugin.images import open_image
 
 
 class GenerationTask(LocalTask):
@@ -37,7 +37,7 @@ class GenerationTask(LocalTask):
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """Return the conversation's image."""
-    return [load_image(doc["image"], doc["id"])]
+    return [open_image(doc["image"], doc["id"])]
 
 
 def first_question(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
