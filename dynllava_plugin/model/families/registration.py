@@ -10,7 +10,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from dynllava_plugin.model.configuration import PREFIX, SparseVLMConfig, dynamic
+from dynllava_plugin.model.configuration import PREFIX, TEXT_CONFIGS, SparseVLMConfig, dynamic
 from dynllava_plugin.model.families import text_models  # noqa: F401  (LLMs are looked up by config)
 from dynllava_plugin.model.modeling import SparseVLM
 
@@ -18,17 +18,21 @@ FAMILIES: dict[str, Any] = {}  # stock model_type -> our class
 
 
 def plain_family(
-    stock_config: Any, stock: Any, stock_model: Any, module: str, **facts: Any
+    stock_config: Any, stock: Any, stock_model: Any, module: str, mixin: type = SparseVLM, **facts: Any
 ) -> tuple[Any, Any]:
-    """Return our config and class, in `module`, of a family that needs nothing of its own but `facts`; both are registered.
+    """Return our config and class, in `module`, of a family that needs nothing of its own but `mixin` and `facts`.
 
-    Of Mistral3's they are called `DynamicMistral3Config` and `DynamicMistral3ForConditionalGeneration`.
+    Of Mistral3's they are called `DynamicMistral3Config` and `DynamicMistral3ForConditionalGeneration`; both are registered.
     """
+    parts = dict(stock_config.sub_configs_defaults)
+    llm: Any = getattr(parts["text_config"].config_class, "model_type", None)  # where it is of one kind only
+    parts["text_config"] = TEXT_CONFIGS.get(llm, parts["text_config"])
     config = dynamic(
-        stock_config, SparseVLMConfig, module, "with `sparsity`", model_type=PREFIX + stock_config.model_type
-    )
+        stock_config, SparseVLMConfig, module, "with `sparsity`",
+        model_type=PREFIX + stock_config.model_type, sub_configs_defaults=parts,
+    )  # fmt: skip
     model = dynamic(
-        stock, SparseVLM, module, "with gates between its LLM's layers",
+        stock, mixin, module, "with gates between its LLM's layers",
         config_class=config, model_class=stock_model, **facts,
     )  # fmt: skip
     register_family(model, stock_config)
