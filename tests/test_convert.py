@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dynllava_plugin import load_model
+from dynllava_plugin import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration, load_model
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints import load_without_processor
 from dynllava_plugin.model.checkpoints.converting import convert, published_name
 from dynllava_plugin.model.checkpoints.weights import IGNORED
+from tests.families.checkpoints import write_checkpoint
 from tests.golden_case import CASES, GOLDEN
+from tests.tiny_random import random_model
 from tests.training_kit import save_checkpoint
 
 
@@ -68,6 +70,27 @@ def test_every_parameter_has_a_published_name():
     model = load_without_processor(GOLDEN / "gqa" / "checkpoint")
     names = [published_name(name) for name in model.state_dict()]
     assert len(set(names)) == len(names) and not any("language_model" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("qwen2_5_vl", {}, "a qwen2_5_vl"),
+        ("llava", {"model_type": "mistral", "sliding_window": None}, "an LLM that is a mistral"),
+        ("llava", {"head_dim": 4}, "an LLM with a head_dim of its own"),
+    ],
+)
+def test_a_model_without_a_place_in_the_published_layout(family, changes, what, tmp_path, capsys):
+    if family == "llava":
+        config = random_model().config.to_dict()
+        config["text_config"] |= {"model_type": "llama", **changes}
+        config = DynamicLlavaConfig.from_dict(config)
+        DynamicLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "source")
+    else:
+        write_checkpoint(family, tmp_path / "source")
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), "--to", "published"]) == 2
+    assert f"error: --to published: {what}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_in_use_is_refused(tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from transformers import LlamaConfig
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import check_folder
@@ -108,10 +109,7 @@ def _write_dynamic(model: Any, processor: Any, folder: Path) -> None:
 
 def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) -> list[str]:
     config = model.config
-    if config.sparsity.later_gates or config.sparsity.vision_keep_range:
-        raise UserError(
-            "--to published: a model of several gates, or one that is told its budget, has no place in that layout"
-        )
+    _check_place(config)
     rows = published_rows(config, processor and processor.tokenizer)
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -138,6 +136,25 @@ def _write_published(model: Any, processor: Any, folder: Path, tokenizer: Path) 
         f"{tokenizer} has no tokenizer.model: this package reads the tokenizer.json in its stead, the published "
         "code does not; name a folder that has it with --tokenizer"
     ]
+
+
+def _check_place(config: Any) -> None:
+    """Raise `UserError` for a model that the published layout has no place for: it is LLaVA-1.5's, with a CLIP and a Llama."""
+    text, vision, sparsity = config.text_config, config.vision_config, config.sparsity
+    own_width = getattr(text, "head_dim", None) not in (None, text.hidden_size // text.num_attention_heads)
+    for what, found in (
+        (f"a {config.model_type.removeprefix('dynamic_')}", not isinstance(config, DynamicLlavaConfig)),
+        (f"an LLM that is a {text.model_type.removeprefix('dynamic_')}", not isinstance(text, LlamaConfig)),
+        (f"a vision tower that is a {vision.model_type}", vision.model_type != "clip_vision_model"),
+        (
+            "an LLM with a head_dim of its own or biases in its MLP",
+            own_width or getattr(text, "mlp_bias", False),
+        ),
+        ("a model of several gates", sparsity.later_gates),
+        ("a model that is told its budget", sparsity.vision_keep_range),
+    ):
+        if found:
+            raise UserError(f"--to published: {what} has no place in that layout; choose --to dynamic")
 
 
 def published_rows(config: DynamicLlavaConfig, tokenizer: Any) -> int:
