@@ -114,6 +114,11 @@ def test_card_holds_recipe_and_results(tmp_path, capsys):
     assert "base_model: liuhaotian/llava-v1.5-7b" in card and "# my-dynamic-llava" in card
     assert "| `learning_rate` | 5e-06 |" in card and "| image tokens kept | 0.2 |" in card
     assert "Not measured." in card
+    assert "\nA LLaVA-1.5 as a [Dynamic-LLaVA]" in card
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "dynamic_qwen3_vl"}))
+    assert main(["push", str(folder)]) == 0
+    assert "\nA qwen3_vl as a [Dynamic-LLaVA]" in (folder / "README.md").read_text()
     assert main(["push", str(tmp_path / "results")]) == 2
 
 

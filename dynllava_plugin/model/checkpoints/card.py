@@ -36,12 +36,13 @@ def write_card(folder: Path, results: str | None = None) -> Path:
     sparsity = config.get("text_config", {}).get("sparsity") or config.get("sparse_config")
     if sparsity is None:
         raise UserError(f"{folder / 'config.json'}: not a Dynamic-LLaVA (no sparsity settings)")
+    kind = str(config.get("model_type")).removeprefix("dynamic_")
     run = read_json(folder / "run.json").get("arguments", {}) if (folder / "run.json").is_file() else {}
     parts = [
         _front_matter(run),
         f"# {folder.resolve().name}\n",
-        f"A [Dynamic-LLaVA]({PAPER}): a LLaVA-1.5 whose learned predictors drop most image tokens and part of the "
-        "generated text from the context of the later decoder layers.\n",
+        f"A {'LLaVA-1.5' if kind in ('llava', 'llava_llama') else kind} as a [Dynamic-LLaVA]({PAPER}): its learned predictors "
+        "drop most image tokens and part of the generated text from the context of the later decoder layers.\n",
         "## Use\n",
         '```python\nfrom dynllava_plugin import load_model\n\nmodel, processor = load_model("THIS_REPOSITORY")\n```\n',
         "## Sparsification\n",
