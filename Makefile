@@ -59,7 +59,7 @@ bench-cpu: setup
 bench-harness: setup
 	$(PY) -m dynllava_plugin.bench harness --resume --json $(OUT)/harness/cpu.json --output $(OUT)/harness
 
-# LLaVA-1.5's shapes on one GPU with 80 GB, random weights ; rows in $(OUT)/gpu, whole after each.
+# LLaVA-1.5's shapes on one GPU with 80 GB, random weights; rows in $(OUT)/gpu, whole after each.
 BENCH_GPU = $(PYTHON) -m dynllava_plugin.bench all --resume --device cuda --dtype bfloat16 --repeats 5
 export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
 bench-gpu:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-# field -> (heading, factor, format)
+# field -> (heading, factor, format), in the order of a table's columns
 FIGURES: dict[str, tuple[str, float, str]] = {
+    "harness": ("harness", 1, ""),
+    "batch": ("batch", 1, ""),
+    "length": ("at", 1, ""),
+    "mode": ("mode", 1, ""),
+    "path": ("path", 1, ""),
+    "kept": ("kept", 1, ""),
+    "implementation": ("implementation", 1, ""),
     "median_s": ("ms", 1e3, ",.2f"),
     "baseline_s": ("baseline ms", 1e3, ",.2f"),
     "requests_per_s": ("requests/s", 1, ".3g"),
@@ -24,6 +31,7 @@ FIGURES: dict[str, tuple[str, float, str]] = {
     "mfu": ("MFU", 1, ".1%"),
     "peak_tflops": ("TFLOP/s that MFU is of", 1, ".3g"),
     "peak_from": ("from", 1, ""),
+    "devices": ("devices", 1, ""),
     "epoch_hours": ("hours an epoch of 665K", 1, ",.0f"),
     "kept_share": ("text kept", 1, ".3g"),
     "max_difference": ("largest difference", 1, ".3g"),
@@ -36,7 +44,10 @@ FIGURES: dict[str, tuple[str, float, str]] = {
     "growth_bytes": ("growth step MiB", 2**-20, ",.1f"),
     "peak_bytes": ("peak MiB", 2**-20, ",.1f"),
     "weight_bytes": ("weights MiB", 2**-20, ",.1f"),
-    "length": ("at", 1, ""),
+    "requests": ("requests", 1, ""),
+    "fits": ("fits", 1, ""),
+    "optimizer": ("optimizer", 1, ""),
+    "checkpointing": ("checkpointing", 1, ""),
 }
 _NAMES = ("phase", "harness", "mode", "implementation", "path", "kept")
 _LINE = ("median_s", "speedup", "of_ideal", "time_ratio", "memory_ratio", "mfu", "questions_per_s", "requests_per_s",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -35,22 +35,20 @@ def draw(table: pd.DataFrame, folder: Path) -> None:
 
 def draw_generated(rows: pd.DataFrame, about: tuple[Any, ...], folder: Path) -> None:
     """Write time and memory over generated tokens, where a mode was measured at two lengths or more."""
-    rows = rows[rows.get("path", pd.Series(index=rows.index)) == "eager"].sort_values("length")
+    rows = rows[rows.get("path", pd.Series(index=rows.index)) == "eager"]
     modes = [mode for mode in dict.fromkeys([*MODES, *rows["mode"]]) if mode in set(rows["mode"])]
-    colors = {mode: COLORS[number % len(COLORS)] for number, mode in enumerate(modes)}
+    colors = {MODES.get(mode, mode): COLORS[place % len(COLORS)] for place, mode in enumerate(modes)}
     panels = []
     for phase, field, factor, label in PANELS:
-        here = rows[(rows["phase"] == phase) & rows[field].notna()] if field in rows else rows[:0]
-        lines = [
-            Line(MODES.get(mode, mode), points["length"], points[field] * factor, colors[mode])
-            for mode, points in ((mode, here[here["mode"] == mode]) for mode in modes)
-            if len(points) > 1
-        ]
-        panels += [Panel(lines, xlabel="generated tokens", ylabel=label, ylim=(0, None))] if lines else []
+        here = rows[rows["phase"] == phase]
+        if field in here and here["length"].nunique() > 1 and here[field].notna().any():
+            lines = here.pivot(index="length", columns="mode", values=field).astype(float) * factor
+            lines = lines[[mode for mode in modes if mode in lines]].rename(columns=MODES)
+            panels.append((lines, {"xlabel": "generated tokens", "ylabel": label, "ylim": (0, None)}))
     if panels:
         shape, device, dtype, batch = about
         name = f"{shape}_{device}_{dtype}_batch{batch}.png".replace(" ", "_")
-        _write(folder / name, panels, len(panels), f"{shape}, batch {batch}, {device}, {dtype}")
+        _write(folder / name, panels, len(panels), colors, f"{shape}, batch {batch}, {device}, {dtype}")
 
 
 def draw_training(table: pd.DataFrame, path: Path) -> None:
@@ -58,93 +56,62 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
 
     SDPA has no masks, so that its rows of either `kept` are one line.
     """
+    unmasked = table["implementation"] == "sdpa"
+    names = table["implementation"].map(NAMES)
+    table = table.assign(line=names.where(unmasked, names + ", kept: " + table["kept"].map(KEPT)))
     panels = []
     for device in dict.fromkeys(table["device"]):
-        here = table[table["device"] == device].sort_values(["implementation", "length", "kept"])
-        here.loc[here["implementation"] == "sdpa", "kept"] = "all"
-        here = here.drop_duplicates(["implementation", "length", "kept"])
+        here = table[table["device"] == device].drop_duplicates(["line", "length"])
         for column, scale, what in (
             ("median_s", 1e3, "time [ms]"),
             ("peak_bytes", 2**-20, "peak memory [MiB]"),
         ):
-            lines = []
-            for (name, kept), rows in here.groupby(["implementation", "kept"]):
-                label = NAMES[name] if name == "sdpa" else f"{NAMES[name]}, kept: {KEPT[kept]}"
-                # Per sample: a length whose full matrix doesn't fit is measured with fewer of them.
-                values = pd.to_numeric(rows[column]) * scale / rows["batch"]
-                style = "--" if kept == "all" and name != "sdpa" else "-"
-                lines += (
-                    [Line(label, rows["length"], values, TRAINED[name], style)]
-                    if values.notna().any()
-                    else []
-                )
-            title, axis = f"{device}\n{what} a sample", "sequence length N [tokens]"
-            panels.append(Panel(lines, here["length"], title=title, xlabel=axis, yscale="log"))
+            # Per sample: a length whose full matrix doesn't fit is measured with fewer of them.
+            here = here.assign(shown=pd.to_numeric(here[column]) * scale / here["batch"])
+            lines = here.pivot(index="length", columns="line", values="shown").dropna(axis=1, how="all")
+            titles = {"title": f"{device}\n{what} a sample", "xlabel": "sequence length N [tokens]"}
+            panels.append((lines, {**titles, "loglog": True}))
+    colors = {line: TRAINED[name] for line, name in zip(table["line"], table["implementation"], strict=True)}
     title = "Training attention, forward and backward (behind the end of a line: not measured)"
-    _write(path, panels, 2, title)
+    _write(path, panels, 2, colors, title)
 
 
 def draw_harness(table: pd.DataFrame, path: Path) -> None:
     """Write questions a second over the batch size, a line a harness."""
-    lines = []
-    for number, ((device, harness), rows) in enumerate(table.groupby(["device", "harness"])):
-        label = f"{harness}, {device}" if table["device"].nunique() > 1 else str(harness)
-        lines.append(Line(label, rows["batch"], rows["questions_per_s"], COLORS[number % len(COLORS)]))
-    _write(path, [Panel(lines, table["batch"], xlabel="batch size", ylabel="questions/s", ylim=(0, None))], 1)
+    names = table["harness"] + (", " + table["device"] if table["device"].nunique() > 1 else "")
+    lines = table.assign(line=names).pivot_table(index="batch", columns="line", values="questions_per_s")
+    colors = dict(zip(lines.columns, COLORS * len(lines.columns), strict=False))
+    labels = {"xlabel": "batch size", "ylabel": "questions/s", "logx": True, "ylim": (0, None)}
+    _write(path, [(lines, labels)], 1, colors)
 
 
-class Line(NamedTuple):
-    """A line of a chart."""
-
-    label: str
-    x: pd.Series
-    y: pd.Series
-    color: str
-    style: str = "-"
-
-
-class Panel:
-    """Lines over one pair of axes; `ticks`: of a logarithmic x axis, one at each of these values and nowhere else."""
-
-    def __init__(self, lines: list[Line], ticks: pd.Series | None = None, **settings: Any) -> None:
-        self.lines, self.settings = lines, settings
-        self.ticks = [] if ticks is None else sorted(set(ticks))
-
-    def draw(self, axis: Any) -> None:
-        """Draw on matplotlib's `axis`."""
-        for line in self.lines:
-            axis.plot(line.x, line.y, line.style, marker="o", ms=4, color=line.color, label=line.label)
-        axis.set(**self.settings)
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
-        if self.ticks:
-            axis.set_xscale("log")
-            axis.set_xticks(self.ticks, [str(place) for place in self.ticks])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-
-
-def _write(path: Path, panels: list[Panel], columns: int, title: str = "") -> None:
-    """Write panels, `columns` in a row, with one legend for all."""
+def _write(
+    path: Path,
+    panels: list[tuple[pd.DataFrame, dict[str, Any]]],
+    columns: int,
+    colors: dict[str, str],
+    title: str = "",
+) -> None:
+    """Write panels, each the columns of a frame over its index, `columns` in a row and with one legend; "all" is dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = 4.4 * columns, 3.6 * len(panels) / columns
-    figure, axes = plt.subplots(
-        len(panels) // columns, columns, figsize=size, squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        panel.draw(axis)
+    size, shape = (4.4 * columns, 3.6 * len(panels) / columns), (len(panels) // columns, columns)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for axis, (lines, settings) in zip(axes.flat, panels, strict=True):
+        for name in map(str, lines):
+            style = "o--" if name.endswith("kept: all") else "o-"
+            lines[name].dropna().plot(ax=axis, style=style, ms=4, color=colors[name], label=name, **settings)
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_xscale() == "log":  # ticks where something was measured, and nowhere else
+            axis.set_xticks(lines.index, [str(place) for place in lines.index])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        frameon=False,
-        fontsize=8,
-        loc="outside lower center",
-        ncols=min(len(labels), 2 * columns),
-    )
+    place = {"loc": "outside lower center", "ncols": min(len(labels), 2 * columns)}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
     figure.suptitle(title, fontsize=11)
     write_figure(path, figure, dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.bench.figures import heading, written
+from dynllava_plugin.bench.figures import FIGURES, heading, written
 from dynllava_plugin.bench.never_slower import never_slower
 from dynllava_plugin.bench.paper import beside_the_paper
 from dynllava_plugin.bench.plots import draw
@@ -19,48 +19,19 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import write_json, write_text
 from dynllava_plugin.markup import MARKDOWN
 
-RATIOS = ("speedup", "ideal_speedup", "of_ideal")
-ABOUT = ("batch", "length", "mode")
-TRAINED = (
-    "length",
-    "batch",
-    "kept",
-    "implementation",
-    "median_s",
-    "time_ratio",
-    "peak_bytes",
-    "memory_ratio",
-)
-# phase -> (title, columns of its table); a column that is empty all the way isn't shown.
 SECTIONS = {
-    "prefill": ("Prefill", (*ABOUT, "median_s", *RATIOS, "tflops_paper", "tflops_exact")),
-    "nocache": ("Decoding without cache, one step", (*ABOUT, "median_s", *RATIOS, "tflops_exact")),
-    "decode": ("Decoding with cache, one step", (
-        *ABOUT, "path", "median_s", "tokens_per_s", *RATIOS, "tflops_exact", "kept_share", "cache_bytes", "needed_bytes",
-    )),
-    "batching": ("Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)", (
-        *ABOUT, "path", "median_s", "tokens_per_s", "speedup",
-    )),
-    "score": ("Scoring an answer in one pass against token by token", (
-        *ABOUT, "median_s", "baseline_s", "speedup", "max_difference",
-    )),
-    "memory": ("Memory; the peak is above the weights", (
-        *ABOUT, "cache_bytes", "resident_bytes", "needed_bytes", "growth_bytes", "peak_bytes", "weight_bytes", "fits",
-    )),
-    "serve": ("Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens", (
-        *ABOUT, "requests_per_s", "speedup", "first_token_s", "first_token_speedup", "requests",
-    )),
-    "load": ("Loading a checkpoint against reading it with safetensors alone", (
-        *ABOUT, "path", "median_s", "baseline_s", "speedup", "peak_bytes", "needed_bytes", "weight_bytes",
-    )),
-    "attention": ("One training attention, forward and backward; plain: the full matrix, sdpa: causal, without masks", TRAINED),
-    "step": ("A whole training step", (
-        *TRAINED, "samples_per_s", "mfu", "peak_tflops", "peak_from", "devices", "epoch_hours", "optimizer", "checkpointing",
-    )),
-    "harness": ("Questions a second from the first on, medians of interleaved runs; speed-up over batch 1", (
-        "harness", "batch", "questions_per_s", "speedup", "outside_model", "shared", "same_answers", "questions", "repeats",
-    )),
-}  # fmt: skip
+    "prefill": "Prefill",
+    "nocache": "Decoding without cache, one step",
+    "decode": "Decoding with cache, one step",
+    "batching": "Batches of mixed prompt lengths against a batch of one (speed-up in tokens/s)",
+    "score": "Scoring an answer in one pass against token by token",
+    "memory": "Memory; the peak is above the weights",
+    "serve": "Serving over HTTP: as many clients at once as `batch` says, answers of `at` tokens",
+    "load": "Loading a checkpoint against reading it with safetensors alone",
+    "attention": "One training attention, forward and backward; plain: the full matrix, sdpa: causal, without masks",
+    "step": "A whole training step",
+    "harness": "Questions a second from the first on, medians of interleaved runs; speed-up over batch 1",
+}
 # What rows of one part of the report have in common; named, where the value alone says nothing.
 COMMON = ("shape", "benchmark", "checkpoint", "policy", "device", "dtype", "limit", "threads")
 NAMED = ("policy", "limit", "threads")
@@ -161,18 +132,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         groups.setdefault(tuple(texts), []).append(row)
     for common, here in groups.items():
         parts.append(f"## {', '.join(common).translate(MARKDOWN)}")
-        for phase, (title, columns) in SECTIONS.items():
+        for phase, title in SECTIONS.items():
             found = [row for row in here if row["phase"] == phase]
             if found:
-                parts += [f"### {title}", _table(found, columns)]
+                parts += [f"### {title}", _table(found)]
     parts += [text for text in (never_slower(rows), *beside_the_paper(rows)) if text]
     if rows and all(row["device"] == "cpu" for row in rows):
         parts.append("A CUDA GPU: not measured.")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
+def _table(rows: list[dict[str, Any]]) -> str:
+    shown = [name for name in FIGURES if any(row.get(name) is not None for row in rows)]
     if "mode" in shown:
         rows = sorted(rows, key=lambda row: (row["batch"], row["length"], row.get("path") or ""))
     cells = [
