@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +13,11 @@ import torch
 
 from dynllava_plugin.bench import plots, train
 from dynllava_plugin.bench.attention import AttentionCase, model_attention, training_keep
+from dynllava_plugin.bench.process import in_a_process
 from dynllava_plugin.bench.shapes import SHAPES
 from dynllava_plugin.bench.train_step import Step, StepSettings, epoch_hours, peak_flops
 from dynllava_plugin.cli import main
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.flops import DecoderShape
 
 TINY = DecoderShape(3, 32, 64, 2, 2, 64, predictor_dim=16, predictor_ffn_dim=32)
@@ -154,6 +157,22 @@ def test_peak_memory_of_a_process():
     if peak is None:
         pytest.skip("only Linux can reset the high-water mark of a process")
     assert 4 <= peak / (4 * 2 * 1024**2) <= 20  # a busy machine adds a few MiB
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "message"),
+    [
+        (int, "x", "bench: int failed: ValueError: invalid literal"),
+        (
+            os._exit,
+            9,
+            "bench: the process of _exit ended with 9, as where memory runs out; measure something",
+        ),
+    ],
+)
+def test_a_process_that_fails_or_is_killed_is_one_line(call, argument, message):
+    with pytest.raises(UserError, match=message):
+        in_a_process(call, argument)
 
 
 def test_both_attentions_train_the_same_model():
