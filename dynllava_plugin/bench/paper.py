@@ -23,16 +23,15 @@ def paper_figures() -> dict[tuple[str, str, str], float]:
 
 def beside_the_paper(rows: list[dict[str, Any]]) -> list[str]:
     """Return Markdown, the layout of Tables 4 and 14 for every shape and device, without columns that nothing was measured for."""
-    found = []
     table = pd.DataFrame([row for row in rows if "mode" in row])
-    for (shape, device, dtype), here in (
-        table.groupby(["shape", "device", "dtype"], sort=False) if rows else ()
-    ):
-        what, batch = f"{shape} on {device}, {dtype}", int(here["batch"].max())
-        found.append(
-            _table(f"As Table 4: {what}, batch {batch}", "4", _table_4(here[here["batch"] == batch]))
-        )
-        found.append(_table(f"As Table 14: {what}, batch 1", "14", _table_14(here[here["batch"] == 1])))
+    if table.empty:
+        return []
+    found = []
+    for about, here in table.groupby(["shape", "device", "dtype"], sort=False):
+        what, batch = "{} on {}, {}".format(*about), int(here["batch"].max())
+        largest, single = (_table_4(here[here["batch"] == batch]), _table_14(here[here["batch"] == 1]))
+        found.append(_table(f"As Table 4: {what}, batch {batch}", "4", largest))
+        found.append(_table(f"As Table 14: {what}, batch 1", "14", single))
     found = [part for part in found if part]
     return ["## Beside the paper", *found] if found else []
 
