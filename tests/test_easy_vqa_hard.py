@@ -14,7 +14,16 @@ from PIL import Image, ImageChops, ImageOps
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from dynllava_plugin.easy_vqa.facts import Tile, load_tiles
-from dynllava_plugin.easy_vqa.hard import GRIDS, KINDS, SIDE, draw_hard_scene, hard_questions, paint
+from dynllava_plugin.easy_vqa.hard import (
+    GRIDS,
+    KINDS,
+    SIDE,
+    Item,
+    Scene,
+    draw_hard_scene,
+    hard_questions,
+    paint,
+)
 from dynllava_plugin.easy_vqa.writing import write_hard_train, write_test
 from train import easy_vqa
 from train.tiny_llava.batches import Encoder
@@ -80,6 +89,15 @@ def test_answers_hold_in_a_second_reading_and_every_kind_occurs(tiles: list[Tile
     # No answer can be guessed from the question alone.
     for kind in ("position", "relation", "comparison"):
         assert max(answers[kind].values()) / kinds[kind] < 0.6, answers[kind]
+
+
+def test_a_scene_of_items_that_are_alike_has_ten_questions(tiles: list[Tile]) -> None:
+    """Asked for twelve, drawing went on for ever, and a training with it."""
+    items = tuple(Item("red", "circle", *place) for place in ((0, 0), (0, 2), (1, 1), (2, 0)))
+    asked = hard_questions(Scene(3, tuple(range(9)), items), 12, random.Random(0))
+    assert len(asked) == len({one.question for one in asked}) == 10
+    shown = [(item.color, item.shape, item.row, item.column) for item in items]
+    assert all(read_answer(one.question, 3, shown) == one.answer for one in asked)
 
 
 def test_items_are_as_they_are_and_the_rest_negatives(tiles: list[Tile]) -> None:

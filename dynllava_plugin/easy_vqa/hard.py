@@ -163,16 +163,22 @@ def _negation(scene: Scene, rng: random.Random) -> Asked | None:
     return Asked(f"is there no {color} {shape}?", "no" if present else "yes", "negation", (about, about))
 
 
+DRAWS = 1000  # far more than a scene with enough questions takes
 _MAKERS = (_attribute, _position, _relation, _count, _comparison, _negation)
 _WEIGHTS = (0.25, 0.15, 0.2, 0.15, 0.1, 0.15)
 
 
 def hard_questions(scene: Scene, count: int, rng: random.Random) -> list[Asked]:
-    """Draw `count` (at most 12) distinct questions about a scene, a conversation in their order."""
+    """Draw `count` (at most 12) distinct questions about a scene, a conversation in their order; fewer where it has no more.
+
+    Items that are all alike have ten.
+    """
     if not 0 <= count <= 12:
         raise ValueError(f"{count} questions a hard scene: choose 0 to 12")
     found: dict[str, Asked] = {}
-    while len(found) < count:
+    for _ in range(DRAWS):
+        if len(found) == count:
+            break
         asked = rng.choices(_MAKERS, _WEIGHTS)[0](scene, rng)
         if asked is not None:
             found.setdefault(asked.question, asked)
