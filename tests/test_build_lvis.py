@@ -54,7 +54,7 @@ def files(tmp_path: Path) -> Path:
     for name in ("a", "b", "c", "d", "e", "f", "mixed"):
         (images / f"{name}.jpg").write_bytes(b"jpg")
     (tmp_path / "instruct.json").write_text(json.dumps(entries))
-    mixture = [{"image": "other/folder/mixed.jpg"}, {"id": "text only"}, {"image": None}]
+    mixture = [{"image": ["other/folder/mixed.jpg", "second.jpg"]}, {"id": "text only"}, {"image": None}]
     (tmp_path / "mixture.json").write_text(json.dumps(mixture))
     captions = [talk("long", "sam/images/a.jpg", [300]), talk("short", "sam/images/b.jpg", [299])]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
@@ -72,8 +72,8 @@ def test_rules_counts_and_files(
     instruct, captions = str(files / "instruct.json"), str(files / "captions.json")
     assert build(files, "--instruct", instruct, "--sharegpt4v", captions, "--size", "3") == 0
     out = capsys.readouterr().out
-    assert "6 broken entries left out" in out and "entry 14 (id x1): questions and answers don't" in out
-    assert "(id x2): no image" in out and "and 1 more" in out and "x3" in out and "'human'" in out
+    assert "6 broken entries left out" in out and "entry 14 (id x1): 'conversations' must alternate" in out
+    assert "(id x2)" in out and "and 1 more" in out and "x3" in out and "'human'" in out
     counts = [int(line.split()[0]) for line in out.splitlines() if line.startswith("   ")]
     assert counts == [14, 10, 9, 8, 7, 3, 14, 2, 1, 1, 1, 2, 2, 1, 1, 1]
     monkeypatch.setenv("DYNLLAVA_GENERATION", str(files / "sets"))
@@ -140,10 +140,10 @@ def test_selection_is_what_the_rules_say_whatever_the_order(
     ("flags", "problem"),
     [
         ([], "give --instruct, --sharegpt4v, or both"),
-        (["--instruct", "nowhere.json"], "nowhere.json: can't be read (No such file"),
+        (["--instruct", "nowhere.json"], "nowhere.json: no such file"),
         (["--instruct", "mixture.json", "--size", "0"], "--size 0: must be positive"),
-        (["--instruct", "broken.json"], "broken.json: not JSON"),
-        (["--sharegpt4v", "object.json"], "object.json: expected a list of conversations"),
+        (["--instruct", "broken.json"], "broken.json: not a JSON file ("),
+        (["--sharegpt4v", "object.json"], "object.json: LLaVA's format is a JSON list of samples"),
         (["--instruct", "captions.json"], "lvis_vqa_multi: no conversation of"),
     ],
 )

@@ -17,12 +17,12 @@ from dynllava_plugin.evaluation.engine.answers import Answer, mean_counts
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.settings import AUTO, ModelSettings
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.static_prefill import prefill_bytes
 from train.data import open_images
-from train.samples import Sample
 from train.skipped import UnusableSample
 
 SHORT = Generation.from_task({"max_new_tokens": 12})

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import JsonList, Sample, read_sample
 from dynllava_plugin.model.prompts import with_images
 from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, conversation, processor, save_checkpoint, save_mixture
@@ -23,9 +24,7 @@ from train import mixture as mixtures
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.data import Collator, ConversationDataset
 from train.finetune import main
-from train.json_stream import JsonList
 from train.mixture import Mixture, open_mixture
-from train.samples import Sample, read_sample
 from train.sampling import EpochSampler
 from train.skipped import SkippedSamples, UnusableSample
 
@@ -46,7 +45,7 @@ def file(tmp_path_factory) -> Path:
 def test_a_list_is_read_piece_by_piece(file, values, chunk, indent):
     for plain in (True, False):
         file.write_text(json.dumps(values, ensure_ascii=plain, indent=indent), encoding="utf-8")
-        assert list(JsonList(file, chunk)) == values
+        assert list(JsonList(file, chunk=chunk)) == values
 
 
 @examples(100)
@@ -55,13 +54,13 @@ def test_a_list_cut_short_is_an_error(file, values, chunk, data):
     text = json.dumps(values)
     file.write_text(text[: data.draw(st.integers(0, len(text) - 1))])
     with pytest.raises(UserError, match=r"not a JSON file|something else"):
-        list(JsonList(file, chunk))
+        list(JsonList(file, chunk=chunk))
 
 
 def test_damage_is_named_by_its_character(file):
     file.write_text('[{"a": 1}, {"b": tru}]')
     with pytest.raises(UserError, match="character 17"):
-        list(JsonList(file, 4))
+        list(JsonList(file, chunk=4))
     file.write_text("[1, 2] 3")
     with pytest.raises(UserError, match="something follows"):
         list(JsonList(file))

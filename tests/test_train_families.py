@@ -24,6 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import train.finetune
 from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
 from dynllava_plugin.sparsity.masked_softmax import context_matrix, plain_masked_softmax, visible_matrix
 from dynllava_plugin.sparsity.masked_softmax_blocks import PADDING
@@ -42,7 +43,6 @@ from train.conversation import IGNORE, ConversationEncoder
 from train.data import Collator, ConversationDataset, encoder_of
 from train.mixture import open_mixture
 from train.noise import gumbel_noise
-from train.samples import Sample
 from train.skipped import SkippedSamples, UnusableSample
 from train.trainer import DynamicLlavaTrainer, freeze
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
 from dynllava_plugin.sparsity.selection import last_answer
 from tests.property_tests import examples
 from tests.training_kit import IMAGE_TOKENS, conversation, processor
 from train.conversation import IGNORE, ConversationEncoder
 from train.data import Collator, count_image_tokens
-from train.samples import Sample
 
 PROCESSORS = {
     "llama": processor(),

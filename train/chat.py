@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from train.conversation import IGNORE, Tokens, label_spans
-from train.samples import Sample
 from train.skipped import UNREADABLE, UnusableSample
 
 # What stands for an answer while the template is rendered, so that no template looks into one.

@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import ANSWER_END, vicuna_v1
-from train.samples import Sample
 
 IGNORE = -100
 ANSWER = " ASSISTANT: "  # what LLaVA splits a round at

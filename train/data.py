@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prompting import VICUNA, style_of
+from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
 from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.mixture import Mixture
-from train.samples import Sample
 from train.skipped import MASKED, TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample
 
 MAX_SKIPS_IN_A_ROW = 100

@@ -14,12 +14,12 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
+from dynllava_plugin.evaluation.llava_json import Sample
 from train.agreement import from_the_first
 from train.chat import ChatEncoder
 from train.conversation import ConversationEncoder
 from train.data import open_images
 from train.mixture import Mixture
-from train.samples import Sample
 from train.skipped import SkippedSamples, UnusableSample
 
 MAX_NEW_TOKENS = 64

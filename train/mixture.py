@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from dynllava_plugin.errors import UserError
-from train.json_stream import JsonList
-from train.samples import Sample, opens_with_image, read_sample
+from dynllava_plugin.evaluation.llava_json import JsonList, Sample, opens_with_image, read_sample
 
 FORMAT = 2  # of the cached files; another number builds them anew
 ROWS = 4096  # samples a record batch
@@ -218,7 +217,7 @@ def _write(path: Path, target: Path) -> None:
     schema = schema.with_metadata({"digest": _digest(path)})
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         rows: list[dict[str, Any]] = []
-        for number, item in enumerate(JsonList(path)):
+        for number, item in enumerate(JsonList(path, "--data_path")):
             rows.append(_row(path, number, item))
             if len(rows) == ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))

@@ -90,7 +90,7 @@ def build(
         For a file that can't be read, an output that can't be written, an image outside of `images`, or, once the others
         are written, a set without any candidate.
     """
-    from dynllava_plugin.evaluation.own_sets.generation.conversations import image_names, read_conversations
+    from dynllava_plugin.evaluation.own_sets.generation.conversations import images_of, read_conversations
     from dynllava_plugin.evaluation.own_sets.generation.rules import MULTI, SHAREGPT4V, SINGLE, select
     from dynllava_plugin.evaluation.own_sets.generation.sets import write_set
 
@@ -98,7 +98,7 @@ def build(
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: no such folder")
     found = None if images is None else _finder(images, allow_outside)
-    excluded = image_names(exclude)
+    excluded = images_of(exclude)
     report(f"{exclude}: {len(excluded)} images of the training mixture")
     empty: list[str] = []
     for path, sets in ((instruct, (SINGLE, MULTI)), (sharegpt4v, (SHAREGPT4V,))):

@@ -1,14 +1,13 @@
-"""Conversations about an image in LLaVA's JSON format, as LVIS-Instruct4V and ShareGPT4V ship them."""
+"""Conversations about one image, from LLaVA's JSON format, as LVIS-Instruct4V and ShareGPT4V ship them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.llava_json import JsonList, image_names, read_sample
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 
@@ -35,7 +34,7 @@ class Conversation:
 
 
 def read_conversations(path: Path) -> tuple[list[Conversation], list[str]]:
-    """Return the file's conversations, and a line for each entry that isn't one.
+    """Return the file's conversations, and a line for each entry that isn't one about one image.
 
     Raises
     ------
@@ -43,50 +42,24 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[str]]:
         If the file can't be read or isn't a JSON list.
     """
     found, broken = [], []
-    for number, entry in enumerate(_entries(path)):
+    for number, entry in enumerate(JsonList(path)):
+        identity = str(entry.get("id", number) if isinstance(entry, dict) else number)
+        name = f"entry {number} (id {identity})"
         try:
-            found.append(_conversation(entry, number))
-        except ValueError as error:
-            name = entry.get("id", number) if isinstance(entry, dict) else number
-            broken.append(f"entry {number} (id {name}): {error}")
+            found.append(_conversation(name, identity, entry))
+        except UserError as error:
+            broken.append(str(error))
     return found, broken
 
 
-def image_names(path: Path) -> set[str]:
+def _conversation(name: str, identity: str, entry: Any) -> Conversation:
+    sample = read_sample(name, entry)
+    if len(sample.images) != 1:
+        raise UserError(f"{name} has {len(sample.images)} images, not one")
+    turns = [(question.replace(IMAGE_TOKEN, "").strip(), answer.strip()) for question, answer in sample.turns]
+    return Conversation(identity, sample.images[0], tuple(turns))
+
+
+def images_of(path: Path) -> set[str]:
     """Return the file names, without folders, of all images in a training mixture."""
-    entries = [entry for entry in _entries(path) if isinstance(entry, dict)]
-    return {Path(str(entry["image"])).name for entry in entries if entry.get("image")}
-
-
-def _entries(path: Path) -> Iterator[Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of conversations")
-    yield from content
-
-
-def _conversation(entry: Any, number: int) -> Conversation:
-    if not isinstance(entry, dict):
-        raise ValueError("not an object")
-    image, messages = entry.get("image"), entry.get("conversations")
-    if not isinstance(image, str) or not image:
-        raise ValueError("no image")
-    if not isinstance(messages, list) or not messages or len(messages) % 2:
-        raise ValueError("questions and answers don't come in pairs")
-    texts = []
-    for place, message in enumerate(messages):
-        wanted = ("human", "gpt")[place % 2]
-        if not isinstance(message, dict) or message.get("from") != wanted:
-            raise ValueError(f"message {place} isn't from {wanted!r}")
-        text = message.get("value")
-        text = text.replace(IMAGE_TOKEN, "").strip() if isinstance(text, str) else ""
-        if not text:
-            raise ValueError(f"message {place} is empty")
-        texts.append(text)
-    pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
-    return Conversation(str(entry.get("id", number)), image, pairs)
+    return {Path(image).name for entry in JsonList(path) for image in image_names(entry)}
