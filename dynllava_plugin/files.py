@@ -31,6 +31,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def json_lines(path: Path) -> list[tuple[int, str]]:
+    """Return number and text of a JSON Lines file's lines that aren't empty.
+
+    They end at newlines only: `str.splitlines` cuts at U+2028 and the like too, which JSON leaves as they are inside of strings.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def leaves(folder: Path, name: str) -> bool:
     """Return whether the path `name`, taken from `folder`, ends outside of it: upwards, absolute, or through a link."""
     inside = os.path.realpath(folder)

@@ -12,6 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dynllava_plugin.cli import main
+from dynllava_plugin.evaluation.answer_command import read_questions
+from dynllava_plugin.evaluation.own_sets.generation import sets
+from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
 from dynllava_plugin.evaluation.results.journal import Journal
 from tests.families.checkpoints import picture
 
@@ -147,3 +150,17 @@ def test_what_is_wrong_is_one_line(flags: list[str], problem: str, asked: list[s
     assert main([*asked, *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and problem in error and not Path("answers.jsonl").exists()
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON leaves U+2028 and U+0085 in its strings, and `str.splitlines` cuts there."""
+    text = "first\u2028second\u0085third"
+    picture((8, 8), 0).save(tmp_path / "a.png")
+    row = {"question_id": 1, "image": "a.png", "text": text}
+    (tmp_path / "q.jsonl").write_text("\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [one["text"] for one in read_questions(tmp_path / "q.jsonl", tmp_path)] == [text]
+
+    chosen = [Conversation("1", "a.png", (("why?", text),))]
+    sets.write_set(tmp_path, "lvis_vqa_single", chosen, tmp_path, {})
+    monkeypatch.setenv(sets.DATA_VARIABLE, str(tmp_path))
+    assert [row["turns"] for row in sets.load_rows("lvis_vqa_single")] == [[("why?", text)]]

@@ -13,7 +13,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.options import add_flags, checked
 from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings
-from dynllava_plugin.files import check_file, leaves, write_text
+from dynllava_plugin.files import check_file, json_lines, leaves, write_text
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 _COUNTS = ("prompt_tokens", "image_tokens", "kept_image_tokens", "generated_tokens")
@@ -71,16 +71,15 @@ def read_questions(file: Path, image_folder: Path) -> list[dict[str, Any]]:
         Naming the line: no JSON, an id that is missing or there twice, an empty text, an image that is missing or outside the folder.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = json_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     found, seen = [], dict[str, int]()
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(_question(json.loads(line), image_folder, seen, number))
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: {error}") from None
+    for number, line in lines:
+        try:
+            found.append(_question(json.loads(line), image_folder, seen, number))
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: {error}") from None
     if not found:
         raise UserError(f"{file}: has no questions")
     return found

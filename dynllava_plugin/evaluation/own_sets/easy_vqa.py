@@ -12,6 +12,7 @@ from typing import Any
 
 from dynllava_plugin.easy_vqa import writing
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import json_lines
 
 BENCHMARKS = ("easy_vqa", "easy_vqa_scenes", "easy_vqa_describe", "easy_vqa_hard")
 DATA_VARIABLE = "DYNLLAVA_EASY_VQA"
@@ -87,7 +88,7 @@ def load_rows(benchmark: str) -> list[dict[str, Any]]:
     folder = locate_data()
     path = folder / f"{benchmark}_test.jsonl"
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in json_lines(path):
         try:
             row = json.loads(line)
             row = {key: str(row[key]) for key in ("id", "image", "question", "answer")}

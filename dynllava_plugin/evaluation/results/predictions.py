@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import json_lines
 
 
 def lmms_eval_samples(folder: Path, task: str) -> list[dict[str, Any]]:
@@ -16,7 +17,7 @@ def lmms_eval_samples(folder: Path, task: str) -> list[dict[str, Any]]:
     files = sorted(folder.rglob(f"*_samples_{task}.jsonl"))
     if not files:
         raise UserError(f"{folder}: no saved samples of {task}")
-    rows = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for _, line in json_lines(files[-1])]
     return sorted(rows, key=lambda row: row["doc_id"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
-from dynllava_plugin.files import write_json, write_text
+from dynllava_plugin.files import json_lines, write_json, write_text
 
 DATA_VARIABLE, IMAGES_VARIABLE = "DYNLLAVA_GENERATION", "DYNLLAVA_IMAGES"
 NAMES = ("lvis_vqa_single", "lvis_vqa_multi", "sharegpt4v_vqa")
@@ -65,7 +65,7 @@ def load_rows(name: str) -> list[dict[str, Any]]:
         )
     root = _image_root(folder, name)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in json_lines(path):
         try:
             row = json.loads(line)
             turns = [(str(question), str(answer)) for question, answer in row["turns"]]
