@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
@@ -25,6 +29,7 @@ from dynllava_plugin.compare.literature import COLUMNS, published
 from dynllava_plugin.compare.measuring import cache_kib
 from dynllava_plugin.compare.picture import draw, draw_policies, highlighted
 from dynllava_plugin.compare.report import claims_table, field_table, make_table
+from dynllava_plugin.compare.store import Store
 from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Subject, runnable, subjects
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prefill_costs import context_of
@@ -35,6 +40,7 @@ from tests.families.checkpoints import write_checkpoint
 from tests.property_tests import examples
 from tests.tiny_random import TOKENS_PER_IMAGE, batch_of, random_model, random_sample
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = SparsityConfig()
 
 
@@ -338,7 +344,7 @@ def test_the_picture_names_each_line_once_and_no_policy_without_a_saving() -> No
 
 
 def test_published_figures_have_a_source_and_stand_apart():
-    claims = published("llava", [192, 128, 64])
+    claims = published("llava", [192, 128, 64], 576)
     assert list(claims.columns) == list(COLUMNS) and not claims.isna().any().any()
     assert claims["link"].str.match(r"https://(arxiv.org/abs/|github.com/)").all()
     assert not claims.duplicated(["method", "source", "tokens", "benchmark"]).any()
@@ -349,8 +355,9 @@ def test_published_figures_have_a_source_and_stand_apart():
     assert "| VisionZip | 64 | 93.2 | 89.0 | MMTok, table 16" in text and text.index("| 192 |") < text.index(
         "| 64 |"
     )
-    assert set(published("qwen2_5_vl", [64])["tokens"]) == {"10%"}
-    assert published("internvl", [64]).empty and claims_table(published("internvl", []), []) == ""
+    assert published("llava", [64], 64).empty  # `tiny` has no more
+    assert set(published("qwen2_5_vl", [64], 300)["tokens"]) == {"10%"}
+    assert published("internvl", [64], 64).empty and claims_table(published("internvl", [], 64), []) == ""
 
 
 def compared(output: Path, *flags: str) -> list[str]:
@@ -415,18 +422,15 @@ def test_several_checkpoints_answer_under_the_learned_policies(
         assert problem in said.err and "[1/" not in said.out
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl"])
 def test_an_interrupted_comparison_goes_on_to_the_same_table(
-    family: str,
     easy_vqa_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint = "tiny" if family == "tiny" else str(write_checkpoint(family, tmp_path / family))
     flags = [
         "--pretrained",
-        checkpoint,
+        "tiny",
         "--repeats",
         "0",
         "--tokens",
@@ -470,6 +474,77 @@ def test_an_interrupted_comparison_goes_on_to_the_same_table(
     assert not list((tmp_path / "cut").rglob("journal-*"))
 
 
+def large_images(family: str, folder: Path) -> str:
+    """A tiny random checkpoint with LLaVA-1.5's 576 image tokens, or a Qwen2.5-VL with 256 of each image."""
+    if family == "llava":
+        source = ROOT / "dynllava_plugin" / "assets" / "tiny_llava"
+        config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+        config.image_seq_length, config.vision_config.image_size = 576, 384
+        processor.image_processor.size = processor.image_processor.crop_size = {"height": 384, "width": 384}
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    else:
+        processor = AutoProcessor.from_pretrained(write_checkpoint(family, folder))
+        processor.image_processor.size = {"shortest_edge": 224**2, "longest_edge": 224**2}
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def die(flags: list[str], owner: type, count: int) -> None:
+    """Run the command until `owner` has written `count` times; then leave half a line, as a write that was cut, and be gone."""
+    write, written = owner.write, 0  # type: ignore[attr-defined]
+
+    def last(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal written
+        write(self, *args, **kwargs)
+        written += 1
+        if written == count:
+            if owner is Journal:
+                self._file.write('{"key": "0')
+                self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    owner.write = last  # type: ignore[attr-defined]
+    main(flags)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_comparison_that_is_killed_goes_on_to_the_same_table(
+    family: str, easy_vqa_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 192, 128 and 64 tokens; SIGKILL behind the fifth run, and again inside of the seventh."""
+    torch.set_num_threads(1)  # or a forked process hangs
+    flags = ["--pretrained", large_images(family, tmp_path / family), "--repeats", "0"]
+    flags += ["--tasks", "easy_vqa_scenes", "easy_vqa_hard", "--tokens", "192", "128", "64"]
+    flags += ["--policies", "full", "divprune"]
+    context = multiprocessing.get_context("fork")
+    for owner, count in ((Store, 5), (Journal, 3)):  # of two batches a run
+        process = context.Process(target=die, args=(compared(tmp_path / "cut", *flags), owner, count))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    measured = [path for path in (tmp_path / "cut" / "runs").glob("*/*.json")]
+    assert len(measured) == 6 and not (tmp_path / "cut" / "table.csv").exists()
+    answered: list[int] = []
+    write = Journal.write
+
+    def count_them(journal: Journal, entries: Any) -> None:
+        entries = list(entries)
+        answered.append(len(entries))
+        write(journal, entries)
+
+    monkeypatch.setattr(Journal, "write", count_them)
+    assert main(compared(tmp_path / "cut", *flags)) == 0
+    assert sum(answered) == 2 + 4  # of the seventh run one batch is left, and the eighth
+    assert main(compared(tmp_path / "whole", *flags)) == 0
+    for name in ("table.csv", "table.md"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    table = pd.read_csv(tmp_path / "whole" / "table.csv")
+    pruned = table[(table["policy"] == "divprune") & (table["benchmark"] == "easy_vqa_hard")]
+    assert pruned["equivalent_tokens"].tolist() == pruned["tokens"].tolist() == [192, 128, 64]
+
+
 def test_several_processes_share_the_questions(easy_vqa_data: Path, tmp_path: Path) -> None:
     """By lmms-eval's own launcher, as `dynllava compare --help` says."""
     flags = compared(
@@ -499,6 +574,7 @@ def test_several_processes_share_the_questions(easy_vqa_data: Path, tmp_path: Pa
         (["--policies", "fast"], "policy: unknown value 'fast'"),
         (["--keep", "2"], "--keep: 2 is outside"),
         (["--tasks", "no_such_task"], "no_such_task: no such benchmark"),
+        (["--tasks", "GQA", "MME", "--limit", "3"], "--limit: 3 cuts one of MME's pairs"),
         (["--tasks", "MM-Vet"], "--tasks: nothing is left to compare"),
         (["--suite", "no_such_suite"], "no_such_suite: no such suite"),
         (["--output", "/proc/compare"], "--output /proc/compare: can't be written"),

@@ -200,6 +200,8 @@ def _benchmarks(args: argparse.Namespace) -> list[Benchmark]:
         print(f"left out, lmms-eval alone can't score them: {without}", flush=True)
     if not able:
         raise UserError("--tasks: nothing is left to compare")
+    if (args.limit or 0) % 2 and any(item.name == "MME" for item in able):
+        raise UserError(f"--limit: {args.limit} cuts one of MME's pairs of questions; give an even number")
     for item in able:
         if is_offline() and not is_ours(item) and locate(item, LMMS_EVAL, args.data) is None:
             raise UserError(f"{item.name}: {how_to_provide(item, LMMS_EVAL)}")
@@ -210,20 +212,23 @@ def _report(comparisons: list[Comparison], args: argparse.Namespace, left_out: l
     from dynllava_plugin.compare.literature import published
     from dynllava_plugin.compare.picture import draw, draw_policies
     from dynllava_plugin.compare.report import claims_table, field_table, make_table
+    from dynllava_plugin.compare.subjects import FULL
     from dynllava_plugin.environment import host, versions
     from dynllava_plugin.files import write_json, write_text
 
     table = make_table(*(comparison.everything() for comparison in comparisons))
-    claims = claims_table(
-        published(comparisons[0].family, args.tokens or []), list(dict.fromkeys(table["benchmark"]))
-    )
+    whole = table.loc[table["policy"] == FULL, "image_tokens"].max()
+    found = published(comparisons[0].family, args.tokens or [], whole)
+    claims = claims_table(found, list(dict.fromkeys(table["benchmark"])))
     facts = host()
     notes = [f"* not measured, {line}" for line in left_out]
     notes += [
         f"* Checkpoint: {', '.join(one.checkpoint for one in comparisons)}.",
         f"* Machine: {facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
-        "* Intervals: 95%, bootstrap over questions, paired between policies. Prefill ms: pixels to first logits, one sample.",
+        "* Intervals: 95%, bootstrap over questions, paired between policies.",
     ]
+    if table["prefill_ms"].notna().any():
+        notes += ["* Prefill ms: pixels to first logits, one sample."]
     if len(comparisons) > 1:
         notes += ["* Of several checkpoints: their mean, and in brackets the lowest and the highest."]
     text = field_table(table) + "\n" + "\n".join(notes) + "\n"

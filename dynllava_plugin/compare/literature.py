@@ -11,13 +11,15 @@ from dynllava_plugin.evaluation.results.paper import paper_results
 
 MEAN = "mean"
 OURS = "Dynamic-LLaVA, tables 1 and 11"
+TOKENS = {"llava": 576}  # of an image whole, where a source's budget is a number of tokens
 COLUMNS = ("method", "source", "link", "family", "tokens", "benchmark", "value")
 
 
-def published(family: str, budgets: Sequence[float]) -> pd.DataFrame:
+def published(family: str, budgets: Sequence[float], image_tokens: float) -> pd.DataFrame:
     """Return the claims about a family (the `model_type` of its stock config): a figure a row, columns `COLUMNS`.
 
-    Of budgets in tokens only those that are within a quarter of one of `budgets`.
+    Of budgets in tokens only those that are within a quarter of one of `budgets`, and none where images have other than the
+    family's number of tokens (`image_tokens`): 64 of a tiny model's 64 are no budget.
     `tokens` is what the source calls the budget; `value` the percentage of the full model's score, of one benchmark or the mean over
     the source's own choice of them. What a source gives as scores is divided by its own full model's.
     """
@@ -26,7 +28,8 @@ def published(family: str, budgets: Sequence[float]) -> pd.DataFrame:
     table = pd.concat([table, _paper()], ignore_index=True)
     table = table[table["family"] == family]
     tokens = pd.to_numeric(table["tokens"], errors="coerce")
-    near = [abs(tokens - budget) <= budget / 4 for budget in budgets]
+    same = image_tokens == TOKENS.get(family, image_tokens)
+    near = [(abs(tokens - budget) <= budget / 4) & same for budget in budgets]
     wanted = pd.concat([tokens.isna(), *near], axis=1).any(axis=1)
     return table.loc[tokens[wanted].sort_values(ascending=False, kind="stable").index]
 
