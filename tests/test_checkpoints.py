@@ -259,6 +259,7 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         (lambda folder: truncate(folder / "config.json"), "config.json: not readable as JSON"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: fake.edit_config(folder, model_type="bert"), "model_type 'bert'"),
+        (lambda folder: fake.edit_config(folder, model_type=["llava"]), r"model_type \['llava'\]"),
         (
             lambda folder: fake.edit_config(folder, mm_projector_type="resampler"),
             "projector 'resampler' is unknown",

@@ -331,6 +331,7 @@ def test_a_schedules_text():
     [
         ("schedule", "schedule: give its steps, such as schedule,2:fastv:0.5"),
         ("schedule,keep=0.5", "schedule: no argument 'keep'; it has tokens, steps"),
+        ("schedule,steps=1.5,2:fastv:0.5", "schedule: '1.5' is not layer:policy:share"),
         ("schedule,2:fastv", "schedule: '2:fastv' is not layer:policy:share, such as 6:random:0.3"),
         ("schedule,2:fast:0.5", "policy: unknown value 'fast'"),
         ("schedule,2:fastv:1.5", r"fastv: keep=1\.5 is outside"),

@@ -129,7 +129,7 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if ":" in pair and not equals:
-            arguments["steps"] = "-".join([*filter(None, [arguments.get("steps")]), pair])
+            arguments["steps"] = "-".join([*map(str, filter(None, [arguments.get("steps")])), pair])
         elif not equals or not key or not value:
             raise UserError(f"policy: {pair!r} in {text!r} is not argument=value")
         else:

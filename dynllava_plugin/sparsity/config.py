@@ -81,6 +81,9 @@ class SparsityConfig:
             )
         if self.policy is not None and not isinstance(self.policy, str):
             raise UserError(f"policy: {self.policy!r} is not a policy's name")
+        for name, type_ in (("policy_args", dict), ("text_predictor", bool), ("prompt_predictor", bool)):
+            if not isinstance(getattr(self, name), type_):
+                raise UserError(f"{name}: {getattr(self, name)!r} is not a {type_.__name__}")
         if self.policy_args and self.policy is None:
             raise UserError(
                 f"{next(iter(self.policy_args))}: an argument of a policy, but no policy is named"

@@ -87,8 +87,8 @@ def layout_of(directory: Path, values: dict[str, Any]) -> str:
     if kind != "llava" and str(kind).removeprefix(PREFIX) in FAMILIES:
         return FAMILY
     file = directory / "config.json"
-    if kind in REFUSED:
-        raise UserError(f"{file}: model_type {kind!r} is not supported: {REFUSED[kind]}")
+    if str(kind) in REFUSED:
+        raise UserError(f"{file}: model_type {kind!r} is not supported: {REFUSED[str(kind)]}")
     raise UserError(
         f"{file}: model_type {kind!r} is not a layout or a family this package reads (LLaVA-1.5 in its llava-hf, original, "
         f"published Dynamic-LLaVA and own layouts; {', '.join(sorted(FAMILIES))})"
@@ -165,7 +165,8 @@ def _published_sparsity(published: dict[str, Any]) -> SparsityConfig:
     settings = {ours: published[theirs] for ours, theirs in PUBLISHED_SETTINGS.items() if theirs in published}
     if not published.get("use_vision_predictor", True):
         raise UserError("sparse_config has no vision predictor, which this package needs")
-    if not published.get("use_instruct_predictor", False):
+    settings["prompt_predictor"] = bool(published.get("use_instruct_predictor", False))
+    if not settings["prompt_predictor"]:
         settings["prompt_keep_rate"] = 1.0
     text = bool(
         published.get("use_text_predictor", True) and published.get("use_output_text_predictor", True)
