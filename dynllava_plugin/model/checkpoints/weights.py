@@ -150,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: not a weight index (JSON with a weight_map)") from None
     for name in names:
