@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Each run only writes what its harness would; run k takes 2 k seconds alone and 6 / k in batches; batches of 3 differ."""
     commands: list[list[str]] = []
 
-    def write(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+    def write(command: list[str], log: Path) -> int:
         commands.append(command)
         ours = command[2].endswith("lmms_eval.command")
         folder = Path(value(command, "--output_path" if ours else "--work-dir"))
@@ -48,9 +47,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         times = {"answering": seconds, "engine": 0.95 * seconds, "model": 0.9 * seconds}
         manifest = {"engine_seconds": times, "shared_prompts": 0 if batch == 1 else 2}
         (folder / "dynllava_run.json").write_text(json.dumps(manifest))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(harness.subprocess, "run", write)
+    monkeypatch.setattr(harness.processes, "run", write)
     return commands
 
 
@@ -129,7 +128,7 @@ def test_an_interruption_before_the_first_row_is_no_error(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harness.subprocess, "run", interrupt)
+    monkeypatch.setattr(harness.processes, "run", interrupt)
     assert main(["bench", "harness", "--output", str(tmp_path)]) == 130
     assert main(["bench", "report", str(tmp_path / "rows.json"), "--output", str(tmp_path)]) == 2
     assert "no rows in it" in capsys.readouterr().err
@@ -153,10 +152,10 @@ def test_bad_flags_end_before_anything_runs(
 
 
 def test_a_failed_run_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
-        kwargs["stdout"].write("Traceback\nerror: nowhere: no such checkpoint\nbye\n")  # type: ignore[attr-defined]
-        return subprocess.CompletedProcess(command, 2)
+    def fail(command: list[str], log: Path) -> int:
+        log.write_text("Traceback\nerror: nowhere: no such checkpoint\nbye\n")
+        return 2
 
-    monkeypatch.setattr(harness.subprocess, "run", fail)
+    monkeypatch.setattr(harness.processes, "run", fail)
     assert main(["bench", "harness", "--batch", "1"]) == 2
     assert "lmms-eval, batch 1: ended with 2 (nowhere: no such checkpoint)" in capsys.readouterr().err

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dynllava_plugin import processes
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
@@ -69,8 +69,7 @@ def _measure(args: argparse.Namespace, harness: str, batch: int, task: str, fold
     settings = ModelSettings.from_dict({"pretrained": args.pretrained, "policy": args.policy})
     asked = module_and_arguments(harness, settings, [task], batch, folder, args.limit)
     log, started, command = folder / "log.txt", time.perf_counter(), [sys.executable, "-m", *asked]
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    code = processes.run(command, log)
     seconds = time.perf_counter() - started
     manifests = sorted(folder.rglob(f"*{MANIFEST_NAME}"))
     if code or not manifests:

@@ -9,7 +9,6 @@ import io
 import json
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dynllava_plugin.bench.timing import place
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+from dynllava_plugin.processes import start
 
 Burst = tuple[list[float], float]  # seconds to the first text of each request, seconds of all
 
@@ -62,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def serving(checkpoint: str, flags: list[str]) -> Iterator[str]:
     """Run `dynllava serve` on a free port and yield its address; end it by Ctrl-C."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
         command = [sys.executable, "-m", "dynllava_plugin.cli", "serve", checkpoint]
         command += ["--port", "0", "--policy", "full", *flags]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+        process = start(command, log)
         try:
             while not (found := re.search(r"at (http://\S+)", _read(log))):
                 if process.poll() is not None:
@@ -78,9 +79,8 @@ def serving(checkpoint: str, flags: list[str]) -> Iterator[str]:
             process.wait(30)
 
 
-def _read(log: Any) -> str:
-    log.seek(0)
-    return log.read()
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 async def burst(url: str, body: dict[str, Any], images: list[str], clients: int, requests: int) -> Burst:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import write_json
+from dynllava_plugin.processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "done.json"
@@ -28,9 +27,7 @@ class PartFailed(Exception):
 
 def call(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
     """Run a command with its output shown; `PartFailed` with `what` where it ends with an error."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
-    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if code:
+    if code := run(command, environment={"HF_HUB_OFFLINE": "1", **(environment or {})}, cwd=ROOT):
         raise PartFailed(f"{what} ended with {code}; its message is above")
 
 

@@ -81,13 +81,7 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        git = ["git", "-C", str(root)]
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
+        describe = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+"]
+        return subprocess.check_output(describe, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    if name.returncode:
-        return None
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.evaluation.suite.worker import ENDED
 from dynllava_plugin.files import write_json
+from dynllava_plugin.processes import Process, start
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
 WRITER = "another `dynllava eval`, or a run that one left behind,"
@@ -77,7 +77,7 @@ class Outcome:
 class _Child:
     """A process with the runs that it hasn't ended yet; the first of them is being carried out."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     runs: deque[Run]
     since: float = field(default_factory=time.monotonic)
 
@@ -186,17 +186,14 @@ class Runner:
         try:
             plan = run.folder / "process.json"
             write_json(plan, [{"folder": str(item.folder), "command": item.command} for item in runs])
-            with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
-                process = subprocess.Popen(
-                    [*run.launch, "dynllava_plugin.evaluation.suite.worker", str(plan)],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    cwd=run.directory,
-                    env={**os.environ, **run.environment},
-                    start_new_session=True,  # so that its own processes end with it
-                    pass_fds=[self._held[run.root]],  # were we killed, it still holds its folder
-                )
+            process = start(
+                [*run.launch, "dynllava_plugin.evaluation.suite.worker", str(plan)],
+                run.folder / "log.txt",
+                run.environment,
+                cwd=run.directory,
+                start_new_session=True,  # so that its own processes end with it
+                pass_fds=[self._held[run.root]],  # were we killed, it still holds its folder
+            )
         except OSError as error:  # no space left, no permission: the others go on
             self._end(Outcome(run, _no_place(error, run)))
             if runs[1:]:
