@@ -328,6 +328,38 @@ def test_several_trainings_have_their_mean_and_spread() -> None:
     assert field_table(table).count("[") == 2
 
 
+def test_hard_questions_are_those_that_pooling_gets_wrong_and_full_context_right() -> None:
+    """Counted question by question; another budget has other hard questions, a figure that is no right or wrong has none."""
+    rng = random.Random(3)
+    scores = {
+        key: [100.0 * (rng.random() < share) for _ in range(60)]
+        for key, share in ((("full", None), 0.9), (("downsample", 0.4), 0.7), (("downsample", 0.1), 0.3),
+                           (("random", 0.4), 0.5), (("random", 0.1), 0.4))
+    }  # fmt: skip
+    scenes = "easy_vqa_scenes"
+
+    def row(key: tuple[str, float | None], values: list[float]) -> tuple[Any, ...]:
+        made = Figure("accuracy", mean(values), 60, [], values)
+        return Subject(key[0], key[1], key[0]), scenes, [made], {"equivalent_tokens": 9}
+
+    table = make_table([row(key, values) for key, values in scores.items()])
+    for keep in (0.4, 0.1):
+        hard = [
+            place
+            for place in range(60)
+            if scores["full", None][place] and not scores["downsample", keep][place]
+        ]
+        rows = table[table["keep"] == keep].set_index("policy")
+        ours = mean([scores["random", keep][place] for place in hard])
+        assert (rows["hard_n"] == len(hard)).all() and rows.loc["downsample", "hard"] == 0
+        assert rows.loc["random", "hard"] == pytest.approx(ours)
+        assert rows.loc["random", "hard_low"] < ours < rows.loc["random", "hard_high"]
+        assert f"easy_vqa_scenes {ours:.1f} (" in field_table(table)
+    assert table.loc[table["policy"] == "full", "hard_n"].isna().all()
+    half = {**scores, ("full", None): [50.0] * 60}
+    assert make_table([row(key, values) for key, values in half.items()])["hard_n"].isna().all()
+
+
 def test_the_picture_names_each_line_once_and_no_policy_without_a_saving() -> None:
     """`image_text` has `image`'s figures, H2O all image tokens; shares are no ranks once there are tokens."""
     rows = [
@@ -371,19 +403,22 @@ def test_command_measures_reports_and_adds_rows(
     flags = compared(tmp_path, "--pretrained", "tiny", "--keep", "0.25", "--repeats", "1")
     flags += ["--tasks", "easy_vqa_scenes", "easy_vqa_describe"]
     assert main([*flags, "--policies", "full", "fastv"]) == 0
-    assert main([*flags, "--policies", "h2o"]) == 0
+    assert main([*flags, "--policies", "h2o", "--hard"]) == 0
     said = capsys.readouterr().out
-    assert "| fastv | 25% |" in said and "[1/2] h2o at 25%: easy_vqa_scenes" in said
+    assert "| fastv | 25% |" in said and "[1/4] h2o at 25%: easy_vqa_scenes" in said
     table = pd.read_csv(tmp_path / "table.csv")  # what was measured before is still in it
     scenes = table[table["benchmark"] == "easy_vqa_scenes"].set_index("policy")
-    assert scenes["equivalent_tokens"].to_dict() == {"full": 64, "h2o": 64, "fastv": (3 * 64 + 3 * 16) / 6}
+    tokens = {"full": 64, "h2o": 64, "fastv": (3 * 64 + 3 * 16) / 6, "downsample": 16}
+    assert scenes["equivalent_tokens"].to_dict() == tokens
+    hard = scenes.drop("full")["hard_n"]
+    assert (hard == hard["fastv"]).all() and 0 < hard["fastv"] <= 4 and scenes.loc["downsample", "hard"] == 0
     assert (scenes["prefill_ms"] > 0).all() and (scenes["n"] == 4).all()
     assert scenes.loc["fastv", "prefill_gflops"] < scenes.loc["full", "prefill_gflops"]
     long = table[table["metric"] == "ppl"].set_index("policy")
     assert (
         long.loc["h2o", "cache_kib"] < long.loc["full", "cache_kib"] and (long["low"] <= long["value"]).all()
     )
-    assert set(table.loc[table["benchmark"] == "mean", "policy"]) == {"full", "fastv", "h2o"}
+    assert set(table.loc[table["benchmark"] == "mean", "policy"]) == set(tokens)
     assert (tmp_path / "picture.png").is_file() and (tmp_path / "policies.png").is_file()
     assert (tmp_path / "table.md").read_text() in said
 

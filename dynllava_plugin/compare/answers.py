@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from dynllava_plugin.compare.bootstrap import resampled
+from dynllava_plugin.compare.bootstrap import each_score, resampled
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, METRICS, Benchmark
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Request
@@ -39,12 +39,15 @@ class Figure:
         Questions.
     draws : list of float
         The value over resampled questions, the same ones for every policy; empty where the task's aggregation allows none.
+    scores : list of float
+        Each question's, in order, in the value's unit; empty where the value isn't their mean.
     """
 
     metric: str
     value: float
     n: int
     draws: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
 
 class Harness:
@@ -138,7 +141,8 @@ def _figures(
             items = [sample[key] for sample in samples if key in sample]
             draws = resampled(items, aggregate, benchmark.name) if items else None
             listed = [] if draws is None else (draws * factor).tolist()
-            yield Figure(metric.name, value * factor, len(samples), listed)
+            scores = [factor * score for score in each_score(items, aggregate)]
+            yield Figure(metric.name, value * factor, len(samples), listed, scores)
 
 
 def forgetful(aggregate: Any) -> Any:

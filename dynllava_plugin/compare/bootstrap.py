@@ -51,6 +51,16 @@ def resampled(
     return found
 
 
+def each_score(items: Sequence[Any], aggregate: Callable[[list[Any]], float]) -> list[float]:
+    """Return each item's figure by itself, or nothing where the whole one isn't their mean or the harness refuses one alone."""
+    try:
+        scores = [float(aggregate([item])) for item in items]
+        is_mean = bool(scores) and np.isclose(np.mean(scores), aggregate(list(items)), rtol=1e-6, atol=1e-5)
+    except _REFUSALS:
+        return []
+    return scores if is_mean else []
+
+
 def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """Return the percentile interval of a figure's draws, of their differences or ratios; NaN where one of them is."""
     tail = 100 * (1 - level) / 2

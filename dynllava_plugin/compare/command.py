@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", nargs="+", type=float, metavar="SHARE",
         help="shares of the image tokens that stay (of H2O's cache) (default: 0.4 0.2 0.1)",
     )  # fmt: skip
+    add(
+        "--hard", action="store_true",
+        help="adds downsample at each budget, and with it figures on the questions that it gets wrong and full context right",
+    )  # fmt: skip
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
         "--suite", type=Path, help="the benchmarks of a suite, e.g. understanding, in lmms-eval"
@@ -98,7 +102,9 @@ def _compare(args: argparse.Namespace, settings: list[ModelSettings], first: boo
 
     listed = args.policies == [ALL]
     kind, budgets = (TOKENS, args.tokens) if args.tokens else (KEEP, args.keep or DEFAULT_KEEP)
-    found = subjects(DEFAULT_POLICIES if listed else args.policies, kind, budgets)
+    policies = list(DEFAULT_POLICIES if listed else args.policies)
+    needed = [name for name in (FULL, "downsample") if args.hard and name not in policies]
+    found = subjects([*policies, *needed], kind, budgets)
     benchmarks = _benchmarks(args)
 
     from dynllava_plugin.compare.answers import Harness

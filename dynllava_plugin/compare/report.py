@@ -9,17 +9,19 @@ import numpy as np
 import pandas as pd
 
 from dynllava_plugin.compare.answers import Figure
-from dynllava_plugin.compare.bootstrap import interval
+from dynllava_plugin.compare.bootstrap import interval, resampled
 from dynllava_plugin.compare.literature import MEAN
 from dynllava_plugin.compare.subjects import FULL, Subject
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
 from dynllava_plugin.evaluation.results.tables import decimals, frame_text, significant
+from dynllava_plugin.policies.downsample import Downsample
 
 COLUMNS = (
     "policy", "keep", "benchmark", "metric", "value", "n", "equivalent_tokens", "prefill_ms",
     "low", "high", "behind_full", "behind_low", "behind_high",
     "image_tokens", "kept_image_tokens", "kept_output_share", "prefill_gflops", "prefill_iqr_ms", "cache_kib",
     "tokens", "percent", "percent_low", "percent_high", "trainings", "lowest", "highest",
+    "hard_n", "hard", "hard_low", "hard_high",
 )  # fmt: skip
 COSTS = ("equivalent_tokens", "prefill_ms", *COLUMNS[13:19])
 PERCENT_OF_FULL = "percent of full"
@@ -64,6 +66,7 @@ def make_table(*trainings: Measured) -> pd.DataFrame:
             }
             row |= {"metric": metric, "value": figure.value, "n": n}
             row |= {"trainings": len(values), "lowest": min(values), "highest": max(values)}
+            row |= _hard(subject, figure, group, benchmark)
             row |= {name: costs[name] for name in COSTS if costs.get(name) is not None}
             draws = np.array(figure.draws)
             row |= _named("", draws)
@@ -92,7 +95,36 @@ def _mean_of(figures: Sequence[Figure]) -> Figure:
     value = float(np.mean([figure.value for figure in figures]))
     same = len({len(figure.draws) for figure in figures}) == 1
     draws = np.mean([figure.draws for figure in figures], axis=0).tolist() if same else []
-    return Figure(figures[0].metric, value, figures[0].n, draws)
+    same = len({len(figure.scores) for figure in figures}) == 1
+    scores = np.mean([figure.scores for figure in figures], axis=0).tolist() if same else []
+    return Figure(figures[0].metric, value, figures[0].n, draws, scores)
+
+
+def _hard(subject: Subject, figure: Figure, group: Mapping[Subject, Any], benchmark: str) -> dict[str, Any]:
+    """Return a subject's figure on the questions that full context answers and downsampling at the same budget doesn't.
+
+    Both in the first checkpoint (arXiv 2510.07143, VTC-Bench: a policy that isn't better there than pooling chooses nothing).
+    """
+    if subject.keep is None and subject.tokens is None:
+        return {}
+    budget = subject.keep, subject.tokens
+    pooled = [one for one in group if _is_pooled(one) and (one.keep, one.tokens) == budget]
+    whole = [one for one in group if one.name == FULL]
+    if not (pooled and whole and 0 in group[pooled[0]] and 0 in group[whole[0]]):
+        return {}
+    above, below = (np.array(group[one][0][0].scores) for one in (whole[0], pooled[0]))
+    if not above.size == below.size == len(figure.scores) > 0 or not set(above) | set(below) <= {0.0, 100.0}:
+        return {}
+    scores = np.array(figure.scores)[(above == 100) & (below == 0)].tolist()
+    if not scores:
+        return {"hard_n": 0}
+    draws = resampled(scores, np.mean, f"{benchmark} hard")  # type: ignore[arg-type]
+    found = {"hard_n": len(scores), "hard": float(np.mean(scores))}
+    return found | _named("hard_", np.empty(0) if draws is None else draws)
+
+
+def _is_pooled(subject: Subject) -> bool:
+    return subject.policy.partition(",")[0] == Downsample.name
 
 
 def _of_metric(benchmark: str, metric: str) -> tuple[bool, bool]:
@@ -154,6 +186,9 @@ def field_table(table: pd.DataFrame) -> str:
         cells = {"policy": policy, "budget": budget}
         cells |= {f"{' '.join(pair)} (n = {n:.0f})": _cell(found.get(pair)) for pair, n in numbers.items()}
         cells |= {"mean % of full": _cell(found.get((MEAN, PERCENT_OF_FULL)))} if averaged else {}
+        if table["hard_n"].notna().any():
+            hard = [f"{pair[0]} {_hard_cell(row)}" for pair, row in found.items() if row["hard_n"] > 0]
+            cells["on hard questions"] = "; ".join(hard) or "-"
         for name, title in _COST_TITLES.items():
             if table[name].isna().all():
                 continue
@@ -170,6 +205,10 @@ _COST_TITLES = {
     "cache_kib": "cache KiB",
     "prefill_ms": "prefill ms",
 }
+
+
+def _hard_cell(row: Mapping[Any, Any]) -> str:
+    return f"{row['hard']:.1f} ({row['hard_low']:.1f} to {row['hard_high']:.1f}) of {row['hard_n']:.0f}"
 
 
 def _budget(keep: float, tokens: float) -> str:
