@@ -130,8 +130,6 @@ def clean_up(output_dir: Path) -> None:
     """Delete what a killed run left behind."""
     for path in [output_dir / SAVING, *output_dir.glob(".deleting-*")]:
         shutil.rmtree(path, ignore_errors=True)
-    for probe in output_dir.glob(".writable-*"):
-        probe.unlink(missing_ok=True)
 
 
 @contextmanager

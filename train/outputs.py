@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import check_folder, write_text
 from train.adapters import ADAPTER_PARTS, is_adapted, save_adapter
 from train.agreement import together
 from train.writing import naming_the_file
@@ -63,12 +65,12 @@ class CsvLog(TrainerCallback):
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
         rows = [row for row in rows if int(row["step"]) <= state.global_step]
-        temporary = self.path.with_name(f".{self.path.name}")
-        kept = [[row.get(name) for name in self.columns] for row in rows]
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows(
+            [self.columns, *([row.get(name) for name in self.columns] for row in rows)]
+        )
         with naming_the_file(self.path):
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([self.columns, *kept])
-            os.replace(temporary, self.path)
+            write_text(self.path, table.getvalue())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a row."""
@@ -103,13 +105,8 @@ def prepare_output_dir(output_dir: str, overwrite: bool, bases: Sequence[Path] =
         raise UserError(
             f"--output_dir {output_dir} already holds a model; choose another or --overwrite_output_dir true"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot write there ({error.strerror})") from None
+    check_folder("--output_dir", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import write_json
 from train import checkpoints
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.writing import naming_the_file
@@ -84,11 +84,9 @@ class RunRecord:
 
     def write(self, finished: bool) -> None:
         """Say what the folder holds from now on."""
-        temporary = self.output_dir / f".{RECORD}"
         record = {"finished": finished, "sharding": self.sharding, "arguments": self.values}
         with naming_the_file(self.output_dir / RECORD):
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.output_dir / RECORD)
+            write_json(self.output_dir / RECORD, record)
 
     def misfit(self, checkpoint: Path) -> str | None:
         """Why a whole checkpoint, of this run or another, can't be read as this one is started; None where it can."""
