@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from PIL import Image
 
 from dynllava_plugin.evaluation.lmms_eval.tasks import LocalTask
 from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows, mean_meteor
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor_name
-from dynllava_plugin.images import open_image
 
 
 class GenerationTask(LocalTask):
@@ -33,11 +30,6 @@ class GenerationTask(LocalTask):
         ]
         self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
-
-
-def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """Return the conversation's image."""
-    return [open_image(doc["image"], doc["id"])]
 
 
 def first_question(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
@@ -70,8 +62,3 @@ def process_answers(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, fl
     """Return METEOR of the answers in [0, 1], under the name of what could be computed here."""
     answers = [results[0]] if isinstance(results[0], str) else list(results[0])
     return {meteor_name(): mean_meteor(doc["answers"], answers)}
-
-
-def process_perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Return the perplexity of the references: the mean over the conversation's rounds."""
-    return {"ppl": math.exp(results[0][0])}
