@@ -209,9 +209,12 @@ except ValueError as error:
     ids=["compare", "serve", "lmms_eval", "run_vlmevalkit", "finetune"],
 )  # fmt: skip
 def test_ctrl_c_while_a_command_starts_is_one_line(typed: list[str], tmp_path: Path) -> None:
+    # As in a terminal: what a shell starts in the background ignores the signal, and so would all it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = subprocess.Popen(
         typed, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     time.sleep(0.7)  # torch, or a harness, is being imported
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)

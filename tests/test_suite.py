@@ -223,8 +223,9 @@ def test_commands_are_the_harnesses_own(tmp_path: Path) -> None:
 
 
 def fake(tmp_path: Path, name: str, code: str, **changes: Any) -> Run:
-    """A run that is a line of Python; its folder is where a real one's would be."""
+    """A run that is a line of Python; its folder is where a real one's would be, and so is its result's."""
     folder = tmp_path / "out" / "setting" / "lmms-eval" / name
+    code = f"__import__('os').makedirs({str(folder / 'output')!r}, exist_ok=True); {code}"
     path = {"PYTHONPATH": str(ROOT)}
     made = Run(
         find_benchmark("easy_vqa"), "lmms-eval", name, folder, ["tests.fake_harness", code], path, tmp_path,
@@ -343,7 +344,7 @@ def test_resuming_and_staleness(tmp_path: Path) -> None:
     (run.output / "results").mkdir(parents=True)
     assert again() == 1  # done
     assert again(scores_from={"judge": "gpt"}) == 2  # scored again, answers kept, old output gone
-    assert (run.journal / "0-1.jsonl").is_file() and not run.output.exists()
+    assert (run.journal / "0-1.jsonl").is_file() and not (run.output / "results").exists()
     (run.folder / "run.json").write_text("{torn")
     assert again() == 3 and not run.journal.exists()  # nobody knows what the journal was
     run.journal.mkdir()

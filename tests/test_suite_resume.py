@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,17 @@ def test_a_download_is_not_other_data(tmp_path: Path, cache: Path) -> None:
     newer = replace(downloading(tmp_path, "c2"), answers_from={"data": "c2"})
     newer.journal.mkdir(exist_ok=True)
     assert not resumed(newer) and not newer.journal.exists()
+
+
+def test_a_result_that_was_removed_is_made_again_from_its_answers(tmp_path: Path) -> None:
+    run = fake(tmp_path, "one", "pass")
+    assert not resumed(run) and resumed(run)
+    run.journal.mkdir()
+    for state in ("done", "running"):  # the runner ended well, or was killed before it took note
+        shutil.rmtree(run.output)
+        file = run.folder / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "state": state}))
+        assert not resumed(run) and run.journal.is_dir() and run.output.is_dir()
 
 
 def test_a_run_killed_behind_its_download_goes_on(tmp_path: Path, cache: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -388,16 +390,26 @@ def test_a_checkpoint_damaged_in_its_old_size_is_passed_over_with_one_line(
 
 
 @pytest.mark.parametrize("name", ["run.json", "train_log.csv", "skipped.jsonl"])
-def test_a_disk_that_is_full_for_small_files_is_one_line(flags, tmp_path, capsys, name):
+def test_a_disk_that_is_full_for_small_files_is_one_line(flags, tmp_path, capsys, monkeypatch, name):
     folder = tmp_path / "out"
     folder.mkdir()
-    # What is written first goes to a file of this name, then into place; skipped samples are appended.
-    (folder / (name if name == "skipped.jsonl" else f".{name}")).symlink_to("/dev/full")
-    if name == "skipped.jsonl":
+    if name == "skipped.jsonl":  # which is appended to; the others are written beside, then moved into place
+        (folder / name).symlink_to("/dev/full")
         with pytest.raises(UserError, match=r"skipped\.jsonl: cannot be written \(No space left"):
             SkippedSamples(folder / name).add((0, "unreadable", ""))
         return
+    beside = tempfile.mkstemp
+
+    def full(prefix, dir):
+        descriptor, path = beside(prefix=prefix, dir=dir)
+        if prefix == f".{name}-":
+            os.close(descriptor)
+            descriptor = os.open("/dev/full", os.O_WRONLY)
+        return descriptor, path
+
+    monkeypatch.setattr("dynllava_plugin.files.tempfile.mkstemp", full)
     assert main(command(flags, folder, "--max_steps", "1", "--save_strategy", "no")) == 2
+    assert not list(folder.glob(f"*{name}*"))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"{name}: cannot be written (No space left on device)" in line
 

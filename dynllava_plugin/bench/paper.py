@@ -10,6 +10,7 @@ import pandas as pd
 
 # Ours -> the paper's.
 METHODS = {"full": "LLaVA-1.5", "image_text": "Dynamic-LLaVA_I|T", "fastv": "FastV(k=3,r=0.75)"}
+PHASES = ("prefill", "decode", "nocache", "memory")
 LENGTHS = {"1K": 1000, "2K": 2000, "4K": 4000}
 Columns = dict[tuple[str, str], pd.Series]  # (heading, the paper's metric) -> ours by mode
 
@@ -23,9 +24,10 @@ def paper_figures() -> dict[tuple[str, str, str], float]:
 
 def beside_the_paper(rows: list[dict[str, Any]]) -> list[str]:
     """Return Markdown, the layout of Tables 4 and 14 for every shape and device, without columns that nothing was measured for."""
-    table = pd.DataFrame([row for row in rows if "mode" in row])
+    table = pd.DataFrame([row for row in rows if row["phase"] in PHASES])
     if table.empty:
         return []
+    table = table.reindex(columns=table.columns.union(["path", "median_s", "fits"]))
     found = []
     for about, here in table.groupby(["shape", "device", "dtype"], sort=False):
         what, batch = "{} on {}, {}".format(*about), int(here["batch"].max())

@@ -161,13 +161,13 @@ class Runner:
         return outcome is None
 
     def _before(self, run: Run) -> Outcome | None:
-        state = read_state(run.folder)
-        if state.get("state") == RUNNING and (ended := _read(run.folder / ENDED)).get("code") == 0:
+        state, there = read_state(run.folder), run.output.is_dir()  # somebody may have removed a result
+        if there and state.get("state") == RUNNING and (ended := _read(run.folder / ENDED)).get("code") == 0:
             self._settle(run, ended)  # its process outlived the one that should have written it down
             state = read_state(run.folder)
         done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
         answered = _is_same(state.get("answers_from"), run.answers_from, done)
-        if answered and done:
+        if answered and done and there:
             return Outcome(run, resumed=True)
         if is_offline() and not is_ours(run.benchmark):
             if locate(run.benchmark, run.harness, self.data) is None:
