@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
 	@echo "make test    run the test suite"
 	@echo "make fuzz    its property tests on new cases, TIMES=10 as many"
-	@echo "make smoke   every benchmark's miniature through both harnesses, each cell of the table checked (8 min)"
+	@echo "make smoke   every benchmark's miniature through both harnesses, each cell of the table checked (2 min)"
 	@echo "make lint    ruff and mypy"
 
 setup: $(READY)
