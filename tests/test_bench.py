@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dynllava_plugin.bench import loading, measuring, timing
+from dynllava_plugin.bench import loading, measuring, plots, timing
 from dynllava_plugin.bench.command import PHASES, main
 from dynllava_plugin.bench.modes import MODES, context_in, modes_named
 from dynllava_plugin.bench.never_slower import never_slower
@@ -474,3 +474,27 @@ def test_a_policys_context_is_what_its_cache_holds(subject, policy):
 
 def test_markdown_of_no_rows_is_a_heading():
     assert markdown([]).startswith("# Measured")
+
+
+def test_no_line_of_a_chart_is_cut_off(tmp_path, monkeypatch):
+    """The axis once ended above the first line, and those of the other modes left the picture."""
+    drawn = []
+    monkeypatch.setattr(plots, "write_figure", lambda path, figure, dpi: drawn.append(figure))
+    about = {
+        "shape": "s",
+        "device": "cpu",
+        "dtype": "float32",
+        "batch": 1,
+        "path": "eager",
+        "phase": "decode",
+    }
+    rows = [
+        {**about, "mode": mode, "length": length, "median_s": seconds}
+        for mode, seconds in (("full", 0.04), ("image", 0.1))
+        for length in (0, 500)
+    ]
+    plots.draw(pd.DataFrame(rows), tmp_path)
+    (axis,) = drawn[0].axes
+    low, high = axis.get_ylim()
+    assert low == 0 and len(axis.lines) == 2
+    assert all(line.get_ydata().max() <= high for line in axis.lines)

@@ -181,14 +181,21 @@ def summarise(table: pd.DataFrame, output: Path) -> None:
     last = table.iloc[-1][run]
     shown = summary[(summary[run] == last).all(axis=1)]
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for kind, part in shown.groupby("trained", sort=False):
-        ordered = part.sort_values("tokens")
+    # Marks of three sizes: lines of the same figures don't hide each other.
+    for (kind, part), (mark, size) in zip(
+        shown.groupby("trained", sort=False), (("o", 10), ("s", 6), ("x", 8)), strict=False
+    ):
+        ordered, bars = part.sort_values("tokens"), {"capsize": 3, "markersize": size, "mfc": "none"}
         axis.errorbar(
-            ordered["tokens"], ordered["mean"], ordered["std"].fillna(0), marker="o", capsize=3, label=kind
+            ordered["tokens"], ordered["mean"], ordered["std"].fillna(0), marker=mark, label=kind, **bars
         )
     axis.set_xlabel("image tokens, mean over layers")
-    axis.set_ylabel("accuracy [%], mean and spread over seeds")
-    axis.set_title(f"{last['benchmark']}, {last['questions']} questions, {last['steps']} steps", fontsize=10)
+    axis.set_ylabel("accuracy [%]")
+    seeds = int(shown["count"].max())
+    spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    axis.set_title(
+        f"{last['benchmark']}, {last['questions']} questions, {last['steps']} steps, {spread}", fontsize=10
+    )
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

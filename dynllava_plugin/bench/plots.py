@@ -44,11 +44,13 @@ def draw_generated(rows: pd.DataFrame, about: tuple[Any, ...], folder: Path) -> 
         if field in here and here["length"].nunique() > 1 and here[field].notna().any():
             lines = here.pivot(index="length", columns="mode", values=field).astype(float) * factor
             lines = lines[[mode for mode in modes if mode in lines]].rename(columns=MODES)
-            panels.append((lines, {"xlabel": "generated tokens", "ylabel": label, "ylim": (0, None)}))
+            panels.append((lines, {"xlabel": "generated tokens", "ylabel": label}))
     if panels:
         shape, device, dtype, batch = about
         name = f"{shape}_{device}_{dtype}_batch{batch}.png".replace(" ", "_")
-        _write(folder / name, panels, len(panels), colors, f"{shape}, batch {batch}, {device}, {dtype}")
+        _write(
+            folder / name, panels, len(panels), colors, f"{shape}, batch {batch}\n{device}, {dtype}, eager"
+        )
 
 
 def draw_training(table: pd.DataFrame, path: Path) -> None:
@@ -72,7 +74,7 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
             titles = {"title": f"{device}\n{what} a sample", "xlabel": "sequence length N [tokens]"}
             panels.append((lines, {**titles, "loglog": True}))
     colors = {line: TRAINED[name] for line, name in zip(table["line"], table["implementation"], strict=True)}
-    title = "Training attention, forward and backward (behind the end of a line: not measured)"
+    title = "Training attention, forward and backward"
     _write(path, panels, 2, colors, title)
 
 
@@ -81,8 +83,8 @@ def draw_harness(table: pd.DataFrame, path: Path) -> None:
     names = table["harness"] + (", " + table["device"] if table["device"].nunique() > 1 else "")
     lines = table.assign(line=names).pivot_table(index="batch", columns="line", values="questions_per_s")
     colors = dict(zip(lines.columns, COLORS * len(lines.columns), strict=False))
-    labels = {"xlabel": "batch size", "ylabel": "questions/s", "logx": True, "ylim": (0, None)}
-    _write(path, [(lines, labels)], 1, colors)
+    labels = {"xlabel": "batch size", "ylabel": "questions/s", "logx": True}
+    _write(path, [(lines, labels)], 1, colors, "Questions a second through the harnesses")
 
 
 def _write(
@@ -92,7 +94,10 @@ def _write(
     colors: dict[str, str],
     title: str = "",
 ) -> None:
-    """Write panels, each the columns of a frame over its index, `columns` in a row and with one legend; "all" is dashed."""
+    """Write panels, each the columns of a frame over its index, `columns` in a row and with one legend.
+
+    "all" is dashed with open marks, to be seen around a line of the same figures. An axis that isn't logarithmic begins at 0.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,8 +107,12 @@ def _write(
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for axis, (lines, settings) in zip(axes.flat, panels, strict=True):
         for name in map(str, lines):
-            style = "o--" if name.endswith("kept: all") else "o-"
-            lines[name].dropna().plot(ax=axis, style=style, ms=4, color=colors[name], label=name, **settings)
+            style = {"style": "o-", "ms": 4}
+            if name.endswith("kept: all"):
+                style = {"style": "o--", "ms": 7, "mfc": "none"}
+            lines[name].dropna().plot(ax=axis, color=colors[name], label=name, **style, **settings)
+        if axis.get_yscale() != "log":
+            axis.set_ylim(0)  # behind the lines: set with the first, it would cut off higher ones
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_xscale() == "log":  # ticks where something was measured, and nowhere else
@@ -111,7 +120,9 @@ def _write(
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    place = {"loc": "outside lower center", "ncols": min(len(labels), 2 * columns)}
+    place = {"loc": "outside lower center", "ncols": min(len(labels), 2 * columns), "handlelength": 3}
+    if any(lines.isna().to_numpy().any() for lines, _ in panels):
+        title += " (behind the end of a line: not measured)"
     figure.legend(handles, labels, frameon=False, fontsize=8, **place)
     figure.suptitle(title, fontsize=11)
     write_figure(path, figure, dpi=120)
