@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help setup demo smoke table-full policies policies-answers bench-cpu bench-harness bench-gpu test fuzz lint format clean
 
 help:
-	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (20 min, 2 cores)"
+	@echo "make demo    train a Dynamic-LLaVA on real images, evaluate it in both harnesses, print the table (10 to 20 min, 2 cores)"
 	@echo "make test    run the test suite"
 	@echo "make fuzz    its property tests on new cases, TIMES=10 as many"
 	@echo "make smoke   every benchmark's miniature through both harnesses, each cell of the table checked (2 min)"
