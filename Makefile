@@ -31,7 +31,7 @@ demo: setup
 smoke: setup
 	$(PY) -m tests.smoke
 
-# The committed table: every test question instead of a sample (hours on 2 cores).
+# The committed table: every test question instead of a sample (15 minutes behind `make demo` on 2 cores).
 table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
 
