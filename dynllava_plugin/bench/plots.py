@@ -107,7 +107,7 @@ def _write(
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for axis, (lines, settings) in zip(axes.flat, panels, strict=True):
         for name in map(str, lines):
-            style = {"style": "o-", "ms": 4}
+            style: dict[str, Any] = {"style": "o-", "ms": 4}
             if name.endswith("kept: all"):
                 style = {"style": "o--", "ms": 7, "mfc": "none"}
             lines[name].dropna().plot(ax=axis, color=colors[name], label=name, **style, **settings)
