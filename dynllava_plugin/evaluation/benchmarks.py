@@ -1,35 +1,142 @@
-"""The registry of benchmarks: what is looked up in it, by our names and by the harnesses'.
+"""The registry of benchmarks, `benchmarks.csv`: everything that adapters, suites, tables and docs know of one stands there.
 
-Adapters, suite, tables and docs read this registry and nothing else, so that a benchmark is one row of it.
+A row is a figure. What is said of the benchmark itself stands in its first row, whose figure is the headline.
 """
 
 from __future__ import annotations
 
-from dynllava_plugin.errors import UserError, nearest
-from dynllava_plugin.evaluation.benchmark import (
-    HARNESSES,
-    LMMS_EVAL,
-    PERCENT,
-    VLMEVALKIT,
-    Benchmark,
-    Metric,
-    Place,
-)
-from dynllava_plugin.evaluation.benchmark_list import BENCHMARKS
+import csv
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import NamedTuple
 
-__all__ = [
-    "BENCHMARKS",
-    "HARNESSES",
-    "LMMS_EVAL",
-    "METRICS",
-    "PERCENT",
-    "UNITS",
-    "VLMEVALKIT",
-    "Benchmark",
-    "Metric",
-    "Place",
-    "find_benchmark",
-]
+from dynllava_plugin.errors import UserError, nearest
+
+PERCENT = "%"
+LMMS_EVAL, VLMEVALKIT = "lmms-eval", "vlmevalkit"
+HARNESSES = (LMMS_EVAL, VLMEVALKIT)
+BUILT = "build-lvis"  # the command that makes the data
+
+
+class Place(NamedTuple):
+    """Where a harness reports a figure: lmms-eval's task or VLMEvalKit's dataset, and the key in its results file or `status.json`.
+
+    `factor` brings the harness's figure to the metric's unit.
+    """
+
+    task: str
+    key: str
+    factor: float = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a benchmark, by our name.
+
+    Attributes
+    ----------
+    lmms_eval, vlmevalkit : Place or None
+        None where the harness doesn't report it.
+    unit : str
+        ``%``, or empty for perplexity and scores.
+    paper : str
+        The same figure's name in the paper's tables (`paper_results.csv`); empty where the paper has none.
+    paper_factor : float
+        Brings the paper's figure to `unit`.
+    """
+
+    name: str
+    lmms_eval: Place | None
+    vlmevalkit: Place | None
+    unit: str
+    higher_is_better: bool
+    paper: str
+    paper_factor: float
+
+    def place(self, harness: str) -> Place | None:
+        """Return where `harness` reports it."""
+        return self.lmms_eval if harness == LMMS_EVAL else self.vlmevalkit
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark and its metrics, the first one the headline.
+
+    Attributes
+    ----------
+    split : str
+        What is evaluated.
+    brings : str
+        What its user has to bring beyond the harnesses: ``judge`` (a harness needs a judge model to score it), ``server`` (only a
+        server has the answers: a run ends with a submission file), `BUILT`, or the extra of this package that has its data.
+    repo : str
+        The hub repository of lmms-eval's task; empty for our own data.
+    paper_table : str
+        The paper's table that has it: ``1``, ``3``, ``12``, or empty.
+    questions : int
+        Of a server's, whose size nobody expects who asked for the scores; 0: not said.
+    note : str
+        Where a figure isn't like for like with the paper's or between the harnesses.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    split: str
+    brings: str
+    repo: str
+    paper_table: str
+    questions: int
+    note: str
+
+    @property
+    def judge(self) -> bool:
+        """Whether a harness needs a judge model to score it."""
+        return self.brings == "judge"
+
+    @property
+    def server(self) -> bool:
+        """Whether only a server has the answers."""
+        return self.brings == "server"
+
+    @property
+    def needs(self) -> str:
+        """Return what its user has to bring, in Markdown; empty: nothing."""
+        known = {"": "", "judge": "a judge", "server": "its server", BUILT: f"`{BUILT}`"}
+        return known.get(self.brings, f"`{self.brings}` extra")
+
+    def tasks(self, harness: str) -> list[str]:
+        """Return what the harness is asked to run; empty where it doesn't have the benchmark."""
+        places = (metric.place(harness) for metric in self.metrics)
+        return list(dict.fromkeys(place.task for place in places if place))
+
+
+def _read() -> tuple[Benchmark, ...]:
+    with (files(__package__) / "benchmarks.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = []
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        mine = [row for row in rows if row["benchmark"] == name]
+        split, brings, repo, table = (mine[0][column] for column in ("split", "needs", "repo", "paper table"))
+        metrics, questions = tuple(_metric(row) for row in mine), int(mine[0]["questions"] or 0)
+        found.append(Benchmark(name, metrics, split, brings, repo, table, questions, mine[0]["note"]))
+    return tuple(found)
+
+
+def _metric(row: dict[str, str]) -> Metric:
+    return Metric(
+        name=row["metric"],
+        lmms_eval=_place(row, LMMS_EVAL),
+        vlmevalkit=_place(row, VLMEVALKIT),
+        unit=row["unit"],
+        higher_is_better=not row["lower is better"],
+        paper=row["paper"],
+        paper_factor=float(row["paper factor"] or 1),
+    )
+
+
+def _place(row: dict[str, str], harness: str) -> Place | None:
+    factor = float(row[f"{harness} factor"] or 1)
+    return Place(row[harness], row[f"{harness} key"], factor) if row[harness] else None
 
 
 def _by_task() -> dict[tuple[str, str], list[tuple[Benchmark, Metric, str, float]]]:
@@ -43,19 +150,14 @@ def _by_task() -> dict[tuple[str, str], list[tuple[Benchmark, Metric, str, float
     return found
 
 
+BENCHMARKS = _read()
 # What a harness's task or dataset reports, by (harness, task): benchmark, metric, its key, factor to our unit.
 METRICS = _by_task()
 UNITS = {metric.name: metric.unit for benchmark in reversed(BENCHMARKS) for metric in benchmark.metrics}
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of our name, of a harness's task, or of a harness's dataset.
-
-    Raises
-    ------
-    UserError
-        Naming the nearest ones.
-    """
+    """Return the benchmark of our name, of a harness's task, or of a harness's dataset; `UserError` names the nearest ones."""
     names: dict[str, Benchmark] = {}
     for benchmark in BENCHMARKS:
         for known in (*benchmark.tasks(LMMS_EVAL), *benchmark.tasks(VLMEVALKIT)):

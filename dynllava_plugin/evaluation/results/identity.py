@@ -56,10 +56,10 @@ def resolve_checkpoint(pretrained: str) -> str:
 
 @cache
 def source_digest() -> str:
-    """Return twelve digits that change with any of this package's Python sources and task files: other code, other results."""
+    """Return twelve digits that change with this package's Python sources, task files and registry: other code, other results."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*yaml")]):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*yaml"), *root.rglob("benchmarks.csv")]):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
+from dynllava_plugin.evaluation.benchmarks import BUILT, LMMS_EVAL, Benchmark
 
 # Of a folder given as `--data`.
 HUB, KIT, LONG = "datasets", "LMUData", "generation"
@@ -43,7 +43,7 @@ def is_ours(benchmark: Benchmark) -> bool:
 
 def is_built(benchmark: Benchmark) -> bool:
     """Whether `dynllava build-lvis` makes it, from images that the user has."""
-    return is_ours(benchmark) and not benchmark.extra
+    return benchmark.brings == BUILT
 
 
 def how_to_provide(benchmark: Benchmark, harness: str) -> str:
