@@ -317,7 +317,7 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
         seconds = model_seconds = 0.0
         started, shared_prompts, style = None, 0, VICUNA
 
-        def generate(self, requests: list, generation: Any) -> list[Answer]:
+        def generate(self, requests: list, generation: Any, on_batch: Any = None) -> list[Answer]:
             calls.append(len(requests))
             return [
                 Answer(r.prompt.split("USER: ")[1].split(" ASSISTANT")[0], 1, 0, 0, 1, 0, 0) for r in requests

@@ -424,7 +424,7 @@ def test_journal_gives_back_what_was_written(
     score = replace(score, rounds=tuple(rounds))
     Journal(folder).write([("a", answer), ("s", score)])
     again = Journal(folder)
-    assert again.answer("a") == answer and again.score("s") == score and again.answer("other") is None
+    assert again.result("a") == answer and again.result("s") == score and again.result("other") is None
 
 
 def test_torn_journal_and_progress(tmp_path: Path) -> None:
@@ -441,11 +441,11 @@ def test_torn_journal_and_progress(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.jsonl")
     path.write_text(path.read_text()[:-30])
     again = Journal(tmp_path)
-    assert again.answer("b") == answer and again.answer("c") is None
+    assert again.result("b") == answer and again.result("c") is None
     assert entry_key("x", [1, "a"]) == entry_key("x", [1, "a"]) != entry_key("x", [1, "b"])
     nothing = Journal(None)
     nothing.write([("a", answer)])
-    assert nothing.answer("a") is None
+    assert nothing.result("a") is None
 
 
 class Endpoint(BaseHTTPRequestHandler):

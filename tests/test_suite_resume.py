@@ -206,7 +206,7 @@ from dynllava_plugin.files import write_text
 time.sleep(0.02)  # loading
 book, answers = Journal(journal), {}
 for number in range(6):
-    found = book.answer(str(number))
+    found = book.result(str(number))
     if found is None:
         time.sleep(0.01)
         with open(journal.parent / "asked", "a") as file:

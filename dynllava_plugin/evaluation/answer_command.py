@@ -111,8 +111,6 @@ def _answers(
     tokens: int | None,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
     from dynllava_plugin.evaluation.engine.engine import Engine
     from dynllava_plugin.evaluation.engine.requests import Generation
     from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
@@ -126,25 +124,16 @@ def _answers(
         requests.append(engine.style.request([(item["text"], None)], [item["image"]], name))
         facts = Path(item["image"]).stat()
         keys.append(entry_key("answer", made_from, *item.values(), facts.st_size, facts.st_mtime_ns))
-    answers = [journal.answer(key) for key in keys]
-    missing = [place for place, answer in enumerate(answers) if answer is None]
-    with tqdm(
-        total=len(questions), initial=len(questions) - len(missing), desc="dynllava answer"
-    ) as progress:
+    generation = Generation.from_task({"max_new_tokens": tokens})
 
-        def note(places: list[int], found: list[Any]) -> None:
-            journal.write((keys[missing[place]], answer) for place, answer in zip(places, found, strict=True))
-            progress.update(len(places))
+    def ask(places: list[int], note: Any) -> Any:
+        return engine.generate([requests[place] for place in places], generation, note)
 
-        generation = Generation.from_task({"max_new_tokens": tokens})
-        new = engine.generate([requests[place] for place in missing], generation, note)
-    for place, answer in zip(missing, new, strict=True):
-        answers[place] = answer
+    answers = journal.completed(keys, ask, "dynllava answer")
     return [
         {
             "question_id": item["question_id"], "prompt": item["text"], "text": answer.text, "answer_id": key,
             "model_id": settings.checkpoint_name, "metadata": {name: getattr(answer, name) for name in _COUNTS},
         }
         for item, key, answer in zip(questions, keys, answers, strict=True)
-        if answer is not None
     ]  # fmt: skip

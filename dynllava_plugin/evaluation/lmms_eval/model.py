@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from tqdm import tqdm
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score, joined
@@ -157,57 +156,50 @@ class DynamicLlava(lmms):
 
     def _generate(self, items: Sequence[Item], noted: bool = True) -> list[Answer]:
         """Answers in order; requests with the same generation arguments share batches across tasks."""
-        known = [self._journal.answer(item.key) for item in items]
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            if known[index] is None:
-                groups[repr(sorted(item.arguments.items(), key=str))].append(index)
-        answers: list[Answer | None] = list(known)
-        missing = sum(map(len, groups.values()))
-        with self._progress(len(items), missing, "answering") as progress:
-            for indices in groups.values():
-                chosen = [items[index] for index in indices]
+
+        def ask(chosen: list[Item], note: Callable[..., None]) -> list[Answer]:
+            groups: dict[str, list[int]] = defaultdict(list)
+            for place, item in enumerate(chosen):
+                groups[repr(sorted(item.arguments.items(), key=str))].append(place)
+            answers: dict[int, Answer] = {}
+            for places in groups.values():
                 started = time.perf_counter()
                 found = self.engine.generate(
-                    LazyRequests(chosen),
-                    Generation.from_task(chosen[0].arguments),
-                    on_batch=partial(self._note, chosen, progress),
+                    LazyRequests([chosen[place] for place in places]),
+                    Generation.from_task(chosen[places[0]].arguments),
+                    lambda numbers, results, places=places: note([places[n] for n in numbers], results),
                 )
                 _log_throughput(found, time.perf_counter() - started)
-                for index, answer in zip(indices, found, strict=True):
-                    answers[index] = answer
-        complete = [answer for answer in answers if answer is not None]
-        if noted:
-            for item, answer in zip(items, complete, strict=True):
-                if not item.padding:
-                    self.record.note_answers(item.task, [answer])
-        self.record.note_time(self.engine)
-        return complete
+                answers.update(zip(places, found, strict=True))
+            return [answers[place] for place in range(len(chosen))]
+
+        return self._completed(items, ask, "answering", self.record.note_answers if noted else None)
 
     def _score(self, items: Sequence[Item]) -> list[Score]:
-        scores = [self._journal.score(item.key) for item in items]
-        indices = [index for index, score in enumerate(scores) if score is None]
-        chosen = [items[index] for index in indices]
-        with self._progress(len(items), len(indices), "scoring") as progress:
-            found = self.engine.score(LazyRequests(chosen), on_batch=partial(self._note, chosen, progress))
-        for index, score in zip(indices, found, strict=True):
-            scores[index] = score
-        complete = [score for score in scores if score is not None]
-        for item, score in zip(items, complete, strict=True):
-            if not item.padding:
-                self.record.note_scores(item.task, [score])
+        def ask(chosen: list[Item], note: Callable[..., None]) -> list[Score]:
+            return self.engine.score(LazyRequests(chosen), note)
+
+        return self._completed(items, ask, "scoring", self.record.note_scores)
+
+    def _completed(
+        self,
+        items: Sequence[Item],
+        ask: Callable[..., list[Any]],
+        what: str,
+        record: Callable[..., None] | None,
+    ) -> list[Any]:
+        """Results in order, those that are in the journal not asked for again; `record` is told of each."""
+        self._journal.expect(len(items))
+        found = self._journal.completed(
+            [item.key for item in items],
+            lambda places, note: ask([items[place] for place in places], note),
+            f"dynllava {what}",
+        )
+        for item, result in zip(items, found, strict=True):
+            if record and not item.padding:
+                record(item.task, [result])
         self.record.note_time(self.engine)
-        return complete
-
-    def _note(self, items: Sequence[Item], progress: Any, places: list[int], found: Sequence[Any]) -> None:
-        """A batch is done: write it down and move the bar."""
-        self._journal.write((items[place].key, result) for place, result in zip(places, found, strict=True))
-        progress.update(len(places))
-
-    def _progress(self, total: int, missing: int, what: str) -> Any:
-        self._journal.expect(total)
-        self._journal.count(total - missing)
-        return tqdm(total=total, initial=total - missing, desc=f"dynllava {what}", disable=self.rank != 0)
+        return found
 
 
 def _batch_size(value: int | str | None) -> Any:

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from dynllava_plugin.evaluation.engine.answers import Answer, Score
 from dynllava_plugin.files import write_json
@@ -45,6 +47,7 @@ class Journal:
         self._folder, self._file = folder, None
         self._done = self._total = 0
         self._reported = 0.0
+        self._rank = int(os.environ.get("RANK", 0))
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,6 @@ class Journal:
                     self._known[entry.pop("key")] = entry
                 except (json.JSONDecodeError, KeyError, AttributeError):
                     continue  # cut off while it was written
-        self._rank = int(os.environ.get("RANK", 0))
         self._file = (folder / f"{self._rank}-{os.getpid()}.jsonl").open("a", encoding="utf-8")
 
     @classmethod
@@ -64,15 +66,38 @@ class Journal:
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder) if folder else None)
 
-    def answer(self, key: str) -> Answer | None:
-        """Return the answer written down earlier."""
+    def result(self, key: str) -> Any:
+        """Return the answer or score written down earlier; None where there is none."""
         found = self._known.get(key)
-        return Answer(**{**found["answer"], "cost": _cost(found["answer"])}) if found else None
+        if found is None:
+            return None
+        return _score(found["score"]) if "score" in found else _with_cost(Answer, found["answer"])
 
-    def score(self, key: str) -> Score | None:
-        """Return the score written down earlier."""
-        found = self._known.get(key)
-        return _score(found["score"]) if found else None
+    def completed(self, keys: Sequence[str], ask: Callable[..., Sequence[Any]], title: str = "") -> list[Any]:
+        """Return a result for each key: what was written down earlier, and what `ask` finds for the others.
+
+        Parameters
+        ----------
+        keys : sequence of str
+        ask : callable
+            (places in `keys` without a result, `on_batch` for the engine's call) -> their results. What `on_batch` is told is
+            written down at once.
+        title : str
+            Of a bar on the error output; empty: none.
+        """
+        found = [self.result(key) for key in keys]
+        missing = [place for place, result in enumerate(found) if result is None]
+        known = len(keys) - len(missing)
+        self.count(known)
+        with tqdm(total=len(keys), initial=known, desc=title, disable=not title or self._rank != 0) as bar:
+
+            def note(numbers: Sequence[int], results: Sequence[Any]) -> None:
+                self.write((keys[missing[n]], result) for n, result in zip(numbers, results, strict=True))
+                bar.update(len(numbers))
+
+            for place, result in zip(missing, ask(missing, note) if missing else [], strict=True):
+                found[place] = result
+        return found
 
     def write(self, entries: Iterable[tuple[str, Answer | Score]]) -> None:
         """Add answers or scores; they are on disk when this returns."""
@@ -105,10 +130,9 @@ class Journal:
         write_json(self._folder / f"{PROGRESS}-{self._rank}.json", {"done": self._done, "total": self._total})
 
 
-def _cost(values: dict[str, Any]) -> OutputCost | None:
-    return OutputCost(**values["cost"]) if values.get("cost") else None
+def _with_cost(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{**values, "cost": OutputCost(**values["cost"]) if values.get("cost") else None})
 
 
 def _score(values: dict[str, Any]) -> Score:
-    rounds = tuple(_score(part) for part in values["rounds"])
-    return Score(**{**values, "rounds": rounds, "cost": _cost(values)})
+    return _with_cost(Score, {**values, "rounds": tuple(_score(part) for part in values["rounds"])})

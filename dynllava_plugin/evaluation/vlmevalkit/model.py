@@ -154,24 +154,16 @@ class DynamicLlava(BaseModel):
         return list(zip(answers, scores, strict=True))
 
     def _generate(self, requests: list[Request], generation: Generation) -> list[Answer]:
-        keys = [_entry(request, generation.kwargs) for request in requests]
-        known = [self._journal.answer(key) for key in keys]
-        missing = [row for row, answer in enumerate(known) if answer is None]
-        new = self.engine.generate([requests[row] for row in missing], generation) if missing else []
-        self._journal.write((keys[row], answer) for row, answer in zip(missing, new, strict=True))
-        for row, answer in zip(missing, new, strict=True):
-            known[row] = answer
-        return [answer for answer in known if answer is not None]
+        def ask(places: list[int], note: Any) -> list[Answer]:
+            return self.engine.generate([requests[place] for place in places], generation, note)
+
+        return self._journal.completed([_entry(request, generation.kwargs) for request in requests], ask)
 
     def _score(self, requests: list[Request]) -> list[Score]:
-        keys = [_entry(request, "score") for request in requests]
-        known = [self._journal.score(key) for key in keys]
-        missing = [row for row, score in enumerate(known) if score is None]
-        new = self.engine.score([requests[row] for row in missing]) if missing else []
-        self._journal.write((keys[row], score) for row, score in zip(missing, new, strict=True))
-        for row, score in zip(missing, new, strict=True):
-            known[row] = score
-        return [score for score in known if score is not None]
+        def ask(places: list[int], note: Any) -> list[Score]:
+            return self.engine.score([requests[place] for place in places], note)
+
+        return self._journal.completed([_entry(request, "score") for request in requests], ask)
 
 
 @dataclass(frozen=True)
