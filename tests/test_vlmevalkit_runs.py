@@ -184,11 +184,9 @@ def test_reused_answers_are_counted(folder: Path) -> None:
 
 def test_samples_of_one_id_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kit keeps answers by index: equal ones would be one answer."""
-    from dynllava_plugin.evaluation.own_sets.generation import vlmevalkit_datasets as sets
+    from dynllava_plugin.evaluation.vlmevalkit import datasets
 
     row = {"id": "7", "image": "a.png", "turns": [("What?", "this")]}
-    monkeypatch.setattr(sets, "load_rows", lambda name: [row, row])
-    data = sets.LVIS_VQA_Single.load_data(
-        sets.LVIS_VQA_Single.__new__(sets.LVIS_VQA_Single), "LVIS_VQA_Single"
-    )
+    monkeypatch.setattr(datasets, "load_rows", lambda name: [row, row])
+    data = datasets.GenerationSet("LVIS_VQA_Single").data
     assert list(data["index"]) == [0, 1] and list(data["id"]) == ["7", "7"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, VLMEVALKIT
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.judges import Judge, checked_url, find_judge, judge_tasks
@@ -46,14 +46,7 @@ from dynllava_plugin.model.checkpoints.sources import read_json
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
 # Their cells must come back as they were written; Excel's don't ("=1+1" becomes 0).
-_OWN_DATASETS = {
-    "EasyVQA",
-    "EasyVQA_Scenes",
-    "EasyVQA_Describe",
-    "LVIS_VQA_Single",
-    "LVIS_VQA_Multi",
-    "ShareGPT4V_VQA",
-}
+_OWN_DATASETS = {name for item in BENCHMARKS if not item.repo for name in item.tasks(VLMEVALKIT)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,10 @@
-"""Our VLMEvalKit datasets, and easy-VQA's: the same rows, prompts and metrics as the lmms-eval tasks."""
+"""Our VLMEvalKit datasets: the same rows, prompts, rounds and metrics as the lmms-eval tasks."""
 
 from __future__ import annotations
 
 import ast
+import json
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,111 +12,125 @@ import pandas as pd
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.smp import dump, get_intermediate_file_path, load
 
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
+from dynllava_plugin.evaluation.benchmarks import find_benchmark
 from dynllava_plugin.evaluation.own_sets import easy_vqa
-from dynllava_plugin.evaluation.own_sets.generation.vlmevalkit_datasets import (
-    LVIS_VQA_Multi,
-    LVIS_VQA_Single,
-    ShareGPT4V_VQA,
-)
-from dynllava_plugin.evaluation.own_sets.text_metrics import meteor, meteor_name
-from dynllava_plugin.evaluation.vlmevalkit.model import REFERENCE, TOKEN_LIMIT
+from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows, mean_meteor
+from dynllava_plugin.evaluation.own_sets.text_metrics import meteor_name
+from dynllava_plugin.evaluation.vlmevalkit.model import REFERENCE, TOKEN_LIMIT, TURNS
 from dynllava_plugin.evaluation.vlmevalkit.vqav2 import VQAv2
 
 SHORT_ANSWER_TOKENS = 16
 
 
-class EasyVQA(ImageBaseDataset):
-    """easy-VQA's own test questions: short answers, exact match in percent."""
+class OwnSet(ImageBaseDataset):
+    """A dataset whose rows are ours: an image, then a question."""
 
     TYPE = "VQA"
-    BENCHMARK: ClassVar[str] = "easy_vqa"
-    DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA": ""}
     DATASET_MD5: ClassVar[dict[str, str]] = {}
 
-    def load_data(self, dataset: str) -> pd.DataFrame:
-        """Return the rows in their fixed order."""
-        rows = easy_vqa.load_rows(self.BENCHMARK)
-        return pd.DataFrame(rows).rename(columns={"id": "index", "image": "image_path"})
-
     def build_prompt(self, line: Any) -> list[dict[str, Any]]:
-        """Return the image, then the question."""
+        """Return the image, then the question with what the adapter needs to know beyond it."""
         line = self.data.iloc[line] if isinstance(line, int) else line
-        text = {"type": "text", "value": easy_vqa.question_text(self.BENCHMARK, line["question"])}
-        return [{"type": "image", "value": line["image_path"]}, {**text, **self.message_keys(line)}]
+        return [{"type": "image", "value": line["image_path"]}, {"type": "text", **self.text_item(line)}]
 
-    def message_keys(self, line: Any) -> dict[str, Any]:
-        """Return what the adapter needs to know beyond the question."""
-        return {TOKEN_LIMIT: SHORT_ANSWER_TOKENS}
+    @abstractmethod
+    def text_item(self, line: Any) -> dict[str, Any]:
+        """Return a row's question as ``value``, and what else the adapter needs to know."""
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        """Return ``Overall`` in percent, also written beside the predictions."""
-        data = _read_predictions(eval_file)
-        metrics = self.metrics(data)
+        """Return the metrics, also written beside the predictions."""
+        metrics = self.metrics(_read_predictions(eval_file))
         dump(pd.DataFrame([metrics]), get_intermediate_file_path(eval_file, "_acc"))
         return metrics
 
+    @abstractmethod
     def metrics(self, data: pd.DataFrame) -> dict[str, float]:
         """Return the means over the rows."""
+
+
+class EasyVQA(OwnSet):
+    """easy-VQA's own test questions, and those about scenes: short answers, exact match in percent."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = dict.fromkeys(("EasyVQA", "EasyVQA_Scenes", "EasyVQA_Hard"), "")
+
+    def load_data(self, dataset: str) -> pd.DataFrame:
+        """Return the rows in their fixed order."""
+        rows = easy_vqa.load_rows(find_benchmark(dataset).name)
+        return pd.DataFrame(rows).rename(columns={"id": "index", "image": "image_path"})
+
+    def text_item(self, line: Any) -> dict[str, Any]:
+        return {"value": line["question"] + SHORT_ANSWER, TOKEN_LIMIT: SHORT_ANSWER_TOKENS}
+
+    def metrics(self, data: pd.DataFrame) -> dict[str, float]:
         hits = [easy_vqa.exact_match(p, a) for p, a in zip(data["prediction"], data["answer"], strict=True)]
         return {"Overall": 100.0 * sum(hits) / len(hits)}
-
-
-class EasyVQA_Scenes(EasyVQA):
-    """Questions about scenes of four easy-VQA images: short answers, exact match in percent."""
-
-    BENCHMARK: ClassVar[str] = "easy_vqa_scenes"
-    DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA_Scenes": ""}
-
-
-class EasyVQA_Hard(EasyVQA):
-    """Questions about hard scenes: short answers, exact match in percent."""
-
-    BENCHMARK: ClassVar[str] = "easy_vqa_hard"
-    DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA_Hard": ""}
 
 
 class EasyVQA_Describe(EasyVQA):
     """Long answers about scenes: METEOR of the greedy answer in percent, perplexity of the reference."""
 
-    BENCHMARK: ClassVar[str] = "easy_vqa_describe"
     DATASET_URL: ClassVar[dict[str, str]] = {"EasyVQA_Describe": ""}
 
-    def message_keys(self, line: Any) -> dict[str, Any]:
-        return {REFERENCE: line["answer"]}
+    def text_item(self, line: Any) -> dict[str, Any]:
+        return {"value": line["question"], REFERENCE: line["answer"]}
 
     def metrics(self, data: pd.DataFrame) -> dict[str, float]:
-        scores = [meteor(a, p) for p, a in zip(data["prediction"], data["answer"], strict=True)]
-        metrics = {meteor_name(): 100.0 * sum(scores) / len(scores)}
-        # Absent where the kit reuses an old run's predictions: it keeps their text only.
-        records = [
-            ast.literal_eval(str(text)) for text in data.get("extra_records", []) if str(text).startswith("{")
-        ]
-        if len(records) == len(data):
-            metrics["ppl"] = sum(record["ppl"] for record in records) / len(records)
-        return metrics
+        return _of_long_answers(
+            data, [([a], [p]) for a, p in zip(data["answer"], data["prediction"], strict=True)]
+        )
 
 
-_DATASETS = (
-    EasyVQA,
-    EasyVQA_Scenes,
-    EasyVQA_Hard,
-    EasyVQA_Describe,
-    VQAv2,
-    LVIS_VQA_Single,
-    LVIS_VQA_Multi,
-    ShareGPT4V_VQA,
-)
+class GenerationSet(OwnSet):
+    """The paper's generation sets, one or several rounds: METEOR in percent and perplexity of the references."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("LVIS_VQA_Single", "LVIS_VQA_Multi", "ShareGPT4V_VQA"), ""
+    )
+
+    def load_data(self, dataset: str) -> pd.DataFrame:
+        """Return a frame with columns index (the row's number: ids may repeat, the kit's index mustn't), id, image_path, question (the
+        first), turns (JSON)."""
+        rows = load_rows(dataset.lower())
+        return pd.DataFrame(
+            {
+                "index": range(len(rows)),
+                "id": [row["id"] for row in rows],
+                "image_path": [row["image"] for row in rows],
+                "question": [row["turns"][0][0] for row in rows],
+                "turns": [json.dumps(row["turns"], ensure_ascii=False) for row in rows],
+            }
+        )
+
+    def text_item(self, line: Any) -> dict[str, Any]:
+        return {"value": line["question"], TURNS: json.loads(line["turns"])}
+
+    def metrics(self, data: pd.DataFrame) -> dict[str, float]:
+        references = [[answer for _, answer in json.loads(turns)] for turns in data["turns"]]
+        return _of_long_answers(data, list(zip(references, map(json.loads, data["prediction"]), strict=True)))
+
+
+def _of_long_answers(data: pd.DataFrame, answers: list[tuple[list[str], list[str]]]) -> dict[str, float]:
+    """METEOR of each row's (references, answers), and the perplexity that the adapter noted of each."""
+    scores = [mean_meteor(*row) for row in answers]
+    metrics = {meteor_name(): 100.0 * sum(scores) / len(scores)}
+    # Absent where the kit reuses an old run's predictions: it keeps their text only.
+    records = [str(text) for text in data.get("extra_records", []) if str(text).startswith("{")]
+    if len(records) == len(data):
+        metrics["ppl"] = sum(ast.literal_eval(record)["ppl"] for record in records) / len(records)
+    return metrics
 
 
 def register() -> None:
-    """Make the datasets known to the kit."""
+    """Make the datasets known to the kit; a configuration file's class is called like its dataset, too."""
     import vlmeval.dataset as kit
 
-    for dataset in _DATASETS:
-        if dataset not in kit.DATASET_CLASSES:
-            kit.DATASET_CLASSES.insert(0, dataset)
-            kit.SUPPORTED_DATASETS.extend(dataset.supported_datasets())
-            setattr(kit, dataset.__name__, dataset)
+    for kind in (EasyVQA, EasyVQA_Describe, VQAv2, GenerationSet):
+        if kind not in kit.DATASET_CLASSES:
+            kit.DATASET_CLASSES.insert(0, kind)
+            kit.SUPPORTED_DATASETS.extend(kind.supported_datasets())
+            for name in (kind.__name__, *kind.supported_datasets()):
+                setattr(kit, name, kind)
 
 
 def _read_predictions(path: str) -> pd.DataFrame:
@@ -122,6 +138,6 @@ def _read_predictions(path: str) -> pd.DataFrame:
     if Path(path).suffix == ".tsv":
         return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     data = load(path)
-    for column in ("prediction", "answer"):
+    for column in {"prediction", "answer"} & set(data):
         data[column] = ["" if pd.isna(value) else str(value) for value in data[column]]
     return data

@@ -14,7 +14,6 @@ from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
 from dynllava_plugin.files import json_lines, write_json, write_text
 
 DATA_VARIABLE, IMAGES_VARIABLE = "DYNLLAVA_GENERATION", "DYNLLAVA_IMAGES"
-NAMES = ("lvis_vqa_single", "lvis_vqa_multi", "sharegpt4v_vqa")
 _DEFAULT = Path("data/generation")
 
 
