@@ -6,7 +6,7 @@ import fcntl
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,18 @@ def locks(folders: set[Path], writer: str) -> Iterator[dict[Path, int]]:
     UserError
         If another process holds one, or a folder can't be written.
     """
-    files = {}
-    try:
-        for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            files[folder] = (folder / ".lock").open("w")
-            try:
+    with ExitStack() as stack:
+        files = {}
+        try:
+            for folder in sorted(folders):
+                folder.mkdir(parents=True, exist_ok=True)
+                files[folder] = stack.enter_context((folder / ".lock").open("w"))
                 fcntl.flock(files[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: {writer} is writing there") from None
-    except OSError as error:
-        _close(files)
-        raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None
-    except UserError:
-        _close(files)
-        raise
-    try:
+        except BlockingIOError:
+            raise UserError(f"{folder}: {writer} is writing there") from None
+        except OSError as error:
+            raise UserError(f"{error.filename}: can't be written ({error.strerror})") from None
         yield {folder: file.fileno() for folder, file in files.items()}
-    finally:
-        _close(files)
-
-
-def _close(files: dict[Path, Any]) -> None:
-    for file in files.values():
-        file.close()
 
 
 @contextmanager

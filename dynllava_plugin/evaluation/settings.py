@@ -16,8 +16,9 @@ DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
 AUTO = "auto"  # batch size
 PROMPTS = ("llava", "kit")
-# How a model is asked, where not as its checkpoint says.
-ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
+# How a model is loaded and asked, where not as its checkpoint says.
+_LOADING_KEYS = ("dtype", "attn_implementation", "quantization")
+_ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class RunSettings:
         default=PROMPTS[0],
         choices=PROMPTS,
     )
+
+    def labels(self) -> list[str]:
+        """Return what is asked otherwise than usual, as parts of a folder's name."""
+        limit = [f"limit-{self.limit}"] if self.limit else []
+        return limit + ([f"prompts-{self.prompts}"] if self.prompts != PROMPTS[0] else [])
 
 
 @dataclass(frozen=True)
@@ -118,16 +124,21 @@ class ModelSettings:
         """Return the given overrides only, as keyword arguments of `load_model`."""
         return {key: getattr(self, key) for key in SPARSITY_KEYS if getattr(self, key) is not None}
 
-    def asking(self) -> dict[str, Any]:
-        """Return those of `ASKING_KEYS` that were given."""
-        return {key: getattr(self, key) for key in ASKING_KEYS if getattr(self, key) is not None}
+    def given(self) -> dict[str, Any]:
+        """Return what isn't left to the checkpoint or `load_model`."""
+        return {key: value for key, value in self.to_dict().items() if value is not None}
 
-    def asking_labels(self) -> list[str]:
-        """Return `asking` as parts of a folder's name, a text as a few digits of it."""
-        given = self.asking()
+    def labels(self) -> list[str]:
+        """Return all that is given beside checkpoint and device, as parts of a folder's name; of a text a few digits."""
+        given = self.given()
         if "system_prompt" in given:
             given["system_prompt"] = hashlib.sha256(given["system_prompt"].encode()).hexdigest()[:8]
-        return [f"{key}-{value}" for key, value in given.items()]
+        loading = [str(given[key]) for key in _LOADING_KEYS if key in given]
+        sparsity, asking = (
+            [f"{key}-{given[key]}" for key in keys if key in given]
+            for keys in (sorted(SPARSITY_KEYS), _ASKING_KEYS)
+        )
+        return [*sparsity, *loading, *asking]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, JSON-ready."""
@@ -151,14 +162,12 @@ class ModelSettings:
             files = sorted(file for file in path.iterdir() if file.is_file())
             facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             parts.append(hashlib.sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:8])
-        parts += [f"{key}-{value}" for key, value in sorted(self.sparsity().items())]
-        parts += [
-            str(value)
-            for value in (self.dtype, self.attn_implementation, self.quantization)
-            if value is not None
-        ]
-        parts += self.asking_labels()
-        return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+        return as_folder_name([*parts, *self.labels()])
+
+
+def as_folder_name(parts: list[str]) -> str:
+    """Return parts of a folder's name as one."""
+    return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
 
 
 def arguments_help() -> str:

@@ -6,15 +6,16 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.environment import versions
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
+from dynllava_plugin.evaluation.own_sets.generation.sets import DATA_VARIABLE, IMAGES_VARIABLE
 from dynllava_plugin.evaluation.results.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity, is_built
 
@@ -105,16 +106,7 @@ def plan(config: SuiteConfig, judge: Judge | None) -> list[Run]:
 def folder_name(settings: ModelSettings, digest: str, config: SuiteConfig) -> str:
     """Return a folder's name that differs wherever checkpoint or settings do."""
     name = Path(settings.pretrained).name if Path(settings.pretrained).is_dir() else settings.pretrained
-    parts = [name, digest, *(f"{key}-{value}" for key, value in sorted(settings.sparsity().items()))]
-    parts += [
-        str(value)
-        for value in (settings.dtype, settings.attn_implementation, settings.quantization)
-        if value is not None
-    ]
-    parts += settings.asking_labels()
-    parts += [f"limit-{config.limit}"] if config.limit else []
-    parts += [f"prompts-{config.prompts}"] if config.prompts != "llava" else []
-    return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+    return as_folder_name([name, digest, *settings.labels(), *config.labels()])
 
 
 def _run(
@@ -136,6 +128,7 @@ def _run(
         launch += ["-m"]
     data = config.data.resolve() if config.data else None
     directory = data / HUB if data and (data / HUB).is_dir() else Path.cwd()
+    installed = versions()
     answers_from = {
         "benchmark": benchmark.name,
         "harness": harness,
@@ -144,11 +137,13 @@ def _run(
         "prompts": config.prompts,
         "checkpoint": digest,
         "data": identity(benchmark, harness, data),
-        "versions": {name: _version(name) for name in ("torch", "transformers")},
+        "versions": {name: installed.get(name) for name in ("torch", "transformers")},
         "sources": source_digest(),
     }
     if is_built(benchmark):
-        answers_from["images"] = str(config.images.resolve()) if config.images else _given_images()
+        answers_from["images"] = (
+            str(config.images.resolve()) if config.images else os.environ.get(IMAGES_VARIABLE)
+        )
     uses_judge = judge.model if judge and benchmark.judge else None
     return Run(
         benchmark=benchmark,
@@ -159,7 +154,7 @@ def _run(
         environment=_environment(config, settings, digest, data, judge),
         directory=directory,
         answers_from=answers_from,
-        scores_from={"harness": _version(_PACKAGES[harness]), "judge": uses_judge},
+        scores_from={"harness": installed.get(_PACKAGES[harness]), "judge": uses_judge},
         launch=tuple(launch),
     )
 
@@ -171,12 +166,6 @@ def _kit_options(config: SuiteConfig, harness: str) -> list[str]:
     local = config.data / KIT if config.data else None
     data = ["--data-root", str(local.resolve())] if local and local.is_dir() else []
     return ["--prompts", config.prompts, *data]
-
-
-def _given_images() -> str | None:
-    from dynllava_plugin.evaluation.own_sets.generation.sets import IMAGES_VARIABLE
-
-    return os.environ.get(IMAGES_VARIABLE)
 
 
 def _environment(
@@ -197,16 +186,9 @@ def _environment(
         threads = max(1, (os.cpu_count() or 1) // (config.jobs * config.num_processes))
         environment |= {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1"}
     if data and (data / LONG).is_dir():
-        environment["DYNLLAVA_GENERATION"] = str(data / LONG)
+        environment[DATA_VARIABLE] = str(data / LONG)
     if config.images:
-        environment["DYNLLAVA_IMAGES"] = str(config.images.resolve())
+        environment[IMAGES_VARIABLE] = str(config.images.resolve())
     if judge:
         environment |= {MODEL: judge.model, URL: judge.url}
     return environment
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -29,6 +29,10 @@ class KitSettings(RunSettings):
         metavar="DIR",
     )
 
+    def labels(self) -> list[str]:
+        changed = self.max_new_tokens != MAX_NEW_TOKENS
+        return super().labels() + ([f"max-new-tokens-{self.max_new_tokens}"] if changed else [])
+
 
 def settings_of(own: argparse.Namespace) -> tuple[ModelSettings, KitSettings, str | None]:
     """Return what was typed: the model's settings, how it is asked, and the kit's own mode.

@@ -15,7 +15,6 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, VLMEVALKIT
 from dynllava_plugin.evaluation.engine.engine import Engine
-from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.judges import Judge, checked_url, find_judge, judge_tasks
 from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.patches import Patches
@@ -24,7 +23,7 @@ from dynllava_plugin.evaluation.results.journal import VARIABLE, entry_key
 from dynllava_plugin.evaluation.results.manifest import NAME
 from dynllava_plugin.evaluation.results.record import RunRecord, write_joined
 from dynllava_plugin.evaluation.results.results import prediction_rows
-from dynllava_plugin.evaluation.settings import PROMPTS, ModelSettings
+from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
 from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged, without_judge
@@ -179,11 +178,7 @@ def _scored(folder: Path, judge: Judge | None, datasets: list[str], reused: bool
 
 def _folder_name(settings: ModelSettings, asked: KitSettings) -> str:
     """Differs wherever another answer may: the kit takes up old files without asking whose they are."""
-    parts = [settings.slug()]
-    parts += [f"limit-{asked.limit}"] if asked.limit else []
-    parts += [f"prompts-{asked.prompts}"] if asked.prompts != PROMPTS[0] else []
-    parts += [f"max-new-tokens-{asked.max_new_tokens}"] if asked.max_new_tokens != MAX_NEW_TOKENS else []
-    return "_".join(parts)
+    return as_folder_name([settings.slug(), *asked.labels()])
 
 
 def _journal(work_dir: Path, settings: ModelSettings, asked: KitSettings) -> Path | None:

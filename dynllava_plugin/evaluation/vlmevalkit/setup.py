@@ -55,9 +55,10 @@ def register(patches: Patches, settings: ModelSettings, **arguments: Any) -> Non
     from dynllava_plugin.evaluation.vlmevalkit import datasets
     from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava
 
-    given = {key: value for key, value in settings.to_dict().items() if value is not None}
     shared = {name: arguments[name] for name in ("record", "load")}
-    supported_VLM[MODEL_NAME] = partial(_build_or_exit, partial(DynamicLlava, **arguments, **given))
+    supported_VLM[MODEL_NAME] = partial(
+        _build_or_exit, partial(DynamicLlava, **arguments, **settings.given())
+    )
     if not hasattr(vlmeval.vlm, "DynamicLlava"):
         vlmeval.vlm.DynamicLlava = DynamicLlava
     patches.put(vlmeval.vlm, "DynamicLlava", lambda before: partial(DynamicLlava, **shared))  # for --config
