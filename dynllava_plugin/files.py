@@ -40,6 +40,15 @@ def json_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def saved_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object that was written here; empty where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def leaves(folder: Path, name: str) -> bool:
     """Return whether the path `name`, taken from `folder`, ends outside of it: upwards, absolute, or through a link."""
     inside = os.path.realpath(folder)

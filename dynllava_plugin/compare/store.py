@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.compare.subjects import Subject
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.files import write_json
 
 
@@ -30,7 +30,7 @@ class Store:
     def read(self, kind: str, subject: Subject, **of: Any) -> dict[str, Any] | None:
         """Return what `write` was given for the same arguments, None where there is nothing."""
         path = self._path(kind, subject, "json")
-        content = _content(path) if path.is_file() else {}
+        content = read_json(path) if path.is_file() else {}
         same = content.get("made_from") == {**self.made_from, **of}
         return content if same and content["subject"] == asdict(subject) else None
 
@@ -43,7 +43,7 @@ class Store:
         """Return all that was measured of the same checkpoint."""
         found = []
         for path in sorted((self.folder / kind).glob("*.json")):
-            content = _content(path)
+            content = read_json(path)
             made_from = content.get("made_from", {})
             if all(made_from.get(key) == value for key, value in self.made_from.items()):
                 found.append((Subject(**content["subject"]), content))
@@ -62,10 +62,3 @@ class Store:
 
 def _digits(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); delete it to measure again") from None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.files import write_json
+from dynllava_plugin.files import saved_json, write_json
 from dynllava_plugin.processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +32,7 @@ def call(command: list[str], what: str, environment: dict[str, str] | None = Non
 
 def is_done(folder: Path, made_from: dict[str, Any]) -> bool:
     """Whether `folder` holds a finished part that was made from the same."""
-    try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8")) == made_from
-    except (OSError, json.JSONDecodeError):
-        return False
+    return saved_json(folder / MARKER) == made_from
 
 
 def mark_done(folder: Path, made_from: dict[str, Any]) -> None:

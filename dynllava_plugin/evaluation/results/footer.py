@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import saved_json
 from dynllava_plugin.markup import MARKDOWN
 
 STATE = "run.json"  # of a run in a suite
@@ -44,8 +45,8 @@ def footer(folders: Iterable[Path]) -> str:
 def _time(answering: list[float], states: set[Path | None]) -> str:
     """From loading the model to the last answer; where a suite ran them all, the whole processes' too."""
     text = f"Time: answering {sum(answering):.0f} s in {count_of_runs(len(answering))}"
-    whole = [_seconds(state) for state in states]
-    known = [seconds for seconds in whole if seconds is not None]
+    whole = [saved_json(state).get("seconds") if state else None for state in states]
+    known = [seconds for seconds in whole if isinstance(seconds, (int, float))]
     return f"{text}, whole processes {sum(known):.0f} s" if len(known) == len(whole) else text
 
 
@@ -54,16 +55,6 @@ def _state_of(manifest: Path) -> Path | None:
     return next(
         (parent.with_name(STATE) for parent in manifest.resolve().parents if parent.name == "output"), None
     )
-
-
-def _seconds(state: Path | None) -> float | None:
-    from dynllava_plugin.evaluation.results.manifest import read_json
-
-    try:
-        found = read_json(state).get("seconds") if state and state.is_file() else None
-    except UserError:
-        return None
-    return float(found) if isinstance(found, (int, float)) else None
 
 
 def count_of_runs(number: int) -> str:

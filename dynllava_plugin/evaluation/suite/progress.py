@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dynllava_plugin.evaluation.suite.runs import Run
+from dynllava_plugin.files import saved_json
 
 if TYPE_CHECKING:
     from dynllava_plugin.evaluation.suite.runner import Outcome
@@ -68,11 +68,8 @@ class Progress:
 def _state(run: Run, seconds: float) -> str:
     done = total = 0
     for path in run.journal.glob("progress-*.json"):
-        try:
-            counts = json.loads(path.read_text(encoding="utf-8"))
-            done, total = done + counts["done"], total + counts["total"]
-        except (OSError, json.JSONDecodeError, KeyError):
-            continue
+        counts = saved_json(path)
+        done, total = done + counts.get("done", 0), total + counts.get("total", 0)
     if not total:
         return f"{run.title}: starting, {clock(seconds)}"
     left = f", {clock(seconds * (total - done) / done)} left" if done else ""

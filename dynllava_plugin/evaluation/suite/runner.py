@@ -29,7 +29,7 @@ from dynllava_plugin.evaluation.suite.data import (
 from dynllava_plugin.evaluation.suite.progress import Progress
 from dynllava_plugin.evaluation.suite.runs import Run
 from dynllava_plugin.evaluation.suite.worker import ENDED
-from dynllava_plugin.files import write_json
+from dynllava_plugin.files import saved_json, write_json
 from dynllava_plugin.processes import Process, start
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
@@ -162,7 +162,11 @@ class Runner:
 
     def _before(self, run: Run) -> Outcome | None:
         state, there = read_state(run.folder), run.output.is_dir()  # somebody may have removed a result
-        if there and state.get("state") == RUNNING and (ended := _read(run.folder / ENDED)).get("code") == 0:
+        if (
+            there
+            and state.get("state") == RUNNING
+            and (ended := saved_json(run.folder / ENDED)).get("code") == 0
+        ):
             self._settle(run, ended)  # its process outlived the one that should have written it down
             state = read_state(run.folder)
         done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
@@ -205,7 +209,7 @@ class Runner:
     def _look_after(self, child: _Child) -> list[Run]:
         """Take note of the runs that a process has ended; return those that it left behind when it died in one of them."""
         code = child.process.poll()
-        while child.runs and (ended := _read(child.runs[0].folder / ENDED)):
+        while child.runs and (ended := saved_json(child.runs[0].folder / ENDED)):
             self._finish(child, ended)
         if code is not None and child.runs:
             self._finish(child, {"code": code or 1})
@@ -265,15 +269,7 @@ def _no_place(error: OSError, run: Run) -> str:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what an earlier run left in its folder; empty where there is none."""
-    return _read(folder / STATE)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return saved_json(folder / STATE)
 
 
 def _plain(values: dict[str, Any]) -> Any:

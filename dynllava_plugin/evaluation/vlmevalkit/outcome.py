@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 
 from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.evaluation.results.results import failed_samples
-from dynllava_plugin.files import write_json
+from dynllava_plugin.files import saved_json, write_json
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
 _NO_SCORE_WANTED = (
@@ -56,13 +55,13 @@ def _belongs(path: Path, stem: str) -> bool:
 
 def _forget_status(path: Path, datasets: list[str]) -> None:
     """The kit never takes back that a dataset is done, so an old score would outlive a run that is killed."""
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
+    status = saved_json(path)
+    if isinstance(
+        status.get("datasets"), dict
+    ):  # else there is none, or the kit will say what is wrong with it
         for dataset in datasets:
             status["datasets"].pop(dataset, None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # there is none, or the kit will say what is wrong with it
-    write_json(path, status)
+        write_json(path, status)
 
 
 def check_run(

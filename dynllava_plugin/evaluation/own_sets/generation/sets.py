@@ -11,7 +11,7 @@ from typing import Any
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
-from dynllava_plugin.files import json_lines, write_json, write_text
+from dynllava_plugin.files import json_lines, saved_json, write_json, write_text
 
 DATA_VARIABLE, IMAGES_VARIABLE = "DYNLLAVA_GENERATION", "DYNLLAVA_IMAGES"
 _DEFAULT = Path("data/generation")
@@ -84,10 +84,7 @@ def _image_root(folder: Path, name: str) -> Path:
     given = os.environ.get(IMAGES_VARIABLE)
     if given:
         return Path(given).resolve()
-    try:
-        place = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["images"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        place = None
+    place = saved_json(folder / f"{name}.json").get("images")
     if place is None:
         raise UserError(f"{name}: the set doesn't say where its images are; give their folder with --images")
     return (folder / place).resolve()
