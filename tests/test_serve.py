@@ -170,6 +170,28 @@ def test_bad_requests_are_one_line(client: Any) -> None:
         "image_url: image data:image/png;base64,AAAA isn't an image",
     )
     refused(lambda: ask(client, []), "messages")
+    for name, value, said in (
+        ("seed", 2**63, "64 bits"), ("frequency_penalty", -1, "above -1"), ("top_p", 0, "above 0"),
+        ("logit_bias", {"647": 1}, "647 tokens"), ("logit_bias", {"-3": 1}, "'-3': 1"), ("logit_bias", {"3": 101}, "100"),
+        ("logit_bias", {"3": "nan"}, "'nan'"), ("logit_bias", [3], "an object"), ("n", 2, "not supported"),
+        ("logprobs", True, "not supported"), ("presence_penalty", 1, "not supported"),
+        ("response_format", {"type": "json_object"}, "not supported"), ("tool_choice", "required", "not supported"),
+    ):  # fmt: skip
+        refused(lambda name=name, value=value: ask(client, good, **{name: value}), f"{name}: ", said)
+    for extra in ({"chat_template_kwargs": "x"}, {"generation_config": '{"num_beams": 3}'}):
+        refused(lambda extra=extra: ask(client, good, extra_body=extra), next(iter(extra)))
+    refused(
+        lambda: ask(client, good, extra_body={"chat_template_kwargs": {"turns": 1, "tokenize": 1}}),
+        "tokenize",
+    )
+    neutral = {
+        "n": 1,
+        "logprobs": False,
+        "presence_penalty": 0,
+        "response_format": {"type": "text"},
+        "seed": -5,
+    }
+    assert text_of(client, good, logit_bias={"646": -100}, frequency_penalty=0, **neutral)
     refused(lambda: ask(client, [{"role": "user", "content": [{"type": "input_audio"}]}]), "input_audio")
     assert text_of(client, good)
 

@@ -14,6 +14,7 @@ from transformers.cli.serving.utils import DirectStreamer, GenerationState, Infe
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.serve import messages
+from dynllava_plugin.serve.fields import check_fields
 from dynllava_plugin.serve.generation import RequestGeneration
 from dynllava_plugin.serve.manager import OneModel
 from dynllava_plugin.serve.policy import Policies
@@ -44,12 +45,13 @@ class ChatHandler(ChatCompletionHandler):
         model_id, model, processor = self._resolve_model(body)
         policy = body.get("policy")
         self.policies.check(policy)
-        seed, stop = _seed(body), _stop(body)
+        check_fields(body, model.config.text_config.vocab_size)
+        stop = _stop(body)
         turns = messages.conversation(body.get("messages"))
         inputs = await self._inputs(body, turns, processor)
         inputs = inputs.to(model.device, dtype=model.dtype)
         config = self._generation_config(body, model, inputs["input_ids"].shape[-1])
-        generation = RequestGeneration(self.thread, self.running, policy, seed, stop)
+        generation = RequestGeneration(self.thread, self.running, policy, body.get("seed"), stop)
         given = request_id, model, processor, model_id, inputs, config
         if body.get("stream"):
             return self._streaming(*given, gen_manager=generation, tools=body.get("tools"))
@@ -61,31 +63,19 @@ class ChatHandler(ChatCompletionHandler):
         more = body.get("chat_template_kwargs") or {}
 
         def prepare() -> Any:
-            return messages.tensors(turns, processor, body.get("tools"), **more)
+            return messages.tensors(turns, processor, body.get("tools"), more)
 
         return await asyncio.get_running_loop().run_in_executor(self.preparing, prepare)
 
     def _generation_config(self, body: dict[str, Any], model: Any, length: int) -> Any:
         """Return the request's generation settings, which fit behind a prompt of `length` tokens."""
-        for name in ("max_tokens", "max_completion_tokens"):
-            number = body.get(name)
-            if number is not None and (type(number) is not int or number < 1):
-                raise UserError(f"{name}: {number!r} is not a positive whole number")
-        temperature = body.get("temperature")
-        if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 2):
-            raise UserError(f"temperature: {temperature!r} is not between 0 and 2")
-        top_p = body.get("top_p")
-        if top_p is not None and not (type(top_p) in (int, float) and 0 < top_p <= 1):
-            raise UserError(f"top_p: {top_p!r} is not above 0 and at most 1")
-        try:
-            # The seed is set when the request's turn comes; a bias is a float to transformers.
-            bias = {int(token): float(by) for token, by in (body.get("logit_bias") or {}).items()} or None
-            given = {**body, "seed": None, "logit_bias": bias}
-            config = self._build_generation_config(given, model.generation_config)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"generation settings: {' '.join(str(error).split())[:200]}") from None
-        if temperature is not None:
-            config.do_sample = temperature > 0
+        # The seed is set when the request's turn comes; a bias is a float to transformers.
+        bias = {int(token): float(by) for token, by in (body.get("logit_bias") or {}).items()} or None
+        config = self._build_generation_config(
+            {**body, "seed": None, "logit_bias": bias}, model.generation_config
+        )
+        if body.get("temperature") is not None:
+            config.do_sample = body["temperature"] > 0
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         room = model.config.text_config.max_position_embeddings - length
@@ -103,13 +93,6 @@ class ChatHandler(ChatCompletionHandler):
         """Let every answer end with its next token."""
         for streamer in list(self.running):
             streamer.cancel()
-
-
-def _seed(body: dict[str, Any]) -> int | None:
-    seed = body.get("seed")
-    if seed is not None and type(seed) is not int:
-        raise UserError(f"seed: {seed!r} is not a whole number")
-    return seed
 
 
 def _stop(body: dict[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ def fetch_images(turns: list[dict[str, Any]], processor: Any) -> None:
                 part["image"] = open_image(part["image"], "image_url", turned)
 
 
-def tensors(turns: list[dict[str, Any]], processor: Any, tools: Any = None, **template: Any) -> Any:
+def tensors(turns: list[dict[str, Any]], processor: Any, tools: Any, template: dict[str, Any]) -> Any:
     """Return the model's inputs [1, L] for a conversation; an image token in a text is text, not an image's place.
 
     Raises
