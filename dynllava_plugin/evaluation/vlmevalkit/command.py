@@ -130,6 +130,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     alone = {work_dir} if int(os.environ.get("RANK", 0)) == 0 and not asks_help else set()
     with locks(alone, "another `run_vlmevalkit.py`"):
         journal = _journal(work_dir, settings, asked) if fresh and peek.config is None else None
+        if journal is not None:
+            patches.callback(os.environ.pop, VARIABLE, None)
         if fresh:
             forget_finished(work_dir / MODEL_NAME, MODEL_NAME, datasets, known_datasets())
         started = time.time()
