@@ -55,7 +55,6 @@ class Harness:
 
     Parameters
     ----------
-    benchmarks : sequence of Benchmark
     limit : int or None
         Questions of each task.
     data : Path or None

@@ -120,8 +120,6 @@ def prefill_times(
 
     Parameters
     ----------
-    engine : Engine
-    subjects : sequence of Subject
     inputs : sequence of dict
         `model(...)` arguments of single samples.
     repeats : int

@@ -19,7 +19,6 @@ class Store:
 
     Parameters
     ----------
-    folder : Path
     made_from : dict
         Checkpoint and whatever else decides a figure; a file made from something else doesn't count.
     """

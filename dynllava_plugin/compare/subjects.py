@@ -93,11 +93,9 @@ def subjects(policies: Sequence[str], kind: str, budgets: Sequence[float]) -> li
 
     Parameters
     ----------
-    policies : sequence of str
     kind : str
         `KEEP`: shares of the image tokens; `TOKENS`: means over layers, as papers count. A policy without a budget of image
         tokens (a cache's) isn't varied by the latter.
-    budgets : sequence of float
 
     Raises
     ------

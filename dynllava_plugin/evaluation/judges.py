@@ -31,7 +31,6 @@ class Judge:
 
     Attributes
     ----------
-    model : str
     url : str
         Without ``/chat/completions``.
     """

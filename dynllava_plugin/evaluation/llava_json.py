@@ -121,7 +121,6 @@ class JsonList:
 
     Parameters
     ----------
-    path : Path
     flag : str
         What the file was given as, for error messages.
     chunk : int

@@ -19,7 +19,6 @@ def locks(folders: set[Path], writer: str) -> Iterator[dict[Path, int]]:
 
     Parameters
     ----------
-    folders : set of Path
     writer : str
         Who else may hold one, for the error.
 

@@ -61,7 +61,6 @@ def add_flags(parser: Any, settings: Iterable[Field[Any]], **changed: Mapping[st
 
     Parameters
     ----------
-    parser : ArgumentParser
     settings : iterable of Field
         As `option` makes them.
     changed : mapping

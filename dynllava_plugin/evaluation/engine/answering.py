@@ -227,7 +227,6 @@ def read_histories(cache: Any, steps: int, earlier: torch.Tensor | None) -> list
 
     Parameters
     ----------
-    cache : SparseContextCache
     steps : int
         Decoding steps after the prompt.
     earlier : bool [B, prompt], optional

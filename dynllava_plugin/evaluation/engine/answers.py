@@ -16,7 +16,6 @@ class Answer:
 
     Attributes
     ----------
-    text : str
     prompt_tokens : int
         Tokens of the prompt with image tokens, without padding.
     image_tokens, kept_image_tokens : int
@@ -48,7 +47,6 @@ class Score:
     ----------
     logprob : float
         Sum over its tokens, nats.
-    tokens : int
     is_greedy : bool
         Whether greedy decoding would produce exactly these tokens.
     kept_tokens : int

@@ -45,7 +45,6 @@ class Prepared:
     ----------
     index : int
         Its place in the caller's sequence.
-    request : Request
     images : tuple of PreparedImage
         Those that are encoded apart; their questions share batches.
     ids : list of int
@@ -153,12 +152,7 @@ class Encoder(ABC):
 
 
 class LlavaEncoder(Encoder):
-    """LLaVA-1.5's: every image has the same number of tokens, and one that several questions are about is encoded once.
-
-    Attributes
-    ----------
-    features : ImageFeatures
-    """
+    """LLaVA-1.5's: every image has the same number of tokens, and one that several questions are about is encoded once."""
 
     window_batches = 16
 
@@ -203,7 +197,6 @@ class ImageFeatures:
 
     Parameters
     ----------
-    model : DynamicLlavaForConditionalGeneration
     capacity : int
         Bytes.
     """

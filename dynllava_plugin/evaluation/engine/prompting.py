@@ -71,7 +71,6 @@ class PromptStyle(ABC):
         ----------
         turns, name
             As in `prompt`.
-        images : sequence of paths or PIL images
         continuation : str
             The last answer, to be scored.
 

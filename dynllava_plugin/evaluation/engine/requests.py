@@ -30,8 +30,6 @@ class Request:
 
     Attributes
     ----------
-    prompt : str
-    images : tuple of paths or PIL images
     name : str
         Task and sample, for error messages.
     continuation : str

@@ -31,7 +31,6 @@ class Item:
         What is asked, for the journal.
     arguments : dict
         The task's generation arguments.
-    task : str
     padding : bool
         A copy that only keeps several processes in step.
     """

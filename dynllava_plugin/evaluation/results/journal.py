@@ -78,7 +78,6 @@ class Journal:
 
         Parameters
         ----------
-        keys : sequence of str
         ask : callable
             (places in `keys` without a result, `on_batch` for the engine's call) -> their results. What `on_batch` is told is
             written down at once.

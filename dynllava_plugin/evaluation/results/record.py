@@ -116,7 +116,6 @@ def write_joined(
 
     Parameters
     ----------
-    path : Path
     record : RunRecord or None
         None where no question was asked, because an earlier run's answers were scored.
     tasks : sequence of str

@@ -20,7 +20,6 @@ def read_saved(
 
     Parameters
     ----------
-    path : Path
     columns : sequence of str
         Of the result; those that the file lacks are empty.
     needed : sequence of str

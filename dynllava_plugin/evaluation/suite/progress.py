@@ -19,7 +19,6 @@ class Progress:
 
     Parameters
     ----------
-    total, jobs : int
     report : callable
         Takes finished lines.
     """

@@ -55,7 +55,6 @@ class Outcome:
 
     Attributes
     ----------
-    run : Run
     problem : str
         One line; empty where it went well.
     seconds : float
@@ -88,8 +87,6 @@ class Runner:
 
     Attributes
     ----------
-    runs : sequence of Run
-    jobs : int
     data : Path or None
         Folder of local datasets.
     report : callable

@@ -28,8 +28,6 @@ class Run:
 
     Attributes
     ----------
-    benchmark : Benchmark
-    harness : str
     mode : str
         As the table calls the setting's mode; empty where it is the checkpoint's own.
     folder : Path

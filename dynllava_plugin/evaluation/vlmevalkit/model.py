@@ -174,7 +174,6 @@ class _Asked:
     ----------
     questions, references : tuple of str
         References may be missing.
-    images : tuple of str
     name : str
         Dataset and sample, for error messages.
     """

@@ -29,7 +29,6 @@ def forget_finished(folder: Path, model: str, datasets: list[str], known: Collec
     ----------
     folder : Path
         Work-dir / model.
-    model : str
     datasets : list of str
         Whose files go: predictions, matched answers, judgements and scores, half-done ones too (the answers of a
         run that was killed are in its journal), and what `status.json` says of them.
@@ -73,8 +72,6 @@ def check_run(
     ----------
     folder : Path
         Work-dir / model: holds `status.json` (recent kits) and the prediction and score files.
-    model : str
-    datasets : list of str
     started : float
         Files older than this (seconds since the epoch) are an earlier run's.
     unjudged : collection of str

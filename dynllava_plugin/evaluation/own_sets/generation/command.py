@@ -71,14 +71,12 @@ def build(
 
     Parameters
     ----------
-    output : Path
     instruct, sharegpt4v : Path or None
         LLaVA-format JSON of LVIS-Instruct4V and of ShareGPT4V's captions.
     images : Path or None
         Where their images are.
     exclude : Path
         LLaVA-format JSON of the training mixture.
-    size, seed : int
     allow_outside : bool
         Images may lie outside of `images`.
     report : callable

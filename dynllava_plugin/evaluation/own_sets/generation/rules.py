@@ -69,8 +69,6 @@ def select(
 
     Parameters
     ----------
-    conversations : sequence
-    rules : SetRules
     excluded : collection of str
         File names of images that may not occur.
     available : callable or None
