@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from dynllava_plugin.demo import chart
 from dynllava_plugin.demo.__main__ import main, parse_arguments
-from dynllava_plugin.demo.parts import PartFailed, is_done, mark_done
-from dynllava_plugin.demo.runs import LONG, SETTINGS, SHORT, evaluate, plan
+from dynllava_plugin.demo.parts import PartFailed, make
+from dynllava_plugin.demo.runs import DESCRIBED, LONG, SETTINGS, SHORT, evaluate, plan
 from dynllava_plugin.demo.summary import summary
 from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT, mode_name
 from tests.test_suite import fake
@@ -21,10 +22,10 @@ def test_every_setting_runs_in_both_harnesses(tmp_path: Path) -> None:
     runs = plan(tmp_path, "tiny", 7, 16, 2)
     names = {(run.harness, run.mode, run.benchmark.name) for run in runs}
     assert names == {
-        (harness, setting.name, name)
+        (harness, setting, name)
         for harness in (LMMS_EVAL, VLMEVALKIT)
         for setting in SETTINGS
-        for name in ([*SHORT, LONG] if setting.long else SHORT)
+        for name in ([*SHORT, LONG] if setting in DESCRIBED else SHORT)
     }
     assert len({run.folder for run in runs}) == len(runs) and len({run.root for run in runs}) == len(SETTINGS)
     assert all(run.command[run.command.index("--limit") + 1] == "7" for run in runs)
@@ -32,9 +33,8 @@ def test_every_setting_runs_in_both_harnesses(tmp_path: Path) -> None:
 
 
 def test_settings_are_called_as_the_table_calls_them() -> None:
-    for setting in SETTINGS:
-        sparsity = {"mode": "image_text", "vision_keep_rate": 0.2, **setting.sparsity}
-        assert mode_name(sparsity) == setting.name
+    for name, changes in SETTINGS.items():
+        assert mode_name({"mode": "image_text", "vision_keep_rate": 0.2, **changes}) == name
 
 
 def test_failures_are_named_after_all_have_run_and_only_they_run_again(tmp_path: Path) -> None:
@@ -50,12 +50,27 @@ def test_failures_are_named_after_all_have_run_and_only_they_run_again(tmp_path:
     assert (tmp_path / "calls").read_text().split() == ["bad", "good", "bad"]
 
 
-def test_markers(tmp_path: Path) -> None:
-    assert not is_done(tmp_path, {"a": 1})
-    mark_done(tmp_path, {"a": 1})
-    assert is_done(tmp_path, {"a": 1}) and not is_done(tmp_path, {"a": 2})
+def test_a_part_is_made_again_only_from_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(code: str, made_from: dict[str, int]) -> str:
+        make(
+            tmp_path,
+            "data: a file",
+            [sys.executable, "-c", code],
+            made_from,
+            {"NAME": str(tmp_path / "calls")},
+        )
+        return capsys.readouterr().out
+
+    call = "import os; open(os.environ['NAME'], 'a').write('x')"
+    assert made(call, {"a": 1}) == "data: a file\n" and made(call, {"a": 1}) == "data: done before\n"
+    assert made(call, {"a": 2}) == "data: a file\n" and (tmp_path / "calls").read_text() == "xx"
     (tmp_path / "done.json").write_text("{")
-    assert not is_done(tmp_path, {"a": 1})
+    with pytest.raises(PartFailed, match=r"^data ended with 3; its message is above$"):
+        made("exit(3)", {"a": 2})
+    made(call, {"a": 2})
+    assert (tmp_path / "calls").read_text() == "xxx"
 
 
 def test_bad_flags_end_at_once(capsys: pytest.CaptureFixture[str]) -> None:

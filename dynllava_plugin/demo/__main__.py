@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, call, digest, is_done, mark_done
+from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, digest, make
 from dynllava_plugin.demo.runs import evaluate, plan
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.own_sets.easy_vqa import DATA_VARIABLE
@@ -24,12 +24,8 @@ from dynllava_plugin.files import write_json, write_text
 
 CHECKPOINT = "dynamic_tiny"
 PRESET = ROOT / "train" / "configs" / "tiny.yaml"
-FINETUNE = {
-    "held_out": "0",
-    "logging_steps": "5",
-    "dataloader_num_workers": "0",
-    "seed": "0",
-}  # over the preset
+# Over the preset.
+FINETUNE = {"held_out": "0", "logging_steps": "5", "dataloader_num_workers": "0", "seed": "0"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,15 +97,10 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def build_data(folder: Path) -> Path:
-    """Return the folder of easy-VQA converted to LLaVA's format and the three test sets."""
+    """Return the folder of easy-VQA converted to LLaVA's format and the test sets."""
     command = [sys.executable, str(ROOT / "train" / "easy_vqa.py"), "--output_dir", str(folder)]
-    if is_done(folder, {"command": command[2:]}):
-        print("data: done before")
-        return folder
-    print("data: easy-VQA's images as conversations and test sets", flush=True)
-    call(command, "building the data")
-    mark_done(folder, {"command": command[2:]})
-    return folder
+    title = "data: easy-VQA's images as conversations and test sets"
+    return make(folder, title, command, {"command": command[2:]}, {})
 
 
 def finetune(data: Path, folder: Path, steps: int) -> Path:
@@ -117,28 +108,23 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     options = {**FINETUNE, "max_steps": str(steps), "output_dir": str(folder)}
     options |= {"data_path": str(data / "train.json"), "image_folder": str(data)}
     tiny = ROOT / "dynllava_plugin" / "assets" / "tiny_llava" / "model.safetensors"
-    made_from = {
-        "options": options,
-        "preset": digest(PRESET),
-        "start": digest(tiny),
-        "data": digest(data / "train.json"),
-    }
-    if is_done(folder, made_from):
-        print("finetuning: done before")
-        return folder
-    print("finetuning: the tiny LLaVA learns which image and output tokens to keep", flush=True)
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]  # its own default is one thread
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    script = str(ROOT / "train" / "finetune.py")
-    call(
-        [sys.executable, *launch, script, str(PRESET), *flags, "--overwrite_output_dir", "true"],
-        "the finetuning",
-        KEEP_MEMORY,
-    )
-    mark_done(folder, made_from)
-    return folder
+    made_from = {"options": options, "preset": digest(PRESET), "start": digest(tiny)}
+    made_from["data"] = digest(data / "train.json")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]  # its own default is one thread
+    command += [str(ROOT / "train" / "finetune.py"), str(PRESET)]
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    title = "finetuning: the tiny LLaVA learns which image and output tokens to keep"
+    return make(folder, title, [*command, "--overwrite_output_dir", "true"], made_from, KEEP_MEMORY)
 
 
 def report(folder: Path, runs: list[Path], output: Path, limit: int | None, seconds: float) -> None:
@@ -150,13 +136,8 @@ def report(folder: Path, runs: list[Path], output: Path, limit: int | None, seco
     table = read_results(folder, runs).drop(columns="file")
     text = summary(table)
     write_text(output / "table.csv", table.to_csv(index=False))
-    machine: dict[str, Any] = {
-        "host": host(),
-        "versions": versions(),
-        "questions": limit or "all",
-        "seconds": round(seconds, 1),
-    }
-    write_json(output / "machine.json", machine)
+    machine: dict[str, Any] = {"host": host(), "versions": versions(), "questions": limit or "all"}
+    write_json(output / "machine.json", {**machine, "seconds": round(seconds, 1)})
     facts = machine["host"]
     note = f"{facts['processor']}, {facts['cores']} cores; {limit or 'all'} questions of each benchmark"
     everything = render(table, "markdown")

@@ -24,20 +24,32 @@ class PartFailed(Exception):
     """A part of the demo ended with an error; the message says which and why."""
 
 
-def call(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
-    """Run a command with its output shown; `PartFailed` with `what` where it ends with an error."""
-    if code := run(command, environment={"HF_HUB_OFFLINE": "1", **(environment or {})}, cwd=ROOT):
-        raise PartFailed(f"{what} ended with {code}; its message is above")
+def make(
+    folder: Path, title: str, command: list[str], made_from: dict[str, Any], environment: dict[str, str]
+) -> Path:
+    """Return `folder` once `command` has made it; nothing is run where it was made from the same before.
 
+    Parameters
+    ----------
+    title : str
+        What is done, behind the part's name: ``data: easy-VQA's images``.
+    made_from : dict
+        All that decides what is made, for JSON.
 
-def is_done(folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether `folder` holds a finished part that was made from the same."""
-    return saved_json(folder / MARKER) == made_from
-
-
-def mark_done(folder: Path, made_from: dict[str, Any]) -> None:
-    """Leave the marker that `is_done` reads."""
+    Raises
+    ------
+    PartFailed
+        If the command ends with an error.
+    """
+    part = title.partition(":")[0]
+    if saved_json(folder / MARKER) == made_from:
+        print(f"{part}: done before")
+        return folder
+    print(title, flush=True)
+    if code := run(command, environment={"HF_HUB_OFFLINE": "1", **environment}, cwd=ROOT):
+        raise PartFailed(f"{part} ended with {code}; its message is above")
     write_json(folder / MARKER, made_from)
+    return folder
 
 
 def digest(path: Path) -> str:

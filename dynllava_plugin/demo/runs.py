@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,17 @@ from dynllava_plugin.evaluation.suite.runs import Run
 SHORT, LONG = ("easy_vqa", "easy_vqa_scenes"), "easy_vqa_describe"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table: the same checkpoint under other settings.
-
-    Attributes
-    ----------
-    name : str
-        As the table calls it.
-    sparsity : dict
-        Overrides, by the suite's names.
-    long : bool
-        Whether it also describes scenes; the control's question is answered by the short answers.
-    """
-
-    name: str
-    sparsity: dict[str, Any]
-    long: bool = False
-
-
 RANDOM = {"mode": "image_text", "image_policy": "random"}
-SETTINGS = (
-    Setting("full", {"mode": "full"}, long=True),
-    Setting("image", {"mode": "image"}, long=True),
-    Setting("image_text", {"mode": "image_text"}, long=True),
-    Setting("random", RANDOM),
-    Setting("image_text@10%", {"mode": "image_text", "vision_keep_rate": 0.1}),
-    Setting("random@10%", {**RANDOM, "vision_keep_rate": 0.1}),
-)
+# The table's rows, as it calls them: the same checkpoint under other settings of a suite.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "image": {"mode": "image"},
+    "image_text": {"mode": "image_text"},
+    "random": RANDOM,
+    "image_text@10%": {"mode": "image_text", "vision_keep_rate": 0.1},
+    "random@10%": {**RANDOM, "vision_keep_rate": 0.1},
+}
+DESCRIBED = ("full", "image", "image_text")  # the control's question is answered by the short answers
 
 
 def plan(folder: Path, checkpoint: str, limit: int | None, batch_size: int, jobs: int) -> list[Run]:
@@ -56,10 +39,10 @@ def plan(folder: Path, checkpoint: str, limit: int | None, batch_size: int, jobs
         "output": folder,
     }
     runs = []
-    for setting in SETTINGS:
-        benchmarks = [*SHORT, LONG] if setting.long else list(SHORT)
-        config = SuiteConfig.read(Path("easy_vqa"), {**common, "benchmarks": benchmarks, **setting.sparsity})
-        runs += [replace(run, mode=setting.name) for run in suite.plan(config, None)]
+    for name, sparsity in SETTINGS.items():
+        benchmarks = [*SHORT, LONG] if name in DESCRIBED else list(SHORT)
+        config = SuiteConfig.read(Path("easy_vqa"), {**common, "benchmarks": benchmarks, **sparsity})
+        runs += [replace(run, mode=name) for run in suite.plan(config, None)]
     return runs
 
 
