@@ -36,24 +36,14 @@ METHODS = {"full": "LLaVA-1.5", "image": "Dynamic-LLaVA_I", "image_text": "Dynam
 LLMS = ("7B", "13B")
 TITLES = {"1": "Table 1 (understanding)", "3": "Table 3 (generation)", "12": "Table 12"}
 _CSV_TABLES = {"1": "1/11"}
+DIFFERENCES = {
+    f"{first} - {second}": (first, second)
+    for first, second in ((VLMEVALKIT, LMMS_EVAL), (LMMS_EVAL, "paper"), (VLMEVALKIT, "paper"))
+}
 COMPARISON = (
-    "table",
-    "checkpoint",
-    "mode",
-    "benchmark",
-    "metric",
-    "unit",
-    "lmms-eval",
-    "vlmevalkit",
-    "vlmevalkit - lmms-eval",
-    "paper_method",
-    "paper",
-    "lmms-eval - paper",
-    "vlmevalkit - paper",
-    "n lmms-eval",
-    "n vlmevalkit",
-    *COUNT_COLUMNS,
-    "note",
+    *("table", "checkpoint", "mode", "benchmark", "metric", "unit", LMMS_EVAL, VLMEVALKIT),
+    *("vlmevalkit - lmms-eval", "paper_method", "paper", "lmms-eval - paper", "vlmevalkit - paper"),
+    *("n lmms-eval", "n vlmevalkit", *COUNT_COLUMNS, "note"),
 )
 
 
@@ -75,28 +65,23 @@ def paper_value(benchmark: Benchmark, metric: Metric, method: str, llm: str) -> 
     llm : str
         ``7B`` or ``13B``.
     """
-    if not metric.paper or not benchmark.paper_table:
-        return None
-    rows = paper_results()
-    table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
-    wanted = {
-        "table": table,
-        "llm": llm,
-        "method": method,
-        "benchmark": benchmark.name,
-        "metric": metric.paper,
-    }
-    for column, value in wanted.items():
-        rows = rows[rows[column] == value]
-    return float(rows["value"].iloc[0]) * metric.paper_factor if len(rows) else None
+    rows = _rows_of(benchmark, metric)
+    mine = rows[(rows["llm"] == llm) & (rows["method"] == method) & (rows["benchmark"] == benchmark.name)]
+    known = metric.paper and len(mine)
+    return float(mine["value"].iloc[0]) * metric.paper_factor if known else None
 
 
 def paper_decimals(benchmark: Benchmark, metric: Metric) -> int:
     """Return how many decimals the paper's figures of a metric have, in the metric's unit."""
+    values = _rows_of(benchmark, metric)["value"] * metric.paper_factor
+    return max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+
+
+def _rows_of(benchmark: Benchmark, metric: Metric) -> pd.DataFrame:
+    """The rows of a metric, of all benchmarks in the paper's table that has `benchmark`."""
     rows = paper_results()
     table = _CSV_TABLES.get(benchmark.paper_table, benchmark.paper_table)
-    values = rows[(rows["table"] == table) & (rows["metric"] == metric.paper)]["value"] * metric.paper_factor
-    return max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+    return rows[(rows["table"] == table) & (rows["metric"] == metric.paper)]
 
 
 def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
@@ -134,34 +119,16 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
         metric = next(item for item in benchmark.metrics if item.name == metric_name)
         size = llm or ("13B" if "13b" in checkpoint.lower() else "7B")
         method = METHODS.get(group["method"].iloc[0], "")
-        value = paper_value(benchmark, metric, method, size)
-        found = {
-            str(row["harness"]): row["value"] if row["status"] == SCORED else str(row["status"])
-            for row in group.to_dict("records")
-        }
-        counts = {str(row["harness"]): row["n"] for row in group.to_dict("records")}
-        ours, kits = found.get(LMMS_EVAL), found.get(VLMEVALKIT)
-        rows.append(
-            {
-                "table": benchmark.paper_table,
-                "checkpoint": checkpoint,
-                "mode": mode,
-                "benchmark": name,
-                "metric": metric_name,
-                "unit": metric.unit,
-                "lmms-eval": ours,
-                "vlmevalkit": kits,
-                "vlmevalkit - lmms-eval": _difference(kits, ours),
-                "paper_method": f"{method} {size}" if method and value is not None else None,
-                "paper": value,
-                "lmms-eval - paper": _difference(ours, value),
-                "vlmevalkit - paper": _difference(kits, value),
-                "n lmms-eval": counts.get(LMMS_EVAL),
-                "n vlmevalkit": counts.get(VLMEVALKIT),
-                **costs[checkpoint, mode],
-                "note": benchmark.note,
-            }
-        )
+        row: dict[str, Any] = {"table": benchmark.paper_table, "checkpoint": checkpoint, "mode": mode}
+        row |= {"benchmark": name, "metric": metric_name, "unit": metric.unit, "note": benchmark.note}
+        for found in group.to_dict("records"):
+            scored = found["status"] == SCORED
+            row[str(found["harness"])] = found["value"] if scored else str(found["status"])
+            row[f"n {found['harness']}"] = found["n"]
+        row["paper"] = paper_value(benchmark, metric, method, size)
+        row["paper_method"] = f"{method} {size}" if method and row["paper"] is not None else None
+        row |= {title: _difference(*map(row.get, names)) for title, names in DIFFERENCES.items()}
+        rows.append(row | costs[checkpoint, mode])
     if not rows:
         raise UserError(
             "--compare-paper: none of the results is of a benchmark in the paper's tables 1, 3 or 12"
@@ -175,24 +142,20 @@ def render_comparison(comparison: pd.DataFrame, style: str) -> str:
         raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":
         return comparison.to_csv(index=False)
+    # What is no table: headings and notes of Markdown, comments of LaTeX.
+    heading_mark, note_mark, gap = ("% ", "% ", "") if style == "latex" else ("### ", "* ", "\n")
     parts = []
     for table, title in TITLES.items():
         of_table = comparison[comparison["table"] == table]
         for (checkpoint, mode), rows in of_table.groupby(["checkpoint", "mode"], sort=False):
             methods = [name for name in rows["paper_method"] if isinstance(name, str)]
             beside = f", beside the paper's {methods[0]}" if methods else ", which the paper doesn't have"
-            heading = f"{title}: {checkpoint}, mode {mode}{beside}"
-            text = frame_text(_cells(rows), style)
-            counts = _counts(rows.iloc[0])
+            heading = f"{heading_mark}{title}: {checkpoint}, mode {mode}{beside}\n"
+            counts = f"{'% ' if style == 'latex' else ''}{_counts(rows.iloc[0])}\n"
             notes = [f"{row['benchmark']}: {row['note']}." for row in rows.to_dict("records") if row["note"]]
-            if style == "latex":
-                parts.append(
-                    f"% {heading}\n% {counts}\n{text}"
-                    + "".join(f"% {note}\n" for note in dict.fromkeys(notes))
-                )
-            else:
-                lines = "\n".join(f"* {note}" for note in dict.fromkeys(notes))
-                parts.append(f"### {heading}\n\n{counts}\n\n{text}" + (f"\n{lines}\n" if notes else ""))
+            lines = "".join(f"{note_mark}{note}\n" for note in dict.fromkeys(notes))
+            text = [heading, counts, frame_text(_cells(rows), style), *([lines] if lines else [])]
+            parts.append(gap.join(text))
     return "\n".join(parts)
 
 
