@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
@@ -248,7 +248,7 @@ class ProcessorEncoder(Encoder):
                 **given,
             )
         except Exception as error:  # image processors refuse an image each in their own way
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            reason = one_line(error)
             raise UserError(f"{request.name}: the checkpoint's processor refuses it ({reason})") from error
         tensors = {name: found[name] for name in self._model.image_inputs if name in found}
         if "pixel_values" in tensors:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.model.prompts import ASSISTANT, IMAGE_TOKEN, USER, vicuna_v1, with_images
 
@@ -167,8 +167,9 @@ class ChatTemplate(PromptStyle):
                 add_generation_prompt=turns[-1][1] is None,
             )
         except Exception as error:  # what a template raises is its own
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(f"{name}: the checkpoint's chat template can't write it ({reason})") from None
+            raise UserError(
+                f"{name}: the checkpoint's chat template can't write it ({one_line(error)})"
+            ) from None
 
     def _answer_span(self, asked: str, answer: str, text: str, name: str) -> tuple[int, int]:
         # A template may write an answer's header another way than it asks for one ("assistant \n", "assistant\n").

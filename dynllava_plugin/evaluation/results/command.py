@@ -69,21 +69,25 @@ def _benchmarks(args: argparse.Namespace) -> int:
 
 def benchmarks_text() -> str:
     """Return the registry as a Markdown table."""
-    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, HARNESSES
-    from dynllava_plugin.evaluation.results.paper import METHODS, paper_value
+    import pandas as pd
 
-    lines = [
-        "| benchmark | split | lmms-eval `--tasks` | VLMEvalKit `--data` | metrics (↓: lower is better) | needs | paper, 7B I\\|T |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL, VLMEVALKIT
+    from dynllava_plugin.evaluation.results.paper import METHODS, paper_value
+    from dynllava_plugin.evaluation.results.tables import frame_text
+
+    rows = []
     for item in BENCHMARKS:
-        cells = [", ".join(f"`{name}`" for name in item.tasks(harness)) or "-" for harness in HARNESSES]
-        metrics = ", ".join(
-            metric.name + ("" if metric.higher_is_better else " ↓") for metric in item.metrics
+        metrics = (metric.name + ("" if metric.higher_is_better else " ↓") for metric in item.metrics)
+        value = paper_value(item, item.metrics[0], METHODS["image_text"], "7B")
+        rows.append(
+            {
+                "benchmark": item.name,
+                "split": item.split,
+                "lmms-eval `--tasks`": ", ".join(f"`{name}`" for name in item.tasks(LMMS_EVAL)) or "-",
+                "VLMEvalKit `--data`": ", ".join(f"`{name}`" for name in item.tasks(VLMEVALKIT)) or "-",
+                "metrics (↓: lower is better)": ", ".join(metrics),
+                "needs": item.needs,
+                "paper, 7B I|T": "" if value is None else f"{value:g}",
+            }
         )
-        values = [paper_value(item, metric, METHODS["image_text"], "7B") for metric in item.metrics]
-        value = f"{values[0]:g}" if values and values[0] is not None else ""
-        lines.append(
-            f"| {item.name} | {item.split} | {cells[0]} | {cells[1]} | {metrics} | {item.needs} | {value} |"
-        )
-    return "\n".join(lines) + "\n"
+    return frame_text(pd.DataFrame(rows), "markdown")

@@ -22,7 +22,6 @@ from dynllava_plugin.evaluation.benchmarks import (
 from dynllava_plugin.evaluation.results.results import SCORED
 from dynllava_plugin.evaluation.results.tables import (
     COUNT_COLUMNS,
-    FORMATS,
     decimals,
     frame_text,
     largest_runs,
@@ -138,8 +137,6 @@ def compare(table: pd.DataFrame, llm: str | None = None) -> pd.DataFrame:
 
 def render_comparison(comparison: pd.DataFrame, style: str) -> str:
     """Return one table for each of the paper's tables, checkpoint and mode, with the notes that belong to it."""
-    if style not in FORMATS:
-        raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":
         return comparison.to_csv(index=False)
     # What is no table: headings and notes of Markdown, comments of LaTeX.

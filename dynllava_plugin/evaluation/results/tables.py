@@ -26,7 +26,6 @@ __all__ = [
     "render",
 ]
 
-FORMATS = ("markdown", "csv", "latex")
 COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
 _LONG = 20  # tokens; which of fewer stay says nothing
 # Figures for reading; CSV and JSON are never rounded.
@@ -146,15 +145,9 @@ def span(values: pd.Series, text: Callable[[float], str] = "{:.0f}".format) -> s
 def render(table: pd.DataFrame, style: str) -> str:
     """Return the table as text.
 
-    Markdown and LaTeX have one mode a row, or one benchmark a row where there are many; CSV one figure a row.
-
-    Raises
-    ------
-    UserError
-        For another style.
+    Markdown and LaTeX have one mode a row, or one benchmark a row where there are many; CSV one figure a row. A `UserError` names
+    another style.
     """
-    if style not in FORMATS:
-        raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     if style == "csv":
         return table.to_csv(index=False)
     notes = left_out(table) if style == "markdown" else ""
@@ -172,7 +165,9 @@ def _finished(wide: pd.DataFrame) -> pd.DataFrame:
 
 
 def frame_text(frame: pd.DataFrame, style: str) -> str:
-    """Return a frame of finished cells as a Markdown or LaTeX table."""
+    """Return a frame of finished cells as a Markdown or LaTeX table; `UserError` for another style."""
+    if style not in ("markdown", "latex"):
+        raise UserError(f"--format: unknown value {style!r}; choose markdown, csv or latex")
     escapes = LATEX if style == "latex" else MARKDOWN
     columns = [name.translate(escapes) for name in frame.columns]
     rows = [[str(value).translate(escapes) for value in row] for row in frame.to_numpy().tolist()]

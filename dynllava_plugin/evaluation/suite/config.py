@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.benchmarks import HARNESSES, Benchmark, find_benchmark
 from dynllava_plugin.evaluation.options import checked, option
 from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings
@@ -62,7 +62,7 @@ class SuiteConfig(RunSettings):
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror})") from None
         except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(f"{path}: not YAML ({one_line(error, 200)})") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: expected keys like `benchmarks: [GQA, POPE]`")
         own = {item.name: item for item in fields(cls) if item.metadata}
