@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from dynllava_plugin.environment import free_bytes
 from dynllava_plugin.errors import one_line
 from dynllava_plugin.model.attention import SparseCall, WatchedRows, context_mask, use_sparse_attention
-from dynllava_plugin.model.gate import Tokens, decide, gather_positions, segment_ends
+from dynllava_plugin.model.gate import Tokens, decide, segment_ends
 from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.model.token_layout import position_offset
@@ -203,32 +203,24 @@ def _aligned(tokens: Tokens, counts: Sequence[int], to: Bucket) -> tuple[torch.T
 
     Padding stands behind each prompt; rows beyond the batch repeat its last one.
     """
-    valid, width = tokens.valid, max(counts)
+    valid, device = tokens.valid, tokens.hidden.device
     batch, length = valid.shape
-    more, behind = to.batch - batch, to.length - width
-    order = None if min(counts) == length else packing_order(valid, width)
-
-    def states(values: torch.Tensor) -> torch.Tensor:
-        values = values if order is None else pick(values, order)
-        values = pad(values, (0, 0, 0, behind))
-        return torch.cat([values, values[-1:].expand(more, -1, -1)]) if more else values
+    rows = torch.arange(to.batch, device=device).clamp(max=batch - 1)
+    order = torch.arange(length, device=device).expand(batch, -1)
+    if min(counts) < length:
+        order = packing_order(valid, max(counts))
+    order = pad(order, (0, to.length - order.shape[1]))[rows]  # what stands on padding doesn't matter
 
     def positions(values: torch.Tensor) -> torch.Tensor:
-        values = values.expand(*values.shape[:-2], batch, -1)
-        values = pad(values if order is None else gather_positions(values, order), (0, behind))
-        if not more:
-            return values
-        return torch.cat([values, values[..., -1:, :].expand(*values.shape[:-2], more, -1)], -2)
+        return values.expand(*values.shape[:-2], batch, -1)[..., rows[:, None], order]
 
-    lengths = valid.sum(1)
-    lengths = torch.cat([lengths, lengths[-1:].expand(more)])
-    places = valid.new_zeros(0, dtype=torch.int64)
+    places = order.new_zeros(0)
     if to.images:
         columns = (valid.cumsum(1) - 1).flatten()[tokens.layout.image_index].view(batch, -1)
-        columns = torch.cat([columns, columns[-1:].expand(more, -1)])
-        places = (columns + torch.arange(to.batch, device=columns.device)[:, None] * to.length).flatten()
+        places = (columns[rows] + torch.arange(to.batch, device=device)[:, None] * to.length).flatten()
+    states = (values[rows[:, None], order] for values in (tokens.hidden, *tokens.deepstack))
     text, turned = positions(tokens.text_positions), positions(tokens.position_ids)
-    return states(tokens.hidden), places, lengths, text, turned, *map(states, tokens.deepstack)
+    return next(states), places, valid.sum(1)[rows], text, turned, *states
 
 
 def _tokens(given: tuple[torch.Tensor, ...], to: Bucket) -> Tokens:

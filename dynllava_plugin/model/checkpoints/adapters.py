@@ -9,13 +9,12 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.sources import read_json
-from dynllava_plugin.model.checkpoints.weights import IGNORED, PREDICTORS, our_name, read_file
+from dynllava_plugin.model.checkpoints.weights import PREDICTORS, read_weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Beside an adapter of the published and the original code: projector, predictors, all that trained in full.
 TRAINED = "non_lora_trainables.bin"
-PREFIX = "base_model.model."
 # What would change the merge, with the value that doesn't.
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -60,8 +59,8 @@ def merge_adapter(
     file = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if file is None:
         raise UserError(f"{directory}: no {' nor '.join(WEIGHTS)} here")
-    merged = {**tensors, **(_read(directory / TRAINED) if (directory / TRAINED).is_file() else {})}
-    adapter = _read(file)
+    merged = {**tensors, **(read_weights(directory / TRAINED) if (directory / TRAINED).is_file() else {})}
+    adapter = read_weights(file)
     for name, tensor in adapter.items():
         if PREDICTORS.match(name) and ".lora_" not in name:
             merged[name] = tensor
@@ -83,14 +82,3 @@ def merge_adapter(
             )
         merged[target] = change.add_(weight).to(dtype)
     return merged
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors under this package's names, from names of a wrapped model: ``base_model.model.model.layers...``."""
-    tensors = {}
-    for name, tensor in read_file(file).items():
-        plain = name.removeprefix(PREFIX)
-        plain = plain.removeprefix("model.") if plain.startswith("model.model.") else plain
-        if not IGNORED.search(plain):
-            tensors[our_name(plain)] = tensor
-    return tensors

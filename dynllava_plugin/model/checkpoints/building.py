@@ -36,7 +36,7 @@ def empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
     family: Any = FAMILIES[config.model_type.removeprefix(PREFIX)]
     try:
         with torch.device("meta"):
-            return family._from_config(config, dtype=dtype, **_options(attention))
+            return family._from_config(config, dtype=dtype, attn_implementation=attention)
     except (ImportError, ValueError) as error:
         if attention is None or isinstance(error, UserError):
             raise
@@ -47,8 +47,8 @@ def empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
 def build(
     directory: Path,
     config: Any,
-    tensors: dict[str, torch.Tensor] | None,
-    dtype: torch.dtype | None,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
     attention: str | None = None,
     device: torch.device | None = None,
     quantization: Any = None,
@@ -58,34 +58,32 @@ def build(
 ) -> tuple[Any, bool]:
     """Return the model of a folder on `device`, and whether its predictors are fresh.
 
-    Its weights are `tensors` under this package's names, which are not copied, or, where None, the folder's files; a missing one
-    that `may_be_absent`, and predictors that `may_be_fresh` where none is there, are drawn as transformers draws them. With a
-    `quantization` config weights are made of fewer bits. Raises `UserError` for others that are missing, superfluous, damaged or
-    of another shape, and for an attention implementation that isn't there.
+    Its weights are `tensors` under this package's names, which are not copied; a missing one that `may_be_absent`, and predictors
+    that `may_be_fresh` where none is there, are drawn as transformers draws them. With a `quantization` config weights are made
+    of fewer bits. Raises `UserError` for others that are missing, superfluous, damaged or of another shape, and for an attention
+    implementation that isn't there.
     """
     if attention is not None:
-        empty_model(config, dtype or torch.float32, attention)
-    options = _options(attention)
+        empty_model(config, dtype, attention)
+    options: dict[str, Any] = {}
     if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
+        options = {"quantization_config": quantization, "device_map": {"": device}}
     family: Any = FAMILIES[config.model_type.removeprefix(PREFIX)]
-    names = set(tensors or ())
     try:
         model, info = family.from_pretrained(
-            directory if tensors is None else None, config=config, state_dict=tensors, dtype=dtype or "auto",
+            None, config=config, state_dict=tensors, dtype=dtype, attn_implementation=attention,
             ignore_mismatched_sizes=True, output_loading_info=True, **options,
         )  # fmt: skip
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{directory}: cannot be loaded ({one_line(error)})") from None
-    if tensors is not None:
-        model._weight_conversions = []  # `save_pretrained` keeps these names
-    missing = sorted(name for name in info["missing_keys"] if not may_be_absent(name))
+    model._weight_conversions = []  # `save_pretrained` keeps these names
     predictors = {name for name, _ in model.named_parameters() if PREDICTORS.match(name)}
     fresh = may_be_fresh and predictors <= info["missing_keys"]
-    missing = [name for name in missing if not (fresh and name in predictors)]
-    extra = sorted({*info["unexpected_keys"], *(names - set(model.state_dict()))})
+    missing = info["missing_keys"] - predictors if fresh else info["missing_keys"]
+    missing = sorted(name for name in missing if not may_be_absent(name))
+    extra = sorted({*info["unexpected_keys"], *(set(tensors) - set(model.state_dict()))})
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("not part of the model", extra))
@@ -101,7 +99,3 @@ def build(
         torch.nn.Module.to(model, device)
     model.config.name_or_path = str(directory)
     return model.eval(), fresh
-
-
-def _options(attention: str | None) -> dict[str, Any]:
-    return {} if attention is None else {"attn_implementation": attention}

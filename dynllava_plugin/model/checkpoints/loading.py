@@ -32,7 +32,6 @@ from dynllava_plugin.model.checkpoints.weights import (
     is_added,
     read_ahead,
     read_file,
-    read_vision_weights,
     read_weights,
     weight_files,
 )
@@ -148,9 +147,6 @@ class _Checkpoint:
         self._generation_config()
         if is_adapter(self.directory) or (HUB_ID.match(str(self.name)) and not Path(self.name).is_dir()):
             return
-        self._check_weight_files()
-
-    def _check_weight_files(self) -> None:
         names = [name for file in weight_files(self.directory) for name in read_file(file)]
         check_depth(self.directory, names, self.config.text_config.num_hidden_layers)
 
@@ -163,21 +159,17 @@ class _Checkpoint:
     ) -> SparseVLM:
         """Return the model with the checkpoint's weights; the arguments are `load_model`'s."""
         target = find_device(device)
-        if self.layout == FAMILY:
-            wanted = None if dtype in (None, "auto") else find_dtype(dtype, self.config, torch.float32)
-            model, fresh = self._family_model(
-                wanted, attention, target, find_quantization(quantization, wanted)
-            )
-        else:
-            tensors = self._weights(dtype)
-            if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
-                tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
-            check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
-            wanted = self._dtype(dtype, tensors)
-            tensors = _with_rows(tensors, self.config.text_config.vocab_size)
-            bits = find_quantization(quantization, wanted)
-            model, fresh = self._build(tensors, wanted, attention, target, bits)
-            model.generation_config = self._generation_config()
+        tensors = self._weights(dtype)
+        if not self.config.sparsity.prompt_predictor:  # one that a published config.json leaves off
+            tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
+        check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
+        wanted = self._dtype(dtype, tensors)
+        model, fresh = build(
+            self.directory, self.config, _with_rows(tensors, self.config.text_config.vocab_size), wanted, attention, target,
+            find_quantization(quantization, wanted),
+            may_be_absent=self._may_be_absent, may_be_fresh=self.layout not in (OWN, PUBLISHED),
+        )  # fmt: skip
+        model.generation_config = self._generation_config()
         if fresh and self.policy.predictors:
             logger.warning(
                 "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
@@ -187,28 +179,6 @@ class _Checkpoint:
             )
         model.fresh_predictors = fresh
         return model
-
-    def _build(self, tensors: dict[str, torch.Tensor] | None, *placing: Any) -> tuple[Any, bool]:
-        return build(
-            self.directory, self.config, tensors, *placing,
-            may_be_absent=self._may_be_absent, may_be_fresh=self.layout not in (OWN, PUBLISHED),
-        )  # fmt: skip
-
-    def _family_model(self, dtype: Any, attention: str | None, device: Any, bits: Any) -> tuple[Any, bool]:
-        """Return what `build` does of a family's folder; an adapter is merged into its base."""
-        if not is_adapter(self.directory):
-            self._check_weight_files()
-            return self._build(None, dtype, attention, device, bits)
-        if bits is not None:
-            raise UserError(
-                f"quantization: {self.directory} is an adapter; convert it to a whole checkpoint first"
-            )
-        base = _Checkpoint(base_of(self.directory), {})
-        base.config = self.config  # and with it the size of the predictors
-        model, _ = base._family_model(dtype, attention, device, None)
-        model.load_state_dict(merge_adapter(self.directory, model.state_dict(), model.dtype))
-        model.config.name_or_path = str(self.directory)
-        return model, False
 
     def _dtype(self, asked: str | torch.dtype | None, tensors: dict[str, torch.Tensor]) -> torch.dtype:
         first = tensors.get(EMBEDDINGS[0], next(iter(tensors.values()), torch.empty(0)))
@@ -220,10 +190,12 @@ class _Checkpoint:
             tensors = self._base_weights(dtype)
             tensors = merge_adapter(self.directory, tensors, self._dtype(dtype, tensors))
         else:
-            read_ahead(self.directory)
-            tensors = read_weights(self.directory)
+            files = weight_files(self.directory)
+            read_ahead(files)
+            tensors = read_weights(*files)
         if self.layout in (ORIGINAL, PUBLISHED) and not any(name.startswith(VISION) for name in tensors):
-            tensors.update(read_vision_weights(vision_folder(self.directory, self.values, weights=True)))
+            files = weight_files(vision_folder(self.directory, self.values, weights=True))
+            tensors |= read_weights(*files, rename=lambda name: VISION + name.removeprefix("vision_model."))
         return tensors
 
     def _base_weights(self, dtype: str | torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -233,7 +205,9 @@ class _Checkpoint:
             self.layout in (ORIGINAL, PUBLISHED)
             and read_json(folder / "config.json").get("model_type") == "llama"
         ):
-            return read_weights(folder)  # the original code's adapters change an LLM without a vision side
+            return read_weights(
+                *weight_files(folder)
+            )  # the original code's adapters change an LLM without a vision side
         text: Any = self.config.text_config
         return _Checkpoint(name, {})._weights(dtype or self.config.dtype or text.dtype)
 

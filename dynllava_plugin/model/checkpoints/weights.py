@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -49,10 +49,13 @@ def as_rename(name: str, other: str) -> tuple[str, str]:
 
 # Names of any layout -> ours, applied top to bottom; the layouts do not collide, so that one table serves all.
 RENAMES = (
-    # llava-hf as published on the hub
+    # adapters name the weights of a wrapped model
+    (r"^base_model\.model\.", ""),
+    (r"^model\.model\.", "model."),
+    # stock families as published on the hub
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.(model\.)?", "model.language_model."),
-    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^(vision_tower|visual|multi_modal_projector|image_newline)\b", r"model.\1"),
     # original LLaVA-1.5 and published Dynamic-LLaVA
     *(as_rename(theirs, ours) for ours, theirs in BOTH_WAYS),
     (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
@@ -61,13 +64,14 @@ RENAMES = (
     (r"^model\.language_model\.model\.", "model.language_model."),
     (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # buffers that are computed
+# Buffers that are computed; of a full CLIP repository all but the vision half.
+IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|\.position_ids$|^(text_model|text_projection|visual_projection|logit_scale)\b"
+)
 PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|prompt_predictor|image_predictor(_\d+)?)\.")
 PROMPT_PREDICTOR = "model.language_model.prompt_predictor."
 VISION = "model.vision_tower."
 _DECODER_LAYER = re.compile(r"^(?!.*(?:vision|visual)).*\blayers\.(\d+)\.")
-# Of a full CLIP repository only the vision half is wanted.
-NOT_VISION = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)\b")
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -93,18 +97,17 @@ def our_name(published: str) -> str:
     return published
 
 
-def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint under our names, memory-mapped: reading costs nothing until one is used.
+def read_weights(*files: Path, rename: Callable[[str], str] = our_name) -> dict[str, torch.Tensor]:
+    """Return every tensor of weight files, renamed to our names, memory-mapped: reading costs nothing until one is used.
 
-    Raises `UserError` for no weight file, one missing that the index names, one truncated, or a ``.bin`` of more than
-    tensors.
+    Raises `UserError` for a file that is truncated, or a ``.bin`` of more than tensors.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(directory):
-        for name, tensor in read_file(path).items():
-            if not IGNORED.search(name):
-                tensors[our_name(name)] = tensor
-    return tensors
+    return {
+        rename(name): tensor
+        for path in files
+        for name, tensor in read_file(path).items()
+        if not IGNORED.search(name)
+    }
 
 
 def check_depth(directory: Path, names: Iterable[str], layers: int) -> None:
@@ -119,27 +122,18 @@ def check_depth(directory: Path, names: Iterable[str], layers: int) -> None:
         )
 
 
-def read_ahead(directory: Path) -> None:
-    """Ask the system to read the weight files now, while the model around them is being built."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in weight_files(directory):
+def read_ahead(files: Iterable[Path]) -> None:
+    """Ask the system to read weight files now, while the model around them is being built."""
+    for path in files if hasattr(os, "posix_fadvise") else ():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def read_vision_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Return a vision tower's own checkpoint, or the vision half of a CLIP, under our names."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(directory):
-        for name, tensor in read_file(path).items():
-            if not NOT_VISION.match(name) and not IGNORED.search("." + name):
-                tensors[VISION + name.removeprefix("vision_model.")] = tensor
-    return tensors
-
-
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files that hold a checkpoint's weights: safetensors where there are any, else PyTorch files."""
+    """Return the files that hold a checkpoint's weights: safetensors where there are any, else PyTorch files.
+
+    Raises `UserError` for no such file, or one missing that an index names.
+    """
     for single, index in (SAFETENSORS, PICKLES):
         if (directory / single).is_file():
             return [directory / single]
