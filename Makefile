@@ -36,23 +36,24 @@ table-full: setup
 	$(PY) -m dynllava_plugin.demo --full
 
 # Tables and plots as in results/efficiency, results/training and results/harness, of this machine: in $(OUT), and an interrupted run
-# goes on where it was. The committed ones: OUT=results, without the cpu*.json of before; rows of a GPU beside them join the tables.
+# goes on where it was (docs/speed.md says how long each line takes). The committed ones: OUT=results, without the cpu*.json of before;
+# rows of a GPU beside them join the tables.
 OUT ?= outputs/bench
 CPU_ROWS = $(OUT)/efficiency/cpu.json
 BENCH_CPU = $(PY) -m dynllava_plugin.bench all --resume --device cpu --shape cpu-medium --json $(CPU_ROWS)
 bench-cpu: setup
-	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 11
-	$(BENCH_CPU) --only prefill --batch 16,32 --repeats 3
-	$(BENCH_CPU) --only decode --batch 1,8 --new-tokens 2000 --repeats 9
-	$(BENCH_CPU) --only decode --batch 4,16,32 --at 0,500 --repeats 7
-	$(BENCH_CPU) --only batching --batch 1,8 --at 200 --repeats 9
-	$(BENCH_CPU) --only nocache --batch 1,8 --at 0,250,500 --repeats 6
-	$(BENCH_CPU) --only memory --batch 1,8 --new-tokens 2000
-	$(BENCH_CPU) --only score --batch 1,8 --mode image_text --repeats 5
+	$(BENCH_CPU) --only prefill --batch 1,4,8 --repeats 7
+	$(BENCH_CPU) --only decode --batch 1,4,8 --at 0,1000,2000 --repeats 7
+	$(BENCH_CPU) --only prefill --batch 16,32 --mode image_text --repeats 3 --warmup 0
+	$(BENCH_CPU) --only decode --batch 16,32 --at 500 --mode image_text --repeats 5
+	$(BENCH_CPU) --only batching --batch 1,8 --at 200 --repeats 7
+	$(BENCH_CPU) --only nocache --batch 1,8 --at 0,500 --repeats 6 --warmup 0
+	$(BENCH_CPU) --only memory --batch 1,8 --at 0,1000,2000
+	$(BENCH_CPU) --only score --batch 1,8 --mode image_text --repeats 4
 	$(PY) -m dynllava_plugin.bench load --resume --device cpu --shape 12x768x12 --repeats 10 --json $(OUT)/efficiency/cpu_load.json
 	$(PY) -m dynllava_plugin.bench report $(CPU_ROWS) $(OUT)/efficiency/cpu_load.json \
 		$(wildcard $(OUT)/efficiency/h100_7b.json $(OUT)/efficiency/h100_13b.json) --output $(OUT)/efficiency
-	$(PY) -m dynllava_plugin.bench train --resume --device cpu --json $(OUT)/training/cpu.json
+	$(PY) -m dynllava_plugin.bench train --resume --device cpu --repeats 3 --json $(OUT)/training/cpu.json
 	$(PY) -m dynllava_plugin.bench report $(OUT)/training/cpu.json $(wildcard $(OUT)/training/h100_bench.json) --output $(OUT)/training
 
 # Questions a second in both harnesses, one at a time and in batches (12 minutes on 2 idle cores).

@@ -23,7 +23,7 @@ READ, LOAD = "safetensors", "load_model"
 
 def load(run: Run) -> None:
     """Time `load_model` of the shape's checkpoint, and its memory, until every weight has been read once."""
-    if run.rows.has([{"phase": "load"}]):
+    if run.rows.has({"phase": "load", "path": path} for path in ("cold", "warm")):
         return
     subject = run.subject
     place = Path(tempfile.gettempdir())

@@ -22,11 +22,15 @@ def memory(run: Run) -> None:
     """Bring every mode and batch size through prefill and decoding; what can't fit is a row, too."""
     lengths = spaced(run.lengths, STEPS)
     for batch in run.batches:
-        if all(run.has("memory", batch=batch, length=length) for length in lengths):
+        modes = [
+            mode for mode in run.modes
+            if not all(run.has("memory", [mode], batch=batch, length=length) for length in lengths)
+        ]  # fmt: skip
+        if not modes:
             continue
         prompts = run.subject.prompts(batch, lengths[-1] + STEPS)
         prompts.calibrate()
-        for mode in run.modes:
+        for mode in modes:
             release(run.subject.device)
             _one_mode(run, prompts, mode, lengths)
 

@@ -30,14 +30,19 @@ def prefill(run: Run) -> None:
 def nocache(run: Run) -> None:
     """Time one step without cache (the whole context again) after each number of generated tokens."""
     for batch in run.batches:
+        modes = run.parallel_modes
+        wanted = [
+            length for length in run.lengths if not run.has("nocache", modes, batch=batch, length=length)
+        ]
+        if not wanted:
+            continue
         prompts = run.subject.prompts(batch, max(run.lengths))
         if max(run.lengths):
             prompts.calibrate()
-        for length in run.lengths:
-            if not run.has("nocache", run.parallel_modes, batch=batch, length=length):
-                calls = {(mode, "eager"): partial(_uncached, prompts, length) for mode in run.parallel_modes}
-                times = run.times(calls, max(run.repeats // 2, 2), lambda key: run.subject.switch(key[0]))
-                _add(run, "nocache", batch, length, times)
+        for length in wanted:
+            calls = {(mode, "eager"): partial(_uncached, prompts, length) for mode in modes}
+            times = run.times(calls, max(run.repeats // 2, 2), lambda key: run.subject.switch(key[0]))
+            _add(run, "nocache", batch, length, times)
         release(run.subject.device)
 
 

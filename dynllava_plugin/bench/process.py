@@ -46,14 +46,16 @@ def peak_above(work: Callable[[], Any]) -> int | None:
 
 
 def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `call(*arguments)` from a process of its own, which no other work has left pages in.
+    """Return `call(*arguments)` from a process of its own, which has imported what `call` needs and left no other pages.
 
     Raises
     ------
     UserError
         The process failed, or was killed: by the system, where memory ran out.
     """
-    context = multiprocessing.get_context("spawn")
+    # Children are forked from one server that imports once and does nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([call.__module__])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(
         target=_answer, args=(theirs, torch.get_num_threads(), call, arguments), daemon=True
