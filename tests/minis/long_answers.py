@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from dynllava_plugin.cli import main
 from dynllava_plugin.easy_vqa.facts import load_tiles
 from dynllava_plugin.easy_vqa.scenes import DESCRIPTIONS, describe, scene_questions
 from dynllava_plugin.easy_vqa.writing import draw_scene, tile_scene
-from dynllava_plugin.evaluation.own_sets.generation.command import build
 from dynllava_plugin.files import write_text
 
 SIZE = 4  # samples of each set
@@ -48,15 +50,15 @@ def write_generation_sets(folder: Path) -> None:
     files = {"instruct": instruct, "sharegpt4v": captions, "mixture": mixture}
     for stem, content in files.items():
         write_text(folder / f"{stem}.json", json.dumps(content, indent=1) + "\n")
-    build(
-        folder,
-        folder / "instruct.json",
-        folder / "sharegpt4v.json",
-        images,
-        folder / "mixture.json",
-        size=SIZE,
-        report=lambda line: None,
-    )
+    flags = {
+        "--instruct": "instruct.json",
+        "--sharegpt4v": "sharegpt4v.json",
+        "--exclude": "mixture.json",
+        "--images": images,
+    }
+    typed = [part for flag, name in flags.items() for part in (flag, str(folder / name))]
+    with redirect_stdout(io.StringIO()):
+        assert main(["build-lvis", *typed, "--output", str(folder), "--size", str(SIZE)]) == 0
 
 
 def _entry(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:

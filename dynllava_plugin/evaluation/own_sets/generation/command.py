@@ -21,25 +21,13 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--instruct", type=Path, metavar="JSON", help="lvis_instruct4v_220k.json")
-    add(
-        "--sharegpt4v",
-        type=Path,
-        metavar="JSON",
-        help="captions, e.g. sharegpt4v_instruct_gpt4-vision_cap100k.json",
-    )
+    add("--sharegpt4v", type=Path, metavar="JSON",
+        help="captions, e.g. sharegpt4v_instruct_gpt4-vision_cap100k.json")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="only samples whose image is there; evaluation reads it")
-    add(
-        "--allow_outside",
-        action="store_true",
-        help="images may lie outside of --images ('..', absolute, links)",
-    )
-    add(
-        "--exclude",
-        type=Path,
-        metavar="JSON",
-        required=True,
-        help="the base model's training mixture, llava_v1_5_mix665k.json: none of its images may occur",
-    )
+    add("--allow_outside", action="store_true",
+        help="images may lie outside of --images ('..', absolute, links)")  # fmt: skip
+    add("--exclude", type=Path, metavar="JSON", required=True,
+        help="the base model's training mixture, llava_v1_5_mix665k.json: none of its images may occur")  # fmt: skip
     add("--output", type=Path, metavar="DIR", default=Path("data/generation"), help="default: %(default)s")
     add("--size", type=int, help="samples of each LVIS set (default: the paper's 1,000)")
     add("--seed", type=int, default=0)
@@ -47,77 +35,42 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.instruct is None and args.sharegpt4v is None:
-        raise UserError("build-lvis: give --instruct, --sharegpt4v, or both")
-    if args.size is not None and args.size < 1:
-        raise UserError(f"--size {args.size}: must be positive")
-    places = args.output, args.instruct, args.sharegpt4v, args.images, args.exclude
-    build(*places, args.size, args.seed, args.allow_outside)
-    return 0
-
-
-def build(
-    output: Path,
-    instruct: Path | None,
-    sharegpt4v: Path | None,
-    images: Path | None,
-    exclude: Path,
-    size: int | None = None,
-    seed: int = 0,
-    allow_outside: bool = False,
-    report: Callable[[str], None] = print,
-) -> None:
-    """Write the sets that the given files allow to `output`, each file whole.
-
-    Parameters
-    ----------
-    instruct, sharegpt4v : Path or None
-        LLaVA-format JSON of LVIS-Instruct4V and of ShareGPT4V's captions.
-    images : Path or None
-        Where their images are.
-    exclude : Path
-        LLaVA-format JSON of the training mixture.
-    allow_outside : bool
-        Images may lie outside of `images`.
-    report : callable
-        Takes the lines that say what each rule left.
-
-    Raises
-    ------
-    UserError
-        For a file that can't be read, an output that can't be written, an image outside of `images`, or, once the others
-        are written, a set without any candidate.
-    """
+    """Write the sets that the given files allow, each file whole; say what each rule left."""
     from dynllava_plugin.evaluation.own_sets.generation.conversations import images_of, read_conversations
     from dynllava_plugin.evaluation.own_sets.generation.rules import MULTI, SHAREGPT4V, SINGLE, select
     from dynllava_plugin.evaluation.own_sets.generation.sets import write_set
 
-    check_folder("--output", output)
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such folder")
-    found = None if images is None else _finder(images, allow_outside)
-    excluded = images_of(exclude)
-    report(f"{exclude}: {len(excluded)} images of the training mixture")
+    if args.instruct is None and args.sharegpt4v is None:
+        raise UserError("build-lvis: give --instruct, --sharegpt4v, or both")
+    if args.size is not None and args.size < 1:
+        raise UserError(f"--size {args.size}: must be positive")
+    check_folder("--output", args.output)
+    if args.images is not None and not args.images.is_dir():
+        raise UserError(f"--images {args.images}: no such folder")
+    found = None if args.images is None else _finder(args.images, args.allow_outside)
+    excluded = images_of(args.exclude)
+    print(f"{args.exclude}: {len(excluded)} images of the training mixture")
     empty: list[str] = []
-    for path, sets in ((instruct, (SINGLE, MULTI)), (sharegpt4v, (SHAREGPT4V,))):
+    for path, sets in ((args.instruct, (SINGLE, MULTI)), (args.sharegpt4v, (SHAREGPT4V,))):
         if path is None:
             continue
         conversations, broken = read_conversations(path)
-        _report_broken(path, broken, report)
+        _report_broken(path, broken)
         for rules in sets:
-            wanted = size if rules.size is not None else None
-            chosen, counts = select(conversations, rules, excluded, found, seed, wanted)
-            report(f"{rules.name}:")
+            wanted = args.size if rules.size is not None else None
+            chosen, counts = select(conversations, rules, excluded, found, args.seed, wanted)
+            print(f"{rules.name}:")
             for text, count in counts:
-                report(f"  {count:8,} {text}")
+                print(f"  {count:8,} {text}")
             if not chosen:
                 empty.append(f"{rules.name}: no conversation of {path} is left")
                 continue
-            facts = {"source": path.name, "excluded": exclude.name, "seed": seed, "counts": counts}
-            write_set(output, rules.name, chosen, images, facts)
+            facts = {"source": path.name, "excluded": args.exclude.name, "seed": args.seed, "counts": counts}
+            write_set(args.output, rules.name, chosen, args.images, facts)
     if empty:
         raise UserError("; ".join(empty) + " (the counts above say why; the other sets are written)")
-    report(f"written to {output}")
+    print(f"written to {args.output}")
+    return 0
 
 
 def _finder(images: Path, allow_outside: bool) -> Callable[[str], bool]:
@@ -134,11 +87,7 @@ def _finder(images: Path, allow_outside: bool) -> Callable[[str], bool]:
     return find
 
 
-def _report_broken(path: Path, broken: Sequence[str], report: Callable[[str], None]) -> None:
-    if not broken:
-        return
-    report(f"{path}: {len(broken)} broken entries left out")
-    for line in broken[:_NAMED]:
-        report(f"  {line}")
-    if len(broken) > _NAMED:
-        report(f"  and {len(broken) - _NAMED} more")
+def _report_broken(path: Path, broken: Sequence[str]) -> None:
+    if broken:
+        more = [f"and {len(broken) - _NAMED} more"] if len(broken) > _NAMED else []
+        print(f"{path}: {len(broken)} broken entries left out", *broken[:_NAMED], *more, sep="\n  ")

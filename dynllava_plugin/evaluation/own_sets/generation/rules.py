@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
 
 Rule = tuple[str, Callable[[Conversation], bool]]
 
 
-@dataclass(frozen=True)
-class SetRules:
-    """One set.
-
-    Attributes
-    ----------
-    name : str
-        Its file, and the stem of lmms-eval's tasks.
-    rules : tuple of (text, predicate)
-        Applied in order.
-    size : int or None
-        How many are drawn; None takes all.
-    """
+class SetRules(NamedTuple):
+    """One set: its file's name and lmms-eval's tasks' stem, rules applied in order, how many are drawn (None: all)."""
 
     name: str
     rules: tuple[Rule, ...]
