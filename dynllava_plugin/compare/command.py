@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynllava_plugin.errors import UserError, check_installed
+from dynllava_plugin.evaluation.options import add_flags
+from dynllava_plugin.evaluation.settings import ModelSettings, settings_named
 
 if TYPE_CHECKING:
     from dynllava_plugin.compare.answers import Harness
     from dynllava_plugin.compare.measuring import Comparison
     from dynllava_plugin.compare.subjects import Subject
     from dynllava_plugin.evaluation.benchmarks import Benchmark
-    from dynllava_plugin.evaluation.settings import ModelSettings
 
 DEFAULT_KEEP = (0.4, 0.2, 0.1)
 
@@ -53,12 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--tasks", nargs="+", default=["easy_vqa_scenes"], help="our benchmarks or lmms-eval's tasks"
     )
-    add("--limit", type=int, help="questions of each task (default: all)")
     add("--data", type=Path, metavar="DIR", help="local datasets: DIR/datasets/<owner>/<name>")
     add("--batch-size", "--batch_size", type=int, default=32, help="(default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:0, ...")
-    add("--dtype", help="float32, bfloat16, float16")
-    add("--attn-implementation", "--attn_implementation", help="sdpa, eager, flash_attention_2")
+    add_flags(parser, settings_named("limit", "device", "dtype", "attn_implementation"))
     add(
         "--repeats", type=int, default=9,
         help="timed prefills of each sample; 0 measures no time (default: %(default)s)",
@@ -70,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what isn't measured yet, then write tables and picture over all of it."""
     from dynllava_plugin.evaluation.locks import terminated_like_interrupted
-    from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import check_folder
 
     check_installed("compare", "eval", "lmms_eval")

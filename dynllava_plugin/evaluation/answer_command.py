@@ -12,12 +12,12 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.options import add_flags, checked
-from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings
+from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings, settings_named
 from dynllava_plugin.files import check_file, json_lines, leaves, write_text
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
 _COUNTS = ("prompt_tokens", "image_tokens", "kept_image_tokens", "generated_tokens")
-_ASKED = [item for item in fields(RunSettings) if item.name in ("limit", "batch_size")]
+_ASKED = settings_named("limit", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     settings = ModelSettings.from_dict(
         {item.name: getattr(args, item.name) for item in fields(ModelSettings)}
     )
-    given = {item.name: (item, getattr(args, item.name)) for item in _ASKED}
-    given = {name: pair for name, pair in given.items() if pair[1] is not None}
-    asking = RunSettings(**{name: checked(*pair, args.questions) for name, pair in given.items()})
+    given = {item: getattr(args, item.name) for item in _ASKED if getattr(args, item.name) is not None}
+    asking = RunSettings(**{item.name: checked(item, value, args.questions) for item, value in given.items()})
     check_file("--output", args.output)
     if args.output.exists():
         raise UserError(f"--output {args.output}: is there already; name a new file, or delete it")

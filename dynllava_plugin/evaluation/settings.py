@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,11 @@ class ModelSettings:
 def as_folder_name(parts: list[str]) -> str:
     """Return parts of a folder's name as one."""
     return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+
+
+def settings_named(*names: str) -> list[Field[Any]]:
+    """Return the settings of these names, a run's or a model's, for a command that hasn't all of them."""
+    return [setting for setting in (*fields(RunSettings), *fields(ModelSettings)) if setting.name in names]
 
 
 def arguments_help() -> str:

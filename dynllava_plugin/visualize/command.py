@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.options import add_flags
+from dynllava_plugin.evaluation.settings import ModelSettings, settings_named
 from dynllava_plugin.files import check_file
 
 
@@ -18,21 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", default="tiny", help="checkpoint folder, hub id, or tiny (default: %(default)s)")
     add("--policy", nargs="+", default=[None], metavar="POLICY",
         help="one or several, side by side, e.g. image_text fastv,k=2 (default: the checkpoint's)")  # fmt: skip
-    add("--vision-keep-rate", "--vision_keep_rate", type=float, help="share of image tokens that stay")
-    add(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        default=256,
-        help="of the answer (default: %(default)s)",
-    )
-    add(
-        "--output",
-        type=Path,
-        help="the picture's file (default: IMAGE's name + _kept.png, here); the page lies beside it as .html",
-    )
-    add("--device", help="cpu, cuda, cuda:0, ...")
-    add("--dtype", help="float32, bfloat16, float16")
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=256,
+        help="of the answer (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path,
+        help="the picture's file (default: IMAGE's name + _kept.png, here); the page lies beside it as .html")  # fmt: skip
+    add_flags(parser, settings_named("vision_keep_rate", "device", "dtype"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     check_file("--output", output)
 
     from dynllava_plugin import explain, load_model
-    from dynllava_plugin.evaluation.settings import ModelSettings
     from dynllava_plugin.files import write_bytes, write_text
     from dynllava_plugin.images import open_image
     from dynllava_plugin.policies.registry import policy_changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,6 @@ from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.benchmarks import HARNESSES, Benchmark, find_benchmark
 from dynllava_plugin.evaluation.options import checked, option
 from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings
-from dynllava_plugin.evaluation.suite.packaged import find_suite
 
 BOTH = "both"
 _MODEL = {item.name: item for item in fields(ModelSettings)}
@@ -125,6 +125,34 @@ class SuiteConfig(RunSettings):
             given["pretrained"] = str(Path(given["pretrained"]).resolve())
         modes = given.pop("mode", None) or (None,)
         return [ModelSettings.from_dict({**given, "mode": mode}) for mode in modes]
+
+
+def find_suite(given: Path) -> Path:
+    """Return the YAML file that `given` means: a file of the user's, or else the packaged suite of that name.
+
+    Raises
+    ------
+    UserError
+        For a name that no packaged suite has, with the names there are, and for a packaged suite's file that isn't
+        here (the documentation's `eval_configs/NAME.yaml`, typed outside a checkout), with its name.
+    """
+    if given.is_file():
+        return given
+    packaged = {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+    if given.suffix and given.stem in packaged:
+        raise UserError(f"{given}: no such file; the packaged suite is `dynllava eval {given.stem}`")
+    if given.suffix:
+        return given
+    if str(given) not in packaged:
+        names = ", ".join(name for name in packaged if not name.startswith("lmms_eval_"))
+        raise UserError(f"{given}: no such suite; packaged are {names}, or name a file of your own, my.yaml")
+    return packaged[str(given)]
+
+
+def _folder() -> Path:
+    """The folder with the suites: `evaluation/suites` of a built wheel, `eval_configs` of a checkout."""
+    installed = Path(str(files("dynllava_plugin.evaluation") / "suites"))
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[3] / "eval_configs"
 
 
 def _model_setting(key: str, value: Any, path: Path) -> Any:

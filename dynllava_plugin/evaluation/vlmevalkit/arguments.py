@@ -71,14 +71,17 @@ def kit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="+")
     parser.add_argument("--model", nargs="+")
-    parser.add_argument("--config")
-    parser.add_argument("--work-dir")
+    for name in (
+        "config",
+        "work-dir",
+        "judge",
+        "judge-base-url",
+        "judge-key",
+        "judge-retry",
+        "judge-timeout",
+    ):
+        parser.add_argument(f"--{name}")
     parser.add_argument("--reuse", action="store_true")
-    parser.add_argument("--judge")
-    parser.add_argument("--judge-base-url")
-    parser.add_argument("--judge-key")
-    parser.add_argument("--judge-retry")
-    parser.add_argument("--judge-timeout")
     return parser
 
 
