@@ -19,7 +19,6 @@ from typing import Any
 from dynllava_plugin.compare.bootstrap import each_score, resampled
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, METRICS, Benchmark
 from dynllava_plugin.evaluation.engine.engine import Engine
-from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.evaluation.lmms_eval.questions import checked_visuals
 from dynllava_plugin.evaluation.results.journal import Journal
 from dynllava_plugin.evaluation.settings import ModelSettings
@@ -122,7 +121,7 @@ class Harness:
         for index, document in enumerate(islice(task.eval_docs, count)):
             visuals = checked_visuals(task.doc_to_visual(document), f"{name} {index}")
             request = engine.style.request([(task.doc_to_text(document), None)], visuals, f"{name} {index}")
-            found.append(_pixels(engine, request))
+            found.append(dict(engine.encoder.processed(request, request.prompt).to(engine.model.device)))
         return found
 
 
@@ -168,19 +167,6 @@ def _quiet() -> Iterator[str]:
     """Yield a folder for what tasks write beside their figure, and let what they print go."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         yield folder
-
-
-def _pixels(engine: Engine, request: Request) -> dict[str, Any]:
-    from dynllava_plugin.images import open_image
-
-    images = [open_image(image, request.name) for image in request.images]
-    given = {"images": [images]} if images else {}
-    adds = engine.encoder._adds_special_tokens(request.prompt)
-    inputs = engine.processor(text=[request.prompt], return_tensors="pt", add_special_tokens=adds, **given)
-    inputs = inputs.to(engine.model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(engine.model.dtype)
-    return dict(inputs)
 
 
 def _loaded(engine: Engine, settings: ModelSettings, journal: Journal) -> Any:

@@ -23,28 +23,17 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     Bars are intervals, a band of the same colour goes from the lowest to the highest of several trainings.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = _panels(table)[:_PANELS]
-    columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(1.9 + 4.1 * columns, 0.9 + 3.3 * lines), squeeze=False, layout="constrained"
-    )
+    figure, axes = _grid(len(panels), _COLUMNS, (4.1, 3.3), (1.9, 0.9))
     table = _whole(table)
     colors = dict(zip(highlighted(table), _COLORS, strict=False))
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(axes, panels, strict=True):
         _panel(axis, _rows(table, panel), colors)
         axis.set_title(panel[0], fontsize=11, loc="left")
         axis.set_ylabel(panel[1])
         axis.set_xlabel("image tokens, mean over layers")
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
     handles: dict[str, Any] = {}
-    for axis in axes.flat:
+    for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     if handles:
         wanted = [name for name in (FULL, *colors, "others") if name in handles]
@@ -54,11 +43,6 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def draw_policies(table: pd.DataFrame, path: Path) -> None:
     """Write a PNG of the first of `draw`'s panels anew for each policy, which stands out there beside the best learned one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panel = _panels(table)[0]
     rows = _rows(_whole(table), panel)
     whole = rows.loc[rows["policy"] == FULL, "equivalent_tokens"].max()
@@ -67,23 +51,34 @@ def draw_policies(table: pd.DataFrame, path: Path) -> None:
     names = [name for name in names if name not in learned] or learned
     if not names:
         return
-    columns = min(_SMALL_COLUMNS, len(names))
-    lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(0.6 + 2.2 * columns, 0.9 + 1.9 * lines), squeeze=False, layout="constrained",
-        sharex=True, sharey=True,
-    )  # fmt: skip
-    for axis, name in zip(axes.flat, names, strict=False):
+    figure, axes = _grid(len(names), _SMALL_COLUMNS, (2.2, 1.9), (0.6, 0.9), sharex=True, sharey=True)
+    for axis, name in zip(axes, names, strict=True):
         _panel(axis, rows, dict(zip([*learned, name], _COLORS, strict=False)))
         axis.set_title(name.replace(",", ",\n"), fontsize=9, loc="left", color=_COLORS[len(learned)])
-    for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
     title = " ".join([*panel, f"(dashed: {FULL}", *(f"red: {name}" for name in learned)]).replace(
         " red", ", red"
     )
     figure.suptitle(f"{title})", fontsize=11)
     figure.supxlabel("image tokens, mean over layers", fontsize=10)
     write_figure(path, figure)
+
+
+def _grid(
+    count: int, columns: int, size: tuple[float, float], around: tuple[float, float], **more: Any
+) -> tuple[Any, list[Any]]:
+    """A figure with `count` panels in at most so many columns, sizes in inches; returns it and its panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    inches = around[0] + size[0] * columns, around[1] + size[1] * lines
+    figure, axes = plt.subplots(lines, columns, figsize=inches, squeeze=False, layout="constrained", **more)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def _panels(table: pd.DataFrame) -> list[tuple[str, str]]:

@@ -127,6 +127,26 @@ class Encoder(ABC):
         """Return `mm_encoder_outputs` of the items' images in order; empty where the model encodes them itself."""
         return {}
 
+    def processed(self, request: Request, text: str) -> Any:
+        """Return what the checkpoint's processor makes of `text` and the request's images, as arguments of the model.
+
+        Raises
+        ------
+        UserError
+            For a bad image, or whatever the processor refuses.
+        """
+        pictures = [open_image(image, request.name) for image in request.images]
+        given = {"images": [pictures]} if pictures else {}
+        adds = self._adds_special_tokens(text)
+        try:
+            found = self._processor(text=[text], return_tensors="pt", add_special_tokens=adds, **given)
+        except Exception as error:  # image processors refuse an image each in their own way
+            reason = one_line(error)
+            raise UserError(f"{request.name}: the checkpoint's processor refuses it ({reason})") from error
+        if "pixel_values" in found:
+            found["pixel_values"] = found["pixel_values"].to(self._model.dtype)
+        return found
+
     def token_count(self, text: str) -> int:
         """Return how many tokens a text has, an image counting as one."""
         return len(self._tokens(text))
@@ -238,21 +258,8 @@ class ProcessorEncoder(Encoder):
     window_batches = 4  # its images may be large, and each question has its own copy
 
     def _prepare(self, index: int, request: Request, text: str) -> Prepared:
-        pictures = [open_image(image, request.name) for image in request.images]
-        given = {"images": [pictures]} if pictures else {}
-        try:
-            found = self._processor(
-                text=[text],
-                return_tensors="pt",
-                add_special_tokens=self._adds_special_tokens(text),
-                **given,
-            )
-        except Exception as error:  # image processors refuse an image each in their own way
-            reason = one_line(error)
-            raise UserError(f"{request.name}: the checkpoint's processor refuses it ({reason})") from error
+        found = self.processed(request, text)
         tensors = {name: found[name] for name in self._model.image_inputs if name in found}
-        if "pixel_values" in tensors:
-            tensors["pixel_values"] = tensors["pixel_values"].to(self._model.dtype)
         return Prepared(index, request, (), found["input_ids"][0].tolist(), tensors)
 
     def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
