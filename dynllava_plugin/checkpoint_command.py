@@ -41,7 +41,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from dynllava_plugin.evaluation.results.tables import read_results, render
+    from dynllava_plugin.evaluation.results.results import read_results
+    from dynllava_plugin.evaluation.results.tables import render
     from dynllava_plugin.model.checkpoints.card import push, write_card
 
     results = render(read_results(args.results), "markdown") if args.results else None

@@ -14,7 +14,8 @@ from dynllava_plugin.demo.__main__ import main, parse_arguments
 from dynllava_plugin.demo.parts import PartFailed, make
 from dynllava_plugin.demo.runs import DESCRIBED, LONG, SETTINGS, SHORT, evaluate, plan
 from dynllava_plugin.demo.summary import summary
-from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT, mode_name
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
+from dynllava_plugin.evaluation.results.manifest import mode_name
 from tests.test_suite import fake
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.evaluation.own_sets import easy_vqa
-from dynllava_plugin.evaluation.results.tables import read_results
+from dynllava_plugin.evaluation.results.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 LMMS_EVAL = str(Path(sys.executable).with_name("lmms_eval"))

@@ -24,7 +24,8 @@ from dynllava_plugin.evaluation.results.paper import (
     paper_value,
     render_comparison,
 )
-from dynllava_plugin.evaluation.results.tables import by_benchmark, read_results, render
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.tables import by_benchmark, render
 from dynllava_plugin.evaluation.vlmevalkit import command as vlmevalkit_command
 
 CSV = (

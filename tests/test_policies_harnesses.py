@@ -12,7 +12,7 @@ from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
-from dynllava_plugin.evaluation.results.tables import mode_name
+from dynllava_plugin.evaluation.results.manifest import mode_name
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.command import main
 from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel

@@ -16,7 +16,9 @@ from dynllava_plugin.demo.chart import draw
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS
 from dynllava_plugin.evaluation.results.footer import footer
-from dynllava_plugin.evaluation.results.tables import mode_name, pivot, read_results, render
+from dynllava_plugin.evaluation.results.manifest import mode_name
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.tables import pivot, render
 
 
 def manifest(harness: str, tokens: dict[str, Any], **sparsity: Any) -> dict[str, Any]:

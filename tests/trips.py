@@ -46,7 +46,8 @@ def trips() -> dict[str, dict[str, int]]:
     from dynllava_plugin.evaluation.engine.engine import Engine
     from dynllava_plugin.evaluation.engine.prompting import VICUNA
     from dynllava_plugin.evaluation.engine.requests import Generation, Request
-    from dynllava_plugin.evaluation.results.tables import read_results, render
+    from dynllava_plugin.evaluation.results.results import read_results
+    from dynllava_plugin.evaluation.results.tables import render
     from dynllava_plugin.evaluation.settings import ModelSettings
 
     engine = Engine.load(ModelSettings("tiny", device="cpu"), batch_size=1)

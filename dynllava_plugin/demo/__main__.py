@@ -19,7 +19,8 @@ from dynllava_plugin.demo.parts import KEEP_MEMORY, ROOT, PartFailed, digest, ma
 from dynllava_plugin.demo.runs import evaluate, plan
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.own_sets.easy_vqa import DATA_VARIABLE
-from dynllava_plugin.evaluation.results.tables import read_results, render
+from dynllava_plugin.evaluation.results.results import read_results
+from dynllava_plugin.evaluation.results.tables import render
 from dynllava_plugin.files import write_json, write_text
 
 CHECKPOINT = "dynamic_tiny"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.results.tables import LMMS_EVAL, VLMEVALKIT, figure_text
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
+from dynllava_plugin.evaluation.results.tables import figure_text
 
 COLUMNS = {
     ("easy_vqa", "accuracy"): "easy-VQA [%]",

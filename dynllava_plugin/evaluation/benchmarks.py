@@ -66,9 +66,12 @@ class Benchmark:
     ----------
     split : str
         What is evaluated.
-    brings : str
-        What its user has to bring beyond the harnesses: ``judge`` (a harness needs a judge model to score it), ``server`` (only a
-        server has the answers: a run ends with a submission file), `BUILT`, or the extra of this package that has its data.
+    judge : bool
+        Whether a harness needs a judge model to score it.
+    server : bool
+        Whether only a server has the answers: a run ends with a submission file.
+    data : str
+        Where data of our own comes from: `BUILT`, or the extra of this package that has it.
     repo : str
         The hub repository of lmms-eval's task; empty for our own data.
     paper_table : str
@@ -82,27 +85,20 @@ class Benchmark:
     name: str
     metrics: tuple[Metric, ...]
     split: str
-    brings: str
+    judge: bool
+    server: bool
+    data: str
     repo: str
     paper_table: str
     questions: int
     note: str
 
     @property
-    def judge(self) -> bool:
-        """Whether a harness needs a judge model to score it."""
-        return self.brings == "judge"
-
-    @property
-    def server(self) -> bool:
-        """Whether only a server has the answers."""
-        return self.brings == "server"
-
-    @property
     def needs(self) -> str:
         """Return what its user has to bring, in Markdown; empty: nothing."""
-        known = {"": "", "judge": "a judge", "server": "its server", BUILT: f"`{BUILT}`"}
-        return known.get(self.brings, f"`{self.brings}` extra")
+        if self.judge or self.server:
+            return "a judge" if self.judge else "its server"
+        return self.data and (f"`{BUILT}`" if self.data == BUILT else f"`{self.data}` extra")
 
     def tasks(self, harness: str) -> list[str]:
         """Return what the harness is asked to run; empty where it doesn't have the benchmark."""
@@ -116,9 +112,21 @@ def _read() -> tuple[Benchmark, ...]:
     found = []
     for name in dict.fromkeys(row["benchmark"] for row in rows):
         mine = [row for row in rows if row["benchmark"] == name]
-        split, brings, repo, table = (mine[0][column] for column in ("split", "needs", "repo", "paper table"))
-        metrics, questions = tuple(_metric(row) for row in mine), int(mine[0]["questions"] or 0)
-        found.append(Benchmark(name, metrics, split, brings, repo, table, questions, mine[0]["note"]))
+        first, needs = mine[0], mine[0]["needs"]
+        found.append(
+            Benchmark(
+                name,
+                metrics=tuple(_metric(row) for row in mine),
+                split=first["split"],
+                judge=needs == "judge",
+                server=needs == "server",
+                data="" if first["repo"] else needs,
+                repo=first["repo"],
+                paper_table=first["paper table"],
+                questions=int(first["questions"] or 0),
+                note=first["note"],
+            )
+        )
     return tuple(found)
 
 

@@ -42,7 +42,8 @@ def add_parser(commands: Any) -> None:
 def _table(args: argparse.Namespace) -> int:
     from dynllava_plugin.evaluation.results.footer import footer
     from dynllava_plugin.evaluation.results.paper import compare, render_comparison
-    from dynllava_plugin.evaluation.results.tables import left_out, read_results, render
+    from dynllava_plugin.evaluation.results.results import read_results
+    from dynllava_plugin.evaluation.results.tables import left_out, render
     from dynllava_plugin.files import write_text
 
     table = read_results(args.results)

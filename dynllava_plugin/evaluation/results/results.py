@@ -20,7 +20,6 @@ from dynllava_plugin.evaluation.benchmarks import (
     Benchmark,
     Metric,
 )
-from dynllava_plugin.evaluation.results import saved_table
 from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
 from dynllava_plugin.evaluation.results.manifest import (
     SETTINGS,
@@ -31,20 +30,17 @@ from dynllava_plugin.evaluation.results.manifest import (
     read_manifest,
     run_settings,
 )
-
-COUNTS = (
-    "image_tokens",
-    "kept_image_tokens",
-    "generated_tokens",
-    "kept_tokens",
-    "kept_output_share",
-    "equivalent_tokens",
-    "prefill_gflops",
+from dynllava_plugin.evaluation.results.saved_table import (
+    COLUMNS,
+    COSTS,
+    COUNTS,
+    KEYS,
+    NUMBERS,
+    SCORED,
+    read_saved,
 )
-COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
-KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
-COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
-_NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
+from dynllava_plugin.evaluation.results.saved_table import NAME as SAVED_NAME
+
 _KIT_RUN = re.compile(r"T\d{8}[-_].*")  # the folder in which a kit notes one start
 _said: set[str] = set()
 _MODES = ("full", "image", "image_text", "random")
@@ -58,7 +54,7 @@ _RANKS = {
     },
 }
 # What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`failure`).
-SCORED, NEEDS_JUDGE, SUBMISSION = "scored", "needs judge", "submission file"
+NEEDS_JUDGE, SUBMISSION = "needs judge", "submission file"
 
 
 def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFrame:
@@ -90,14 +86,14 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
         raise UserError(f"{folder}: no such folder")
     places = [folder] if only is None else list(only)
     rows = [row for path in _files(places) for row in _rows(path)]
-    saved = folder / saved_table.NAME
+    saved = folder / SAVED_NAME
     if not rows and only is None and saved.is_file():
-        table = saved_table.read_saved(saved, COLUMNS, (*KEYS, "value"), ("n", *_NUMBERS), SCORED)
+        table = read_saved(saved)
         return in_order(table).reset_index(drop=True)
     if not rows:
         raise UserError(f"{folder}: no results of lmms-eval or VLMEvalKit in it")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column in _NUMBERS:
+    for column in NUMBERS:
         table[column] = pd.to_numeric(table[column])
     table["file"] = [os.path.relpath(file, folder) for file in table["file"]]
     table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
@@ -140,7 +136,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _check(row: dict[str, Any]) -> None:
     """`TypeError` for a row with something in it that is neither a text nor a number, or a text for a number."""
     for name, value in row.items():
-        wanted = (int, float) if name in ("n", *_NUMBERS) else (str, int, float)
+        wanted = (int, float) if name in ("n", *NUMBERS) else (str, int, float)
         if value is not None and not isinstance(value, wanted):
             raise TypeError(f"{name} is {str(value)[:40]!r}")
 

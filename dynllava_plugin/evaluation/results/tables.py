@@ -10,21 +10,9 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, PERCENT, UNITS, VLMEVALKIT
-from dynllava_plugin.evaluation.results.manifest import mode_name
-from dynllava_plugin.evaluation.results.results import KEYS, SCORED, in_order, read_results
+from dynllava_plugin.evaluation.benchmarks import PERCENT, UNITS
+from dynllava_plugin.evaluation.results.results import KEYS, SCORED, in_order
 from dynllava_plugin.markup import LATEX, MARKDOWN
-
-__all__ = [
-    "LMMS_EVAL",
-    "VLMEVALKIT",
-    "by_benchmark",
-    "frame_text",
-    "mode_name",
-    "pivot",
-    "read_results",
-    "render",
-]
 
 COUNT_COLUMNS = ("image tokens kept", "output tokens kept [%]", "equivalent tokens", "prefill GFLOPs")
 _LONG = 20  # tokens; which of fewer stay says nothing

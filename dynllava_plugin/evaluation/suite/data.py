@@ -43,7 +43,7 @@ def is_ours(benchmark: Benchmark) -> bool:
 
 def is_built(benchmark: Benchmark) -> bool:
     """Whether `dynllava build-lvis` makes it, from images that the user has."""
-    return benchmark.brings == BUILT
+    return benchmark.data == BUILT
 
 
 def how_to_provide(benchmark: Benchmark, harness: str) -> str:

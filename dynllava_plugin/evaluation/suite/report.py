@@ -37,7 +37,8 @@ def report(config: SuiteConfig, outcomes: list[Outcome]) -> int:
 
 def _table(folder: Path, outputs: list[Path]) -> None:
     """Of this invocation's runs only: what other checkpoints or settings left in `folder` is `dynllava table`'s."""
-    from dynllava_plugin.evaluation.results.tables import read_results, render
+    from dynllava_plugin.evaluation.results.results import read_results
+    from dynllava_plugin.evaluation.results.tables import render
 
     try:
         table = read_results(folder, outputs)
