@@ -16,37 +16,19 @@ import torch
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.points import Choice, Gate, Patches
 from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.config import argument, count, number, share
 from dynllava_plugin.sparsity.selection import num_kept_image_tokens, select_image_tokens
 
 IMAGE, OUTPUT, PROMPT, CACHE = "image", "output", "prompt", "cache"
 # What a method may need of a family, as an error names it.
 CLASS_TOKEN, SQUARE = "the class token of a CLIP vision tower", "images of one square grid of tokens"
 P = TypeVar("P", bound="Part")
-Check = Callable[[str, str, Any], None]
 
-
-def number(problem: str, fits: Callable[[Any], bool], *kinds: type) -> Check:
-    """Return a check of an argument, which raises `UserError` with the `problem` unless it is a number of `kinds` that `fits`."""
-
-    def check(name: str, argument: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, kinds or (int, float)) or not fits(value):
-            raise UserError(f"{name}: {argument}={value!r} is {problem}")
-
-    return check
-
-
-count = number("not a positive integer", lambda value: value >= 1, int)
 integer = number("not an integer", lambda value: True, int)
-share = number("outside (0, 1]", lambda value: 0 < value <= 1)
 fraction = number("outside [0, 1]", lambda value: 0 <= value <= 1)
 gone = number(
     "outside [0, 1): it is the share that goes, and something must stay", lambda value: 0 <= value < 1
 )
-
-
-def argument(default: Any, check: Check) -> Any:
-    """Return a dataclass field for a method's argument, which `check` looks at unless it is None."""
-    return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +78,9 @@ class Part:
         for one in fields(self):
             check, value = one.metadata.get("check"), getattr(self, one.name)
             if check and value is not None:
-                check(self.name, one.name, value)
+                check(f"{self.name}: {one.name}=", value)
         for layer in self.layers if self.layer_argument else ():
-            count(self.name, str(self.layer_argument), layer)
+            count(f"{self.name}: {self.layer_argument}=", layer)
             self.inside(layer)
 
     def inside(self, layer: int) -> None:
@@ -288,9 +270,9 @@ class ImagePolicy(Part):
         self.kept_tokens(total)
 
 
-def _positions(name: str, argument: str, value: Any) -> None:
+def _positions(called: str, value: Any) -> None:
     if value not in ("packed", "original"):
-        raise UserError(f"{name}: {argument}={value!r} is unknown; choose packed or original")
+        raise UserError(f"{called}{value!r} is unknown; choose packed or original")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any
 
 from dynllava_plugin.errors import UserError
 
 MODES = ("full", "image", "image_text")
 IMAGE_POLICIES = ("learned", "random")
-# The integers among the settings and the least each may be.
-_LEAST = {
-    **dict.fromkeys(
-        ("sparse_layer", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"), 1
-    ),
-    **dict.fromkeys(("random_seed", "min_text_length", "min_prompt_length"), 0),
-}
+Check = Callable[[str, Any], None]
+
+
+def number(problem: str, fits: Callable[[Any], bool], *kinds: type) -> Check:
+    """Return a check of a value, which raises `UserError` with the `problem` unless it is a number of `kinds` that `fits`.
+
+    Before it stands what the value is called: "fastv: r=" or "vision_keep_rate: ".
+    """
+
+    def check(called: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, kinds or (int, float)) or not fits(value):
+            raise UserError(f"{called}{value!r} is {problem}")
+
+    return check
+
+
+count = number("not a positive integer", lambda value: value >= 1, int)
+from_zero = number("not an integer from 0", lambda value: value >= 0, int)
+share = number("outside (0, 1]", lambda value: 0 < value <= 1)
+weight = number("not a finite number from 0", lambda value: 0 <= value < math.inf)
+
+
+def argument(default: Any, check: Check) -> Any:
+    """Return a dataclass field that `check` looks at."""
+    return field(default=default, metadata={"check": check})
 
 
 @dataclass
@@ -31,31 +49,33 @@ class SparsityConfig:
     mode: str = "image_text"
     # who ranks the image tokens: the image predictor, "learned", or chance, "random", a control seeded by image and `random_seed`
     image_policy: str = "learned"
-    random_seed: int = 0
+    random_seed: int = argument(0, from_zero)
     # a name of `dynllava_plugin.policies`, several joined by "+", with arguments; stands for `mode` and `image_policy` at inference
     policy: str | None = None
     policy_args: dict[str, Any] = field(default_factory=dict)
     # l: layers 0..l-1 see every token, layers l.. the reduced context; 1 <= l < number of layers
-    sparse_layer: int = 2
+    sparse_layer: int = argument(2, count)
     # r_I and r_OT of Eq. 10, in (0, 1]: at inference floor(r_I * N) tokens of each image stay, at least one; r_OT is a target of
     # training only
-    vision_keep_rate: float = 0.2
-    text_keep_rate: float = 0.5
-    min_text_length: int = 50  # LEN_OT, tokens: shorter answers are kept whole in training
-    keep_loss_weight: float = 100.0  # lambda, the weight of the keep losses
+    vision_keep_rate: float = argument(0.2, share)
+    text_keep_rate: float = argument(0.5, share)
+    min_text_length: int = argument(
+        50, from_zero
+    )  # LEN_OT, tokens: shorter answers are kept whole in training
+    keep_loss_weight: float = argument(100.0, weight)  # lambda, the weight of the keep losses
     # width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c
-    predictor_dim: int = 512
-    predictor_heads: int = 8
-    predictor_ffn_dim: int = 2048
-    predictor_layers: int = 2
+    predictor_dim: int = argument(512, count)
+    predictor_heads: int = argument(8, count)
+    predictor_ffn_dim: int = argument(2048, count)
+    predictor_layers: int = argument(2, count)
     # whether the checkpoint has a predictor for output text, without which `mode` is "full" or "image", and for the text of the
     # prompt's last question
     text_predictor: bool = True
     prompt_predictor: bool = False
     # the latter's target, in (0, 1]; 1 leaves prompt text alone, the paper's method (0.7 is its Table 9). At inference a rate below
     # 1 says that the predictor decides, token by token, in the modes "image" and "image_text"
-    prompt_keep_rate: float = 1.0
-    min_prompt_length: int = 10  # tokens: shorter questions are kept whole in training
+    prompt_keep_rate: float = argument(1.0, share)
+    min_prompt_length: int = argument(10, from_zero)  # tokens: shorter questions are kept whole in training
     # token ids of "USER:" and "ASSISTANT:", between which the last question stands: Vicuna's
     question_marks: tuple[tuple[int, ...], tuple[int, ...]] = (
         (11889, 29901),
@@ -92,15 +112,14 @@ class SparsityConfig:
             raise UserError(
                 "mode: 'image_text' needs an output-text predictor, which this checkpoint lacks; use 'image'"
             )
-        for name in ("vision_keep_rate", "text_keep_rate", "prompt_keep_rate"):
-            if not 0.0 < self._number(name, Real, "outside (0, 1]") <= 1.0:
-                raise UserError(f"{name}: {getattr(self, name)!r} is outside (0, 1]")
-        if not 0.0 <= self._number("keep_loss_weight", Real, "not a number") < math.inf:
-            raise UserError(f"keep_loss_weight: {self.keep_loss_weight!r} is not a finite number from 0")
-        for name, least in _LEAST.items():
-            kind = "a positive integer" if least else "an integer from 0"
-            if self._number(name, Integral, f"not {kind}") < least:
-                raise UserError(f"{name}: {getattr(self, name)!r} is not {kind}")
+        for one in fields(self):
+            if check := one.metadata.get("check"):
+                value = getattr(self, one.name)
+                if hasattr(value, "item") and not getattr(
+                    value, "shape", ()
+                ):  # JSON writes Python's own numbers
+                    setattr(self, one.name, value := value.item())
+                check(f"{one.name}: ", value)
         if self.predictor_dim % 4 or self.predictor_dim % self.predictor_heads:
             raise UserError(
                 f"predictor_dim: {self.predictor_dim} must be divisible by 4 and by predictor_heads={self.predictor_heads}"
@@ -153,15 +172,6 @@ class SparsityConfig:
             low, high = self.vision_keep_range
             if not 0.0 < low < high <= 1.0:
                 raise UserError(f"vision_keep_range: {low}:{high} does not rise in (0, 1]")
-
-    def _number(self, name: str, kind: type, otherwise: str) -> Any:
-        """Return a field's value as Python's own number (of numpy's or torch's scalars), which JSON can write."""
-        value = getattr(self, name)
-        value = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(f"{name}: {value!r} is {otherwise}")
-        setattr(self, name, value)
-        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, JSON-ready."""
