@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.attention import SparseCall, use_sparse_attention
-from dynllava_plugin.sparsity import masked_softmax_blocks as blocks
+from dynllava_plugin.sparsity.kernels import blocks
 from dynllava_plugin.sparsity.masked_softmax import (
     MAX_EXPONENT,
     context_matrix,

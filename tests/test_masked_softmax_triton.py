@@ -14,7 +14,8 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux only")
 
 from dynllava_plugin.bench.attention import AttentionCase, AttentionInputs, attention_inputs  # noqa: E402
-from dynllava_plugin.sparsity import masked_softmax_kernels as kernels  # noqa: E402
+from dynllava_plugin.sparsity.kernels import triton_kernels as kernels  # noqa: E402
+from dynllava_plugin.sparsity.kernels.triton_launch import Tile, constants  # noqa: E402
 from dynllava_plugin.sparsity.masked_softmax import (  # noqa: E402
     context_matrix,
     masked_softmax_attention,
@@ -22,7 +23,6 @@ from dynllava_plugin.sparsity.masked_softmax import (  # noqa: E402
     training_context,
     visible_matrix,
 )
-from dynllava_plugin.sparsity.masked_softmax_triton import Tile, constants  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}

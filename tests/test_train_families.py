@@ -26,8 +26,8 @@ from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import vicuna_v1, with_images
+from dynllava_plugin.sparsity.kernels.blocks import PADDING
 from dynllava_plugin.sparsity.masked_softmax import context_matrix, plain_masked_softmax, visible_matrix
-from dynllava_plugin.sparsity.masked_softmax_blocks import PADDING
 from tests.families.checkpoints import (
     FAMILIES,
     picture,

@@ -13,8 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from dynllava_plugin.sparsity import masked_softmax, masked_softmax_triton
-from dynllava_plugin.sparsity.masked_softmax_triton import Tile, Tiles
+from dynllava_plugin.sparsity import masked_softmax
+from dynllava_plugin.sparsity.kernels import triton_launch
+from dynllava_plugin.sparsity.kernels.triton_launch import Tile, Tiles
 from tests.test_masked_softmax import inputs, ours, plain, with_gradients
 
 # Small, and different, so that rows and columns can't be mixed up unseen.
@@ -24,8 +25,8 @@ NAMES = ("out", "query", "key", "value", "keep")
 
 def main() -> None:
     """Cases come as JSON on stdin: lists of the arguments of `inputs`."""
-    masked_softmax.implementation = lambda query: masked_softmax_triton
-    masked_softmax_triton.tiles_for = lambda *_: TILES
+    masked_softmax.implementation = lambda query: triton_launch
+    triton_launch.tiles_for = lambda *_: TILES
     for case in json.load(sys.stdin):
         dtype = getattr(torch, case["dtype"])
         leaves, valid, upstream = inputs(**{**case, "dtype": dtype})

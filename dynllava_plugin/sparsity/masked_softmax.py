@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dynllava_plugin.sparsity import masked_softmax_blocks as blocks
-from dynllava_plugin.sparsity.masked_softmax_blocks import DROPPED, KEPT, PADDING
+from dynllava_plugin.sparsity.kernels import blocks
+from dynllava_plugin.sparsity.kernels.blocks import DROPPED, KEPT, PADDING
 
 # A dropped token may outweigh the best kept one by any factor e^(x - max over kept). Its weight forward is 0 all the same,
 # but its gradient grows with that factor: on a trained model it reached norms of 1e9 and clipping then erased every other
@@ -168,7 +168,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def implementation(query: torch.Tensor) -> ModuleType:
     """Return the module that computes attention for such a tensor, Triton's from Ampere on, where it takes dtype and width."""
     if query.is_cuda and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-        from dynllava_plugin.sparsity import masked_softmax_triton as triton_code
+        from dynllava_plugin.sparsity.kernels import triton_launch as triton_code
 
         if triton_code.takes(query):
             return triton_code

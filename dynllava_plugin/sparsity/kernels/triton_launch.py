@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import triton
 
-from dynllava_plugin.sparsity import masked_softmax_kernels as kernels
-from dynllava_plugin.sparsity.masked_softmax_blocks import empty_gradient, empty_output
+from dynllava_plugin.sparsity.kernels import triton_kernels as kernels
+from dynllava_plugin.sparsity.kernels.blocks import empty_gradient, empty_output
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -67,7 +67,7 @@ def forward(
     max_exponent: float,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return Eq. 7 as `masked_softmax_blocks.forward`, with `lse` and `cap` in base 2."""
+    """Return Eq. 7 as `blocks.forward`, with `lse` and `cap` in base 2."""
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     batch, heads, length, dim = query.shape
     out = empty_output(query)
@@ -97,7 +97,7 @@ def backward(
     need_keep: bool,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return gradients as `masked_softmax_blocks.backward` gives them."""
+    """Return gradients as `blocks.backward` gives them."""
     grad_query, grad_key, grad_value = (empty_gradient(x) for x in (query, key, value))
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     upstream, out = _unit_stride(upstream), _unit_stride(out)

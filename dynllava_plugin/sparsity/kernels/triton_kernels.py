@@ -10,7 +10,7 @@ Scores are kept in base 2. Products of tiles take the inputs' dtype and add up i
 import triton
 import triton.language as tl
 
-_PADDING = tl.constexpr(2)  # masked_softmax.PADDING
+_PADDING = tl.constexpr(2)  # blocks.PADDING
 _INF = tl.constexpr(float("inf"))
 
 
@@ -99,14 +99,11 @@ def _forward_kernel(
     acc = tl.where(real[:, None], _tile(v, rows, v_row, inside, D, BLOCK_D).to(tl.float32), 0.0)
 
     shared, end = _block_bounds(rank, first, length, ROWS, COLUMNS)
-    acc, top, total = _attend(
-        acc, top, total, query, rows, k, v, k_row, v_row, order, 0, shared, scale,
-        False, D, BLOCK_D, COLUMNS, PRECISION,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, query, rows, k, v, k_row, v_row, order, shared, end, scale,
-        True, D, BLOCK_D, COLUMNS, PRECISION,
-    )  # fmt: skip
+    for masked in tl.static_range(2):  # first the columns that all of the rows see
+        acc, top, total = _attend(
+            acc, top, total, query, rows, k, v, k_row, v_row, order,
+            shared if masked else 0, end if masked else shared, scale, masked, D, BLOCK_D, COLUMNS, PRECISION,
+        )  # fmt: skip
 
     some = total > 0
     divisor = tl.where(some, total, 1.0)
@@ -173,14 +170,11 @@ def _query_kernel(
     acc = (weight * (_rows_product(grad_out, own_value) - row_delta))[:, None] * own_key.to(tl.float32)
 
     shared, end = _block_bounds(rank, first, length, ROWS, COLUMNS)
-    acc = _query_gradient(
-        acc, query, grad_out, row_lse, row_delta, rows, k, v, k_row, v_row, order, 0, shared, scale,
-        False, D, BLOCK_D, COLUMNS, PRECISION,
-    )  # fmt: skip
-    acc = _query_gradient(
-        acc, query, grad_out, row_lse, row_delta, rows, k, v, k_row, v_row, order, shared, end, scale,
-        True, D, BLOCK_D, COLUMNS, PRECISION,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        acc = _query_gradient(
+            acc, query, grad_out, row_lse, row_delta, rows, k, v, k_row, v_row, order,
+            shared if masked else 0, end if masked else shared, scale, masked, D, BLOCK_D, COLUMNS, PRECISION,
+        )  # fmt: skip
     _store_tile(grad_q + batch * g_batch + head * g_head, rows, g_row, inside, acc * scaling, D, BLOCK_D)
 
 
@@ -271,16 +265,12 @@ def _kept_kernel(
         of_rows = (batch * kv_heads * groups + head) * length
         queries = q + batch * q_batch + head * q_head
         upstreams = upstream + batch * u_batch + head * u_head
-        key_gradient, value_gradient, keep_gradient = _kept_gradient(
-            key_gradient, value_gradient, keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
-            lse + of_rows, delta + of_rows, start, whole, length, scale,
-            True, D, BLOCK_D, ROWS, PRECISION,
-        )  # fmt: skip
-        key_gradient, value_gradient, keep_gradient = _kept_gradient(
-            key_gradient, value_gradient, keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
-            lse + of_rows, delta + of_rows, whole, length, length, scale,
-            False, D, BLOCK_D, ROWS, PRECISION,
-        )  # fmt: skip
+        for whole_rows in tl.static_range(2):  # last the rows that see all of the columns
+            key_gradient, value_gradient, keep_gradient = _kept_gradient(
+                key_gradient, value_gradient, keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
+                lse + of_rows, delta + of_rows, whole if whole_rows else start, length if whole_rows else whole, length, scale,
+                not whole_rows, D, BLOCK_D, ROWS, PRECISION,
+            )  # fmt: skip
     grad_k += batch * gk_batch + kv_head * gk_head
     grad_v += batch * gv_batch + kv_head * gv_head
     _store_tile(grad_k, columns, gk_row, present, key_gradient * scaling, D, BLOCK_D)
@@ -338,14 +328,10 @@ def _dropped_kernel(
             of_rows = (batch * kv_heads * groups + head) * length
             queries = q + batch * q_batch + head * q_head
             upstreams = upstream + batch * u_batch + head * u_head
-            keep_gradient = _dropped_gradient(
-                keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
-                lse + of_rows, cap + of_rows, delta + of_rows, start, whole, length, scale,
-                True, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
-            keep_gradient = _dropped_gradient(
-                keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row,
-                lse + of_rows, cap + of_rows, delta + of_rows, whole, length, length, scale,
-                False, D, BLOCK_D, ROWS, PRECISION,
-            )  # fmt: skip
+            for whole_rows in tl.static_range(2):
+                keep_gradient = _dropped_gradient(
+                    keep_gradient, keys, values, columns, queries, upstreams, q_row, u_row, lse + of_rows, cap + of_rows,
+                    delta + of_rows, whole if whole_rows else start, length if whole_rows else whole, length, scale,
+                    not whole_rows, D, BLOCK_D, ROWS, PRECISION,
+                )  # fmt: skip
     tl.store(grad_keep + slice_ * length + columns, tl.where(real, keep_gradient, 0.0), mask=present)
