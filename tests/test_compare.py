@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
+from dynllava_plugin.compare import picture
 from dynllava_plugin.compare.answers import Figure, forgetful
 from dynllava_plugin.compare.bootstrap import interval, resampled
 from dynllava_plugin.compare.literature import COLUMNS, published
@@ -34,6 +35,7 @@ from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Sub
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prefill_costs import context_of
 from dynllava_plugin.evaluation.results.journal import Journal
+from dynllava_plugin.files import write_figure
 from dynllava_plugin.policies import policy_of
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.families.checkpoints import write_checkpoint
@@ -234,7 +236,7 @@ def figure(metric: str, scores: list[float], benchmark: str) -> Figure:
     return Figure(metric, mean(scores), len(scores), resampled(scores, mean, benchmark).tolist())
 
 
-def test_table_and_picture(tmp_path: Path):
+def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     full = (100 * (rng.random(200) < 0.9)).tolist()
     worse = [100.0 * (score > 0 and index % 5 > 0) for index, score in enumerate(full)]
@@ -282,9 +284,27 @@ def test_table_and_picture(tmp_path: Path):
         and "mean % of full" in lines[0]
     )
     assert lines[2].startswith("| full | - |") and f"{pruned.value:.2f}, {pruned.percent:.1f}% (" in text
+    shown = []
+    monkeypatch.setattr(
+        picture, "write_figure", lambda path, one: (shown.append(one), write_figure(path, one))
+    )
     for name, drawn in (("picture", draw), ("policies", draw_policies)):
-        drawn(table, tmp_path / f"{name}.png")
+        drawn(
+            pd.concat(
+                [
+                    table,
+                    table[table["policy"] != "full"].assign(
+                        equivalent_tokens=lambda rows: rows["equivalent_tokens"] - 0.5
+                    ),
+                ]
+            ),
+            tmp_path / f"{name}.png",
+        )
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    drawn = [axis for one in shown for axis in one.axes if axis.get_visible()]
+    assert len(drawn) == 4 and all(axis.get_title("left") != "POPE" for axis in drawn)  # nothing to see there
+    for axis in drawn:  # the dot of the last point isn't cut in half
+        assert axis.get_xlim()[1] > 1.02 * 30
 
 
 def test_several_trainings_have_their_mean_and_spread() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import POLICIES
@@ -321,6 +322,10 @@ def test_what_a_family_cannot_do_is_one_line(family):
         model(**batch, pixel_values_videos=torch.zeros(1))
     with pytest.raises(UserError, match="output_attentions: layers hold different tokens"):
         model(**batch, output_attentions=True)
+    with pytest.raises(
+        UserError, match="past_key_values: DynamicCache can't hold a different context per layer"
+    ):
+        model.generate(**batch, past_key_values=DynamicCache(), max_new_tokens=1)
     fewer = {**batch, "input_ids": ids.clone()}
     places = (ids == model.config.image_token_id).nonzero()
     fewer["input_ids"][places[0][0], places[0][1]] = ids[0, -1]

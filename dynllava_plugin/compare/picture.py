@@ -24,6 +24,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     Bars are intervals, a band of the same colour goes from the lowest to the highest of several trainings.
     """
     panels = _panels(table)[:_PANELS]
+    if not panels:
+        return
     figure, axes = _grid(len(panels), _COLUMNS, (4.1, 3.3), (1.9, 0.9))
     table = _whole(table)
     colors = dict(zip(highlighted(table), _COLORS, strict=False))
@@ -43,7 +45,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def draw_policies(table: pd.DataFrame, path: Path) -> None:
     """Write a PNG of the first of `draw`'s panels anew for each policy, which stands out there beside the best learned one."""
-    panel = _panels(table)[0]
+    panel = next(iter(_panels(table)), None)
+    if panel is None:
+        return
     rows = _rows(_whole(table), panel)
     whole = rows.loc[rows["policy"] == FULL, "equivalent_tokens"].max()
     names = [str(name) for name, mine in rows.groupby("policy") if mine["equivalent_tokens"].min() < whole]
@@ -82,7 +86,8 @@ def _grid(
 
 
 def _panels(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return pairs of benchmark and metric, the mean over benchmarks first."""
+    """Return pairs of benchmark and metric that have a point to draw, the mean over benchmarks first."""
+    table = table[table["equivalent_tokens"].notna()]
     panels = list(dict.fromkeys(zip(table["benchmark"], table["metric"], strict=True)))
     return sorted(panels, key=lambda panel: panel[0] != MEAN)
 
@@ -152,6 +157,8 @@ def _panel(axis: Any, rows: pd.DataFrame, colors: dict[str, str]) -> None:
                 mine["equivalent_tokens"], mine["lowest"], mine["highest"], color=colors[str(policy)],
                 alpha=0.2, linewidth=0, zorder=1,
             )  # fmt: skip
+    # The margin behind the last point is a share of the whole axis, from 0 on.
+    axis.update_datalim([(0, 0)], updatey=False)
     axis.set_xlim(left=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)

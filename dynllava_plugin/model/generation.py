@@ -76,7 +76,10 @@ class SparseGeneration(nn.Module):
             raise UserError(
                 "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
             )
-        if use_cache is not False and kwargs.get("past_key_values") is None:
+        llm = self.model.language_model
+        if kwargs.get("past_key_values") is not None:  # before a family's positions look into it
+            llm.check_cache(kwargs["past_key_values"], llm.policy)
+        elif use_cache is not False:
             compiling = kwargs.pop("compile_config", None)
             kwargs["past_key_values"] = self.new_cache(
                 implementation, compiling.to_dict() if compiling is not None else None
