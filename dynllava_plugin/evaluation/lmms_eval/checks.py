@@ -11,15 +11,9 @@ from typing import Any
 from dynllava_plugin.errors import UserError, nearest
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL
 from dynllava_plugin.evaluation.engine.requests import GENERATION_KEYS
+from dynllava_plugin.evaluation.suite.data import UNREACHABLE
 
 _GENERATION_KEYS = (*GENERATION_KEYS, "max_gen_toks", "until")
-_UNREACHABLE = (
-    "ConnectionError",
-    "DatasetNotFoundError",
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "LocalTokenNotFoundError",
-)
 
 
 def check_model(name: str, arguments: str | None = None) -> None:
@@ -131,7 +125,7 @@ def missing_data(error: BaseException) -> UserError | None:
     """Return one line for a dataset that is neither here nor can be fetched, from what lmms-eval raised; else None."""
     causes = list(_causes(error))
     if not any(
-        sign in type(cause).__name__ or sign in str(cause) for cause in causes for sign in _UNREACHABLE
+        sign in type(cause).__name__ or sign in str(cause) for cause in causes for sign in UNREACHABLE
     ):
         return None
     text = "\n".join(str(cause) for cause in causes)

@@ -12,6 +12,19 @@ from dynllava_plugin.evaluation.benchmarks import BUILT, LMMS_EVAL, Benchmark
 HUB, KIT, LONG = "datasets", "LMUData", "generation"
 # The identity of data that isn't on this machine yet.
 DOWNLOAD = "hub"
+# What the errors of a machine that can't reach the hub or a kit's server have in their name or text.
+UNREACHABLE = (
+    "Couldn't reach",
+    "ConnectionError",
+    "DatasetNotFoundError",
+    "OfflineModeIsEnabled",
+    "Cannot find data directory",
+    "URLError",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "LocalEntryNotFoundError",
+    "LocalTokenNotFoundError",
+)
 
 
 def is_offline() -> bool:
@@ -41,11 +54,6 @@ def is_ours(benchmark: Benchmark) -> bool:
     return not benchmark.repo
 
 
-def is_built(benchmark: Benchmark) -> bool:
-    """Whether `dynllava build-lvis` makes it, from images that the user has."""
-    return benchmark.data == BUILT
-
-
 def how_to_provide(benchmark: Benchmark, harness: str) -> str:
     """Return one line for a user whose machine can't download it."""
     if harness == LMMS_EVAL or benchmark.name == "VQAv2":
@@ -64,7 +72,7 @@ def identity(benchmark: Benchmark, harness: str, data: Path | None) -> str:
     place = _source(benchmark, harness, data)
     if place is None:
         return DOWNLOAD
-    if _is_cached(place):
+    if place.name.startswith("datasets--"):  # the hub's cache
         reference = place / "refs" / "main"
         return reference.read_text().strip() if reference.is_file() else DOWNLOAD
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
@@ -87,14 +95,6 @@ def identity_after(benchmark: Benchmark, harness: str, data: Path | None, planne
     return planned if given and planned != DOWNLOAD else identity(benchmark, harness, data)
 
 
-def is_same_data(recorded: object, now: object) -> bool:
-    """Whether answers to data `recorded` are answers to the data there is `now`.
-
-    A run that was cut short before it could say what it fetched recorded `DOWNLOAD`: that is what is there now.
-    """
-    return recorded in (now, DOWNLOAD)
-
-
 def _source(benchmark: Benchmark, harness: str, data: Path | None) -> Path | None:
     """Where the data comes from. VLMEvalKit's VQAv2 is written from lmms-eval's at its first use."""
     if is_ours(benchmark):
@@ -102,12 +102,8 @@ def _source(benchmark: Benchmark, harness: str, data: Path | None) -> Path | Non
     return locate(benchmark, LMMS_EVAL if benchmark.name == "VQAv2" else harness, data)
 
 
-def _is_cached(place: Path) -> bool:
-    return place.name.startswith("datasets--")
-
-
 def _own_data(benchmark: Benchmark, data: Path | None) -> Path | None:
-    if is_built(benchmark):
+    if benchmark.data == BUILT:
         from dynllava_plugin.evaluation.own_sets.generation.sets import data_folder as built_folder
 
         folder = data / LONG if data and (data / LONG).is_dir() else built_folder()

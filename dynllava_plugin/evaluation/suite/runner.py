@@ -19,11 +19,11 @@ from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.results.footer import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
+    UNREACHABLE,
     how_to_provide,
     identity_after,
     is_offline,
     is_ours,
-    is_same_data,
     locate,
 )
 from dynllava_plugin.evaluation.suite.progress import Progress
@@ -36,17 +36,6 @@ DONE, FAILED, RUNNING = "done", "failed", "running"
 WRITER = "another `dynllava eval`, or a run that one left behind,"
 PATIENCE = 45.0  # seconds to end after SIGTERM; torchrun gives its workers 30
 _LOOK = 0.1  # seconds
-_UNREACHABLE = (
-    "Couldn't reach",
-    "ConnectionError",
-    "DatasetNotFoundError",
-    "OfflineModeIsEnabled",
-    "Cannot find data directory",
-    "URLError",
-    "Name or service not known",
-    "Temporary failure in name resolution",
-    "LocalEntryNotFoundError",
-)
 
 
 @dataclass
@@ -158,7 +147,10 @@ class Runner:
         return outcome is None
 
     def _before(self, run: Run) -> Outcome | None:
-        state, there = read_state(run.folder), run.output.is_dir()  # somebody may have removed a result
+        state, there = (
+            read_state(run.folder),
+            run.output.is_dir(),
+        )  # somebody may have removed a result
         if (
             there
             and state.get("state") == RUNNING
@@ -281,7 +273,8 @@ def _is_same(recorded: Any, planned: dict[str, Any], done: bool) -> bool:
     now = _plain(planned)
     # Data that was cleared away after a run was done doesn't undo it; to go on with a half-done one it does.
     cleared = done and now.get("data") == DOWNLOAD
-    same_data = cleared or is_same_data(recorded.get("data"), now.get("data"))
+    # A run that was cut short before it could say what it fetched recorded `DOWNLOAD`: that is what is there now.
+    same_data = cleared or recorded.get("data") in (now.get("data"), DOWNLOAD)
     return same_data and {**recorded, "data": None} == {**now, "data": None}
 
 
@@ -302,6 +295,6 @@ def _reason(run: Run, code: int, data: Path | None) -> str:
     if "No space left on device" in text:
         return f"no space left on the disk of {run.folder}, of the cache or of the temporary files"
     absent = not is_ours(run.benchmark) and locate(run.benchmark, run.harness, data) is None
-    if absent and any(sign in text for sign in _UNREACHABLE):
+    if absent and any(sign in text for sign in UNREACHABLE):
         return how_to_provide(run.benchmark, run.harness)
     return f"ended with {code} ({reason_in(text)[:300]}; see {log})"

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.environment import versions
-from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, Benchmark
+from dynllava_plugin.evaluation.benchmarks import BUILT, LMMS_EVAL, Benchmark
 from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
 from dynllava_plugin.evaluation.own_sets.generation.sets import DATA_VARIABLE, IMAGES_VARIABLE
 from dynllava_plugin.evaluation.results.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
 from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
-from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity, is_built
+from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity
 
 _PACKAGES = {LMMS_EVAL: "lmms-eval", "vlmevalkit": "ms-vlmeval"}
 
@@ -138,7 +138,7 @@ def _run(
         "versions": {name: installed.get(name) for name in ("torch", "transformers")},
         "sources": source_digest(),
     }
-    if is_built(benchmark):
+    if benchmark.data == BUILT:
         answers_from["images"] = (
             str(config.images.resolve()) if config.images else os.environ.get(IMAGES_VARIABLE)
         )
