@@ -11,6 +11,7 @@ import threading
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -314,8 +315,8 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
 
     class Echo:
         batch_size = size
-        seconds = model_seconds = 0.0
-        started, shared_prompts, style = None, 0, VICUNA
+        seconds, started, style = 0.0, None, VICUNA
+        calls = SimpleNamespace(seconds=0.0, shared_prompts=0)
 
         def generate(self, requests: list, generation: Any, on_batch: Any = None) -> list[Answer]:
             calls.append(len(requests))

@@ -19,7 +19,7 @@ from dynllava_plugin.evaluation.judges import Judge
 from dynllava_plugin.evaluation.results.manifest import NAME
 from dynllava_plugin.evaluation.results.record import RunRecord, write_joined
 from dynllava_plugin.evaluation.results.results import read_results
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.vlmevalkit import command
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.setup import check_datasets
@@ -95,7 +95,7 @@ def test_whatever_changes_an_answer_changes_the_folder() -> None:
     def name(*flags: str) -> str:
         own, _ = own_parser().parse_known_args(["--pretrained", "tiny", *flags])
         settings, asked, _ = settings_of(own)
-        return command._folder_name(settings, asked)
+        return as_folder_name([settings.slug(), *asked.labels()])
 
     assert settings_of(own_parser().parse_known_args(["--batch-size", "auto"])[0])[1].batch_size == "auto"
     names = [name(), name("--prompts", "kit"), name("--max-new-tokens", "5"), name("--limit", "3")]

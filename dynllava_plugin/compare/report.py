@@ -108,7 +108,8 @@ def _hard(subject: Subject, figure: Figure, group: Mapping[Subject, Any], benchm
     if subject.keep is None and subject.tokens is None:
         return {}
     budget = subject.keep, subject.tokens
-    pooled = [one for one in group if _is_pooled(one) and (one.keep, one.tokens) == budget]
+    same = [one for one in group if (one.keep, one.tokens) == budget]
+    pooled = [one for one in same if one.policy.partition(",")[0] == Downsample.name]
     whole = [one for one in group if one.name == FULL]
     if not (pooled and whole and 0 in group[pooled[0]] and 0 in group[whole[0]]):
         return {}
@@ -121,10 +122,6 @@ def _hard(subject: Subject, figure: Figure, group: Mapping[Subject, Any], benchm
     draws = resampled(scores, np.mean, f"{benchmark} hard")  # type: ignore[arg-type]
     found = {"hard_n": len(scores), "hard": float(np.mean(scores))}
     return found | _named("hard_", np.empty(0) if draws is None else draws)
-
-
-def _is_pooled(subject: Subject) -> bool:
-    return subject.policy.partition(",")[0] == Downsample.name
 
 
 def _of_metric(benchmark: str, metric: str) -> tuple[bool, bool]:

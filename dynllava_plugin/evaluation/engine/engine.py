@@ -98,16 +98,6 @@ class Engine:
         limit_pixels(processor, settings.min_pixels, settings.max_pixels)
         return cls(model, processor, batch_size, settings.system_prompt)
 
-    @property
-    def shared_prompts(self) -> int:
-        """Return the prompts so far of batches that prefilled what they begin with alike once."""
-        return self.calls.shared_prompts
-
-    @property
-    def model_seconds(self) -> float:
-        """Return those of `seconds` that were inside the model."""
-        return self.calls.seconds
-
     @torch.no_grad()
     def generate(
         self,

@@ -63,9 +63,9 @@ class RunRecord:
     def note_time(self, engine: Any) -> None:
         """Note the seconds since the first question, of these in the engine, of these in the model; prompts that shared a prefill."""
         since = 0.0 if engine.started is None else time.perf_counter() - engine.started
-        seconds = {"answering": since, "engine": engine.seconds, "model": engine.model_seconds}
+        seconds = {"answering": since, "engine": engine.seconds, "model": engine.calls.seconds}
         self._times = {name: round(value, 3) for name, value in seconds.items()}
-        self._shared_prompts = engine.shared_prompts
+        self._shared_prompts = engine.calls.shared_prompts
 
     def gather(self) -> None:
         """Bring the notes of all processes of a distributed run to rank 0; every process has to call it."""

@@ -95,7 +95,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     if peek.model is None and peek.config is None:
         forwarded += ["--model", MODEL_NAME]
     if peek.work_dir is None:
-        peek.work_dir = DEFAULT_OUTPUT / _folder_name(settings, asked)
+        # Another folder wherever another answer may be: the kit takes up old files without asking whose they are.
+        peek.work_dir = DEFAULT_OUTPUT / as_folder_name([settings.slug(), *asked.labels()])
         forwarded += ["--work-dir", str(peek.work_dir)]
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or peek.work_dir)
     asks_help = bool({"-h", "--help"} & set(arguments))
@@ -176,11 +177,6 @@ def _scored(folder: Path, judge: Judge | None, datasets: list[str], reused: bool
         rows = {name: prediction_rows(folder, f"{folder.name}_{name}") for name in datasets}
         found["questions"] = {name: count for name, count in rows.items() if count}
     return found
-
-
-def _folder_name(settings: ModelSettings, asked: KitSettings) -> str:
-    """Differs wherever another answer may: the kit takes up old files without asking whose they are."""
-    return as_folder_name([settings.slug(), *asked.labels()])
 
 
 def _journal(work_dir: Path, settings: ModelSettings, asked: KitSettings) -> Path | None:

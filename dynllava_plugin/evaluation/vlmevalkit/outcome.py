@@ -38,18 +38,15 @@ def forget_finished(folder: Path, model: str, datasets: list[str], known: Collec
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for dataset in datasets:
-        others = [f"{model}_{name}" for name in known if name != dataset and name.startswith(dataset)]
+        longer = [f"{model}_{name}" for name in known if name != dataset and name.startswith(dataset)]
+        others = tuple(stem + end for stem in longer for end in "._")
         for path in [*folder.glob(f"{model}_{dataset}.*"), *folder.glob(f"{model}_{dataset}_*")]:
-            if path.is_file() and not any(_belongs(path, other) for other in others):
+            if path.is_file() and not path.name.startswith(others):
                 path.unlink()
         for path in folder.glob(f"*_{dataset}.pkl"):
             if path.stem.removesuffix(f"_{dataset}").isdigit():  # its rank and the number of processes
                 path.unlink()
     _forget_status(folder / "status.json", datasets)
-
-
-def _belongs(path: Path, stem: str) -> bool:
-    return path.name.startswith((f"{stem}.", f"{stem}_"))
 
 
 def _forget_status(path: Path, datasets: list[str]) -> None:
