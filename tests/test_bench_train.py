@@ -166,7 +166,7 @@ def test_peak_memory_of_a_process():
         (
             os._exit,
             9,
-            "bench: the process of _exit ended with 9, as where memory runs out; measure something",
+            "bench: the process of _exit was killed, as where memory runs out; measure something",
         ),
     ],
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -38,56 +39,34 @@ def check_finite(arguments: Any) -> None:
 class ModelArguments:
     """Where to start from, and what is sparsified how much (see `dynllava_plugin.SparsityConfig`)."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "help": "A checkpoint of any family that load_model reads (LLaVA-1.5 in any layout), or 'tiny'."
-        }
+    model_name_or_path: str = HfArg(
+        help="A checkpoint of any family that load_model reads (LLaVA-1.5 in any layout), or 'tiny'."
     )
-    mode: str = field(default="image_text", metadata={"help": "What to sparsify: 'image' or 'image_text'."})
-    sparse_layer: int = field(
-        default=2, metadata={"help": "l: the first decoder layer with the reduced context."}
-    )
-    vision_keep_rate: str = field(
+    mode: str = HfArg(default="image_text", help="What to sparsify: 'image' or 'image_text'.")
+    sparse_layer: int = HfArg(default=2, help="l: the first decoder layer with the reduced context.")
+    vision_keep_rate: str = HfArg(
         default="0.2",
-        metadata={
-            "help": "r_I, share of image tokens to keep, in (0, 1]; LOW:HIGH draws one for each sample and tells it the "
-            "predictor, so that one checkpoint serves every budget."
-        },
+        help="r_I, share of image tokens to keep, in (0, 1]; LOW:HIGH draws one for each sample and tells it the "
+        "predictor, so that one checkpoint serves every budget.",
     )
-    gates: str | None = field(
+    gates: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "LAYER:RATE,LAYER:RATE,...: several gates of the image tokens, each with a predictor of its own, and "
-            "which share of what reaches it stays; in place of --sparse_layer and --vision_keep_rate."
-        },
+        help="LAYER:RATE,LAYER:RATE,...: several gates of the image tokens, each with a predictor of its own, and "
+        "which share of what reaches it stays; in place of --sparse_layer and --vision_keep_rate.",
     )
-    text_keep_rate: float = field(
-        default=0.5, metadata={"help": "r_OT, share of answer tokens to keep, in (0, 1]."}
-    )
-    min_text_length: int = field(
-        default=50, metadata={"help": "LEN_OT: shorter answers are kept whole (tokens)."}
-    )
-    prompt_keep_rate: float = field(
+    text_keep_rate: float = HfArg(default=0.5, help="r_OT, share of answer tokens to keep, in (0, 1].")
+    min_text_length: int = HfArg(default=50, help="LEN_OT: shorter answers are kept whole (tokens).")
+    prompt_keep_rate: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "Share of the last question's tokens to keep, in (0, 1], by a predictor of its own (LLaVA-1.5's prompts); 1, "
-            "as in the paper's method: prompt text is never dropped."
-        },
+        help="Share of the last question's tokens to keep, in (0, 1], by a predictor of its own (LLaVA-1.5's "
+        "prompts); 1, as in the paper's method: prompt text is never dropped.",
     )
-    min_prompt_length: int = field(
-        default=10, metadata={"help": "Shorter questions are kept whole (tokens)."}
-    )
-    keep_loss_weight: float = field(
-        default=100.0, metadata={"help": "lambda: weight of the two keep losses."}
-    )
-    predictor_dim: int | None = field(default=None, metadata={"help": "Width of fresh predictors (512)."})
-    predictor_heads: int | None = field(default=None, metadata={"help": "Heads of the image predictor (8)."})
-    predictor_ffn_dim: int | None = field(
-        default=None, metadata={"help": "MLP width of the image predictor (2048)."}
-    )
-    predictor_layers: int | None = field(
-        default=None, metadata={"help": "Blocks of the image predictor (2)."}
-    )
+    min_prompt_length: int = HfArg(default=10, help="Shorter questions are kept whole (tokens).")
+    keep_loss_weight: float = HfArg(default=100.0, help="lambda: weight of the two keep losses.")
+    predictor_dim: int | None = HfArg(default=None, help="Width of fresh predictors (512).")
+    predictor_heads: int | None = HfArg(default=None, help="Heads of the image predictor (8).")
+    predictor_ffn_dim: int | None = HfArg(default=None, help="MLP width of the image predictor (2048).")
+    predictor_layers: int | None = HfArg(default=None, help="Blocks of the image predictor (2).")
 
     def __post_init__(self) -> None:
         if self.mode == "full":
@@ -136,40 +115,31 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    data_path: str = field(metadata={"help": "A mixture in LLaVA's JSON format."})
-    image_folder: str = field(metadata={"help": "The folder that the samples' image paths start from."})
-    model_max_length: int = field(
+    data_path: str = HfArg(help="A mixture in LLaVA's JSON format.")
+    image_folder: str = HfArg(help="The folder that the samples' image paths start from.")
+    model_max_length: int = HfArg(
         default=2048,
-        metadata={
-            "help": "Longer samples lose the text behind it; where that would cut an image or every answer they "
-            "are skipped and reported (tokens, image tokens included)."
-        },
+        help="Longer samples lose the text behind it; where that would cut an image or every answer they are "
+        "skipped and reported (tokens, image tokens included).",
     )
-    text_only: bool = field(
-        default=False,
-        metadata={"help": "Also train on conversations without an image; the paper's recipe doesn't."},
+    text_only: bool = HfArg(
+        default=False, help="Also train on conversations without an image; the paper's recipe doesn't."
     )
-    held_out: int = field(
-        default=0,
-        metadata={"help": "Samples kept from training and evaluated every --eval_steps."},
-    )
-    skip_bad: float = field(
+    held_out: int = HfArg(default=0, help="Samples kept from training and evaluated every --eval_steps.")
+    skip_bad: float = HfArg(
         default=0.001,
-        metadata={
-            "help": "Samples that are malformed or whose image is missing or can't be decoded: so many, or below 1 such a "
-            "share, are skipped and named in skipped.jsonl; more end the run, before it starts where they are known by then."
-        },
+        help="Samples that are malformed or whose image is missing or can't be decoded: so many, or below 1 such a"
+        " share, are skipped and named in skipped.jsonl; more end the run, before it starts where they are "
+        "known by then.",
     )
-    allow_outside: bool = field(
-        default=False,
-        metadata={"help": "Image paths may lead out of --image_folder ('..', absolute, links)."},
+    allow_outside: bool = HfArg(
+        default=False, help="Image paths may lead out of --image_folder ('..', absolute, links)."
     )
-    strict: bool = field(
-        default=False, metadata={"help": "A sample too long for --model_max_length is an error, not skipped."}
+    strict: bool = HfArg(
+        default=False, help="A sample too long for --model_max_length is an error, not skipped."
     )
-    data_cache: str | None = field(
-        default=None,
-        metadata={"help": "Where the checked data is kept as Arrow (default: ~/.cache/dynllava, or XDG's)."},
+    data_cache: str | None = HfArg(
+        default=None, help="Where the checked data is kept as Arrow (default: ~/.cache/dynllava, or XDG's)."
     )
 
     def __post_init__(self) -> None:
@@ -186,24 +156,20 @@ class DataArguments:
 class AdapterArguments:
     """What of the LLM trains: all, LoRA (in a quantised LLM: QLoRA) or nothing; the predictors train in full either way."""
 
-    train: str = field(
+    train: str = HfArg(
         default="llm",
-        metadata={
-            "help": "'llm': the LLM and the predictors; 'predictors': those, and LoRA with --lora_rank."
-        },
+        help="'llm': the LLM and the predictors; 'predictors': those, and LoRA with --lora_rank.",
     )
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA's matrices; 0 trains the whole LLM."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "LoRA's scale is lora_alpha / lora_rank (default: twice the rank)."}
+    lora_rank: int = HfArg(default=0, help="Rank of LoRA's matrices; 0 trains the whole LLM.")
+    lora_alpha: float | None = HfArg(
+        default=None, help="LoRA's scale is lora_alpha / lora_rank (default: twice the rank)."
     )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS),
-        metadata={"help": "Linear layers of the decoder that get an adapter."},
+    lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's matrices.")
+    lora_targets: list[str] = HfArg(
+        default_factory=lambda: list(LORA_TARGETS), help="Linear layers of the decoder that get an adapter."
     )
-    quantize: str = field(
-        default="none",
-        metadata={"help": "'4bit' (NF4, QLoRA) or '8bit': the frozen LLM under LoRA, by bitsandbytes."},
+    quantize: str = HfArg(
+        default="none", help="'4bit' (NF4, QLoRA) or '8bit': the frozen LLM under LoRA, by bitsandbytes."
     )
 
     def __post_init__(self) -> None:
@@ -233,82 +199,56 @@ class AdapterArguments:
 class RecipeArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the recipe's defaults and its three additions."""
 
-    output_dir: str = field(metadata={"help": "Where the trained model and its logs go."})  # type: ignore[assignment]
-    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of the LLM."})
-    predictor_learning_rate: float = field(
-        default=2e-4, metadata={"help": "Peak learning rate of the predictors."}
+    output_dir: str = HfArg(help="Where the trained model and its logs go.")  # type: ignore[assignment]
+    learning_rate: float = HfArg(default=5e-6, help="Peak learning rate of the LLM.")
+    predictor_learning_rate: float = HfArg(default=2e-4, help="Peak learning rate of the predictors.")
+    global_batch_size: int = HfArg(
+        default=64, help="Samples per optimiser step over all processes; sets the gradient accumulation."
     )
-    global_batch_size: int = field(
-        default=64,
-        metadata={"help": "Samples per optimiser step over all processes; sets the gradient accumulation."},
-    )
-    loss_average: str = field(
+    loss_average: str = HfArg(
         default="labels",
-        metadata={
-            "help": "The cross entropy of a step: 'labels' is the mean over all its labelled tokens; 'batches' the "
-            "mean over forward passes of each one's mean, as the published code has it."
-        },
+        help="The cross entropy of a step: 'labels' is the mean over all its labelled tokens; 'batches' the mean "
+        "over forward passes of each one's mean, as the published code has it.",
     )
-    train_projector: bool = field(
+    train_projector: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train the projector (merger) too, at the LLM's rate, as the published script does."
-        },
+        help="Train the projector (merger) too, at the LLM's rate, as the published script does.",
     )
-    max_grad_norm: float = field(
+    max_grad_norm: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Clip the gradients of the LLM and those of the predictors to this norm, each by itself; 0: not at all."
-        },
+        help="Clip the gradients of the LLM and those of the predictors to this norm, each by itself; 0: not at all.",
     )
-    tau_start: float = field(default=1.0, metadata={"help": "Gumbel-softmax temperature at the start."})
-    tau_end: float = field(
-        default=0.1, metadata={"help": "Gumbel-softmax temperature at the end (exponential)."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Replace a model, or another run's checkpoints, that --output_dir already holds."},
+    tau_start: float = HfArg(default=1.0, help="Gumbel-softmax temperature at the start.")
+    tau_end: float = HfArg(default=0.1, help="Gumbel-softmax temperature at the end (exponential).")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Replace a model, or another run's checkpoints, that --output_dir already holds."
     )
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of both learning rates."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Linear warmup: steps, or below 1 a share of all."}
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Schedule of both learning rates.")
+    warmup_steps: float = HfArg(default=0.03, help="Linear warmup: steps, or below 1 a share of all.")
+    weight_decay: float = HfArg(default=0.0, help="Weight decay.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Samples per forward pass and device.")
+    gradient_accumulation_steps: int | None = HfArg(  # type: ignore[assignment]
+        default=None, help="Follows from --global_batch_size; refused where it contradicts it."
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Samples per forward pass and device."}
+    logging_steps: float = HfArg(default=10, help="Log every so many optimiser steps.")
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="A loss that is not finite ends the run instead."
     )
-    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Follows from --global_batch_size; refused where it contradicts it."}
+    save_strategy: str = HfArg(
+        default="steps", help="'steps' or 'epoch' saves checkpoint-N to go on from; 'no' doesn't."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "A loss that is not finite ends the run instead."}
+    save_steps: float = HfArg(default=500, help="Steps between checkpoints, or below 1 a share of all steps.")
+    save_total_limit: int | None = HfArg(
+        default=2, help="Checkpoints to keep; the one before the last is there for a damaged last."
     )
-    save_strategy: str = field(
-        default="steps",
-        metadata={"help": "'steps' or 'epoch' saves checkpoint-N to go on from; 'no' doesn't."},
-    )
-    save_steps: float = field(
-        default=500, metadata={"help": "Steps between checkpoints, or below 1 a share of all steps."}
-    )
-    save_total_limit: int | None = field(
-        default=2,
-        metadata={"help": "Checkpoints to keep; the one before the last is there for a damaged last."},
-    )
-    eval_steps: float | None = field(
-        default=500, metadata={"help": "Steps between evaluations of --held_out samples."}
-    )
-    dataloader_num_workers: int = field(
-        default=1, metadata={"help": "Processes that decode images, per device."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the data is ours."}
-    )
-    report_to: str | None = field(  # type: ignore[assignment]
+    eval_steps: float | None = HfArg(default=500, help="Steps between evaluations of --held_out samples.")
+    dataloader_num_workers: int = HfArg(default=1, help="Processes that decode images, per device.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the data is ours.")
+    report_to: str | None = HfArg(  # type: ignore[assignment]
         default="tensorboard" if find_spec("tensorboard") else "none",
-        metadata={"help": "'tensorboard' (default where installed), 'wandb', 'none', ..."},
+        help="'tensorboard' (default where installed), 'wandb', 'none', ...",
     )
 
     def __post_init__(self) -> None:

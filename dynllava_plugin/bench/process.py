@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +57,21 @@ def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     # Children are forked from one server that imports once and does nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_answer, args=(theirs, torch.get_num_threads(), call, arguments), daemon=True
-    )
-    handler = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the child keeps it: who interrupts speaks to the parent
-    child.start()
-    signal.signal(signal.SIGINT, handler)
-    theirs.close()
-    try:
-        failed, result = ours.recv()
-    except EOFError:
-        child.join()
-        raise UserError(
-            f"bench: the process of {call.__name__} ended with {child.exitcode}, as where memory runs out; measure something smaller"
-        ) from None
-    finally:
-        child.kill()
-        child.join()
-    if failed:
-        raise UserError(f"bench: {call.__name__} failed: {result}")
-    return result
+    with ProcessPoolExecutor(1, context, _begin, (torch.get_num_threads(),)) as pool:
+        try:
+            return pool.submit(call, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"bench: the process of {call.__name__} was killed, as where memory runs out; measure something smaller"
+            ) from None
+        except Exception as error:
+            raise UserError(f"bench: {call.__name__} failed: {type(error).__name__}: {error}") from None
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()  # leaving the pool would wait for its work
+            raise
 
 
-def _answer(to: Connection, threads: int, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts speaks to the parent
     torch.set_num_threads(threads)
-    try:
-        to.send((False, call(*arguments)))
-    except Exception as error:
-        to.send((True, f"{type(error).__name__}: {error}"))
