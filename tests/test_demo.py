@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -83,8 +84,9 @@ def test_bad_flags_end_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 def row(harness: str, mode: str, benchmark: str, metric: str, value: float) -> dict[str, object]:
     kept = 64.0 if mode == "full" else 12.0
     return {
-        "harness": harness, "mode": mode, "benchmark": benchmark, "metric": metric, "value": value, "n": 10,
+        "checkpoint": "tiny", "harness": harness, "mode": mode, "benchmark": benchmark, "metric": metric, "value": value, "n": 10,
         "image_tokens": 64.0, "kept_image_tokens": kept, "kept_output_share": 0.504,
+        "generated_tokens": 70.0 if benchmark == "easy_vqa_describe" else 2.0, "equivalent_tokens": np.nan, "prefill_gflops": np.nan,
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
-from dynllava_plugin.evaluation.results.tables import figure_text
+from dynllava_plugin.evaluation.results.tables import COUNT_COLUMNS, figure_text, setting_counts
 
 COLUMNS = {
     ("easy_vqa", "accuracy"): "easy-VQA [%]",
@@ -14,6 +14,8 @@ COLUMNS = {
     ("easy_vqa_describe", "meteor_exact_stem"): "METEOR without synonyms [%]",
     ("easy_vqa_describe", "ppl"): "PPL",
 }
+
+IMAGE_TOKENS, OUTPUT_TOKENS = COUNT_COLUMNS[:2]
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -26,10 +28,11 @@ def summary(table: pd.DataFrame) -> str:
     lines = []
     for mode in dict.fromkeys(table["mode"]):
         rows = table[table["mode"] == mode]
-        cells = {"mode": mode, "image tokens": _image_tokens(rows)}
+        stays = setting_counts(table, rows["checkpoint"].iloc[0], mode)
+        cells = {"mode": mode, "image tokens": stays.get(IMAGE_TOKENS, "-")}
         for key, title in shown.items():
             cells[title] = cell(benchmark_rows(rows, key))
-        cells["output tokens kept [%]"] = _output_kept(rows)
+        cells[OUTPUT_TOKENS] = stays.get(OUTPUT_TOKENS, "-")
         lines.append(cells)
     counts = table.groupby("benchmark")["n"].max()
     note = ", ".join(f"{benchmark} {int(n)}" for benchmark, n in counts.items())
@@ -51,14 +54,3 @@ def cell(rows: pd.DataFrame) -> str:
     }
     figures = [by_harness[name] for name in (LMMS_EVAL, VLMEVALKIT) if name in by_harness]
     return " / ".join(dict.fromkeys(figures)) or "-"
-
-
-def _image_tokens(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    return f"{first['kept_image_tokens']:.0f} of {first['image_tokens']:.0f}"
-
-
-def _output_kept(rows: pd.DataFrame) -> str:
-    """Of long answers: a short one's one or two tokens say nothing."""
-    long = rows[rows["benchmark"] == "easy_vqa_describe"]
-    return f"{100 * long['kept_output_share'].iloc[0]:.1f}" if len(long) else "-"
