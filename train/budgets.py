@@ -7,7 +7,6 @@ Rows are appended to `OUTPUT/budgets_rows.csv` as they are measured, and a run t
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterator
@@ -149,21 +148,17 @@ def rows(
 
 
 def measured(file: Path, about: dict[str, Any]) -> bool:
-    """Whether the rows hold this one."""
+    """Return whether the rows hold this one."""
     if not file.exists():
         return False
-    with file.open(newline="", encoding="utf-8") as table:
-        return any(
-            all(row[key] == str(value) for key, value in about.items()) for row in csv.DictReader(table)
-        )
+    table = pd.read_csv(file, dtype=str)
+    return bool((table[list(about)] == pd.Series(about).astype(str)).all(axis=1).any())
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add a row, and say it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([*([COLUMNS] if fresh else []), [row[name] for name in COLUMNS]])
+    pd.DataFrame([row], columns=COLUMNS).to_csv(file, mode="a", header=not file.exists(), index=False)
     print(*(row[name] for name in COLUMNS), flush=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from train.conversation import IGNORE, Tokens, label_spans
@@ -136,8 +136,9 @@ class ChatEncoder:
                 messages, tokenize=False, add_generation_prompt=ends_open
             )
         except Exception as error:  # jinja's own, or none there
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(f"--model_name_or_path: its chat template can't be rendered ({reason})") from None
+            raise UserError(
+                f"--model_name_or_path: its chat template can't be rendered ({one_line(error)})"
+            ) from None
 
     def _end_of_turn(self) -> tuple[str, str]:
         """What ends an answer, up to a special token, and what the template writes behind it before the next question."""
@@ -161,8 +162,9 @@ class ChatEncoder:
                 add_special_tokens=self.adds_special_tokens,
             )
         except Exception as error:  # each processor has its own for a picture of odd proportions
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UnusableSample(UNREADABLE, f"{name}: the processor refuses its images ({reason})") from None
+            raise UnusableSample(
+                UNREADABLE, f"{name}: the processor refuses its images ({one_line(error)})"
+            ) from None
 
     def _expanded(self, plain: Tokens, ids: list[int], name: str) -> list[int]:
         """Labels of `ids`, which are `plain`'s with more in the place of each image."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.files import write_json
+from dynllava_plugin.files import saved_json, write_json
 from train import checkpoints
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.writing import naming_the_file
@@ -60,11 +60,11 @@ class RunRecord:
 
     def __init__(self, output_dir: Path, values: dict[str, Any], sharding: str) -> None:
         self.output_dir, self.values, self.sharding = output_dir, values, sharding
-        self.found = read_record(output_dir)
+        self.found = saved_json(output_dir / RECORD)
 
     def difference(self) -> str | None:
         """Return the first argument that the folder's run had otherwise, in words; None where it is this run."""
-        if self.found is None:
+        if not self.found:
             return "another run"
         before = self.found.get("arguments", {})
         for name, value in self.values.items():
@@ -80,7 +80,7 @@ class RunRecord:
         done = (self.output_dir / "config.json").exists() or (
             self.output_dir / "adapter_config.json"
         ).exists()
-        return bool(self.found and self.found.get("finished") and done and self.difference() is None)
+        return bool(self.found.get("finished") and done and self.difference() is None)
 
     def write(self, finished: bool) -> None:
         """Say what the folder holds from now on."""
@@ -90,7 +90,7 @@ class RunRecord:
 
     def misfit(self, checkpoint: Path) -> str | None:
         """Why a whole checkpoint, of this run or another, can't be read as this one is started; None where it can."""
-        before = (read_record(checkpoint.parent) or {}).get("sharding", self.sharding)
+        before = saved_json(checkpoint.parent / RECORD).get("sharding", self.sharding)
         if before == self.sharding:
             return None
         return f"was saved under {before} and can't be read under {self.sharding}"
@@ -158,12 +158,3 @@ class RunRecord:
                     checkpoints.discard(path)
         self.write(finished=False)
         return (None, []) if other else checkpoints.last_whole(self.output_dir)
-
-
-def read_record(output_dir: Path) -> dict[str, Any] | None:
-    """Return a folder's `run.json`; None where there is none that can be read."""
-    try:
-        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None

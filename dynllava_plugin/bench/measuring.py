@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     if shape is not None:
         _check(args, shape)
     common = {"shape": name, **here, "image_tokens": args.image_tokens, "text_tokens": args.text_tokens}
-    rows = Rows.of(args, {**common, **{rate: getattr(args, rate) for rate in RATES}})
+    rates = {rate: getattr(args, rate) for rate in RATES}
+    rows = Rows.of(args, {**common, **rates})
     loaded = None
     if args.pretrained is not None:
         loaded = Loaded(args.pretrained, args.images, device, dtype)
@@ -51,16 +52,7 @@ def run(args: argparse.Namespace) -> int:
     lengths = sorted(set(args.at or (round(args.new_tokens * part / 4) for part in range(5))))
     weights = 0 if loaded else shape.parameters * dtype.itemsize
     require_memory(weights + _largest(args, shape, lengths, dtype.itemsize), device, f"--shape {name}")
-    subject = Subject(
-        shape,
-        device,
-        dtype,
-        args.image_tokens,
-        args.text_tokens,
-        args.vision_keep_rate,
-        args.text_keep_rate,
-        loaded,
-    )
+    subject = Subject(shape, device, dtype, args.image_tokens, args.text_tokens, **rates, loaded=loaded)
     plan = Run(subject, rows, args.mode, args.batch, lengths, args.path, args.repeats, args.warmup)
 
     def work() -> None:

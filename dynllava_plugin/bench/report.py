@@ -83,17 +83,7 @@ def medians(rows: list[dict[str, Any]]) -> pd.DataFrame:
         prompts in batches that shared a prefill); ``same_answers`` (as batch size 1 in every repeat), ``questions``, ``repeats``.
         NaN where batch size 1 is missing.
     """
-    ran = [
-        "phase",
-        "device",
-        "checkpoint",
-        "checkpoint_hash",
-        "policy",
-        "benchmark",
-        "limit",
-        "threads",
-        "harness",
-    ]
+    ran = "phase device checkpoint checkpoint_hash policy benchmark limit threads harness".split()
     table = pd.DataFrame(rows)
     table["outside_model"] = 1 - table["model_s"] / table["answering_s"]
     table["shared"] = table["shared_prompts"] / table["questions"]
