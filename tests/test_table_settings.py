@@ -13,7 +13,7 @@ import pytest
 from dynllava_plugin.cli import main
 from dynllava_plugin.evaluation.results.paper import compare, render_comparison
 from dynllava_plugin.evaluation.results.results import read_results
-from dynllava_plugin.evaluation.results.tables import by_benchmark, pivot, render, span
+from dynllava_plugin.evaluation.results.tables import by_benchmark, pivot, render, setting_counts, span
 from tests.test_paper import row, write_kit, write_run
 
 GQA = {"gqa": {"exact_match,none": 0.5}}
@@ -239,3 +239,20 @@ def test_the_kit_s_limit_of_new_tokens_is_part_of_it_too(tmp_path: Path) -> None
         "image_text",
         "image_text, max_new_tokens=8",
     }
+
+
+def test_counts_leave_out_rows_without_an_image_and_short_answers() -> None:
+    """What stays of an answer of fewer than 20 tokens says nothing, and a text-only benchmark has no image tokens."""
+    columns = [
+        "image_tokens",
+        "kept_image_tokens",
+        "generated_tokens",
+        "kept_output_share",
+        "equivalent_tokens",
+    ]
+    rows = [(576, 115, 19, 0.1, 144), (576, 115, 20, 0.6, 144), (0, 0, 300, 0.4, 0)]
+    table = pd.DataFrame(rows, columns=columns).assign(checkpoint="c", mode="m", prefill_gflops=2.5)
+    assert setting_counts(table, "c", "m") == {
+        "image tokens kept": "115 of 576", "equivalent tokens": "144", "prefill GFLOPs": "2.5",
+        "output tokens kept [%]": "40.0 to 60.0",
+    }  # fmt: skip

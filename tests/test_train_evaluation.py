@@ -13,8 +13,10 @@ from dynllava_plugin import load_model
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.model.prompts import vicuna_v1
+from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.training_kit import save_checkpoint, save_mixture
 from train.finetune import main, split
+from train.measures import off_target
 from train.mixture import open_mixture
 
 RECIPE = "--global_batch_size 4 --per_device_train_batch_size 4 --max_steps 4 --learning_rate 1e-3 --seed 3"
@@ -144,3 +146,13 @@ def test_evaluation_without_samples_is_refused(flags, tmp_path, capsys):
     assert "--held_out" in capsys.readouterr().err
     assert main([*flags, *out, "--held_out", "12"]) == 2
     assert "none would be left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.09, True), (0.11, False), (0.29, False), (0.31, True)])
+def test_a_keep_rate_far_from_its_target_is_said_on_either_side(rate, said):
+    """Of the last row that has it; 0.1 off is far."""
+    history = [{"image_keep_rate": 0.9, "text_keep_rate": 0.5}, {"image_keep_rate": rate}]
+    line = off_target(history, SparsityConfig(mode="image_text", vision_keep_rate=0.2))
+    assert bool(line) == said and "text_keep_rate" not in line
+    low = off_target([{"text_keep_rate": 0.5 - rate}], SparsityConfig(mode="image_text"))
+    assert bool(low) == (rate > 0.1)
