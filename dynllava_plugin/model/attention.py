@@ -53,9 +53,7 @@ class WatchedRows:
             return cls(layer, valid, last, torch.ones_like(last, dtype=torch.bool))
         rows = packing_order(watched, max(1, int(watched.sum(1).max())))
         real = watched.gather(1, rows)
-        none = ~real.any(
-            1, keepdim=True
-        )  # no image in the sample: what is looked at there is asked by no one
+        none = ~real.any(1, keepdim=True)  # no image in the sample: no one asks what is looked at there
         return cls(layer, valid, torch.where(none, last, rows), real | none)
 
     def __call__(

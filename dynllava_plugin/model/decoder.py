@@ -161,14 +161,11 @@ class SparseDecoder(nn.Module):
             causal = context_mask(self.config, seen, None, tokens.hidden)
         rotary = self.rotary_emb(tokens.hidden, position_ids=tokens.position_ids)
         layers, settings = len(self.layers), self.config.sparsity
-        if settings.mode == "full":
-            tokens = self._run(0, layers, tokens, causal, rotary, SparseCall())
-            return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden))
         masks = TrainingMasks(torch.ones_like(valid, dtype=torch.float32), tau)
         image_noise, text_noise, prompt_noise = (*gumbel_noise, None)[:3]
         share: float | torch.Tensor = 1.0
         start, call = 0, SparseCall()
-        for index, (layer, rate) in enumerate(settings.image_gates):
+        for index, (layer, rate) in enumerate(() if settings.mode == "full" else settings.image_gates):
             tokens = self._run(start, layer, tokens, causal if not start else None, rotary, call)
             share = share * (rate if index or keep_rates is None else keep_rates)
             noise = None if image_noise is None else image_noise[..., 2 * index : 2 * index + 2]
@@ -177,7 +174,7 @@ class SparseDecoder(nn.Module):
             if not index:
                 mask_texts(masks, gate, settings, text_noise, prompt_noise)
             start, call = layer, SparseCall(context=training_context(masks.keep, valid))
-        tokens = self._run(start, layers, tokens, None, rotary, call)
+        tokens = self._run(start, layers, tokens, causal if not start else None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
 
     def _image_predictor(self, layer: int) -> ImagePredictor:
@@ -202,10 +199,6 @@ class SparseDecoder(nn.Module):
             yield
         finally:
             _OF_CALL.reset(token)
-
-    def new_cache(self) -> SparseContextCache:
-        """Return an empty KV cache for this model."""
-        return self.policy.new_cache(self.config.num_hidden_layers)
 
     def _gate(
         self,

@@ -102,16 +102,16 @@ class SparseGeneration(nn.Module):
         llm = self.model.language_model
         if implementation is None:
             implementation = default_cache(self.device, llm.policy)
+        layers = self.config.text_config.num_hidden_layers
         if implementation == "static":
             if llm.policy.sequential:
                 raise UserError(
                     f"cache_implementation: {llm.policy.name} lets tokens go, which a static cache can't; use dynamic"
                 )
-            layers = self.config.text_config.num_hidden_layers
             return StaticCache(layers, llm.policy.splits, compile_options=compile_options)
         if implementation != "dynamic":
             raise UserError(f"cache_implementation: {implementation!r} is not one of dynamic, static")
-        return llm.new_cache()
+        return llm.policy.new_cache(layers)
 
     def _static_step(
         self,

@@ -171,9 +171,8 @@ def _middle_resized(
         start, scale = (whole - wanted) // 2, length / whole
         parts.append((wanted, start * scale, (start + wanted) * scale))
     (width, left, right), (height, top, bottom) = parts
-    across = image.resize(
-        (width, image.height), resample, box=(left, 0, right, image.height)
-    )  # as PIL does it
+    # First across, then down, as PIL does it.
+    across = image.resize((width, image.height), resample, box=(left, 0, right, image.height))
     return across.resize((width, height), resample, box=(0, top, width, bottom))
 
 

@@ -136,15 +136,13 @@ def training_output(
     num_items_in_batch: torch.Tensor | int | None,
 ) -> DynamicLlavaOutput:
     """Return logits [B, L, V] with the objective: lm_loss + lambda * (image_keep_loss + text_keep_loss), Eq. 8 to 10."""
-    result = DynamicLlavaOutput(logits=logits)
-    masks = outputs.masks
-    for values, valid, share in (
-        masks.images if masks is not None else ()
-    ):  # of several gates the sum, and what is left last
+    result, masks = DynamicLlavaOutput(logits=logits), outputs.masks
+    assert masks is not None
+    for values, valid, share in masks.images:  # of several gates the sum, and what is left last
         result.image_keep = values.detach() > 0.5
         loss = keep_loss(values, valid, valid.any(1), share)
         result.image_keep_loss = loss if result.image_keep_loss is None else result.image_keep_loss + loss
-    for kind, (values, valid, counted) in masks.texts.items() if masks is not None else ():
+    for kind, (values, valid, counted) in masks.texts.items():
         loss = keep_loss(values, valid, counted, getattr(sparsity, f"{kind}_keep_rate"))
         setattr(result, f"{kind}_keep", values.detach() > 0.5)
         setattr(result, f"{kind}_keep_loss", loss)

@@ -105,7 +105,7 @@ def _policy(
     made: list[Part] = []
     followers: list[
         int
-    ] = []  # parts without a layer of their own (chance, the cache) act where the others do
+    ] = []  # without a layer of their own (chance, the cache): they act where the others do
     for part in parts:
         for method in _methods(part):
             if method.layer_argument and method.follows and method.layer_argument not in given[part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies.base import ImagePolicy, argument, count, share
@@ -25,18 +25,32 @@ class StagedPolicy(ImagePolicy):
     depths: ClassVar[tuple[float, ...]] = ()
 
     stages: int = argument(3, count)
-    at: str | int | None = None
+    at: Any = None  # text once, then a tuple of layers
     ratio: float | None = argument(None, share)
-    shares: str | float | None = None
+    shares: Any = None  # likewise, of shares
+
+    def __post_init__(self) -> None:
+        for name, kind, fits, wanted in (
+            ("at", int, _rise, "layers in order, such as 8-16-24"),
+            ("shares", float, _fall, "shares in (0, 1] that fall, such as 0.5-0.25"),
+        ):
+            given = getattr(self, name)
+            if given is None or isinstance(given, tuple):
+                continue
+            try:
+                found = tuple(kind(part) for part in str(given).split("-"))
+            except ValueError:
+                found = ()
+            if not found or not fits(found):
+                raise UserError(f"{self.name}: {name}={given!r} is not {wanted}")
+            object.__setattr__(self, name, found)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Return the gates' layers; empty as long as no model is in sight."""
-        if self.at is not None:
-            return tuple(int(part) for part in str(self.at).split("-"))
         layers = self.num_layers
-        if layers is None:
-            return ()
+        if self.at is not None or layers is None:
+            return self.at or ()
         if not self.depths:
             return tuple(stage * layers // (self.stages + 1) for stage in range(1, self.stages + 1))
         found: list[int] = []
@@ -57,40 +71,29 @@ class StagedPolicy(ImagePolicy):
     def shares_left(self, kept: float) -> tuple[float, ...]:
         """Return `shares`, else ones that fall alike at each gate."""
         if self.shares is not None:
-            return tuple(float(part) for part in str(self.shares).split("-"))
+            return self.shares
         return tuple(kept ** ((gate + 1) / self.number_of_gates) for gate in range(self.number_of_gates))
 
     def check(self) -> None:
         """Check as `ImagePolicy.check`, and where the gates are."""
         super().check()
-        if self.at is not None:
-            parts = str(self.at).split("-")
-            layers = [int(part) for part in parts if part.isdecimal()]
-            if len(layers) < len(parts) or sorted(set(layers)) != layers:
-                raise UserError(f"{self.name}: at={self.at!r} is not layers in order, such as 8-16-24")
-        if self.shares is not None:
-            self._check_shares()
-        if self.layers and self.layers[0] < 1:
-            where = (
-                f"at={self.at}"
-                if self.at is not None
-                else f"stages={self.stages} of {self.num_layers} layers"
+        layers = self.layers
+        if layers and self.shares is not None and len(self.shares) != len(layers):
+            shares = "-".join(map(str, self.shares))
+            raise UserError(
+                f"{self.name}: shares={shares} names {len(self.shares)} gates, there are {len(layers)}"
             )
+        if layers and layers[0] < 1:
+            where = f"stages={self.stages} of {self.num_layers} layers"
+            where = where if self.at is None else f"at={'-'.join(map(str, self.at))}"
             raise UserError(f"{self.name}: {where} puts a gate at layer 0; it ranks by the layer before")
-        if self.layers:
-            self.inside(self.layers[-1])
+        if layers:
+            self.inside(layers[-1])
 
-    def _check_shares(self) -> None:
-        """Raise `UserError` unless `shares` are shares that fall, one a gate."""
-        try:
-            shares = [1.0, *self.shares_left(1.0)]
-        except ValueError:
-            shares = [0.0, 1.0]
-        if any(not 0 < later <= earlier for earlier, later in pairwise(shares)):
-            raise UserError(
-                f"{self.name}: shares={self.shares!r} is not shares in (0, 1] that fall, such as 0.5-0.25"
-            )
-        if self.layers and len(shares) - 1 != len(self.layers):
-            raise UserError(
-                f"{self.name}: shares={self.shares} names {len(shares) - 1} gates, there are {len(self.layers)}"
-            )
+
+def _rise(layers: tuple[Any, ...]) -> bool:
+    return all(earlier < later for earlier, later in pairwise(layers))
+
+
+def _fall(shares: tuple[Any, ...]) -> bool:
+    return all(0 < later <= earlier for earlier, later in pairwise((1.0, *shares)))

@@ -59,9 +59,8 @@ class SparsityConfig:
     # training only
     vision_keep_rate: float = argument(0.2, share)
     text_keep_rate: float = argument(0.5, share)
-    min_text_length: int = argument(
-        50, from_zero
-    )  # LEN_OT, tokens: shorter answers are kept whole in training
+    # LEN_OT, tokens: shorter answers are kept whole in training
+    min_text_length: int = argument(50, from_zero)
     keep_loss_weight: float = argument(100.0, weight)  # lambda, the weight of the keep losses
     # width c, attention heads, MLP width and ViT blocks of the image predictor; the text predictor shares c
     predictor_dim: int = argument(512, count)
@@ -115,9 +114,8 @@ class SparsityConfig:
         for one in fields(self):
             if check := one.metadata.get("check"):
                 value = getattr(self, one.name)
-                if hasattr(value, "item") and not getattr(
-                    value, "shape", ()
-                ):  # JSON writes Python's own numbers
+                # JSON writes Python's own numbers.
+                if hasattr(value, "item") and not getattr(value, "shape", ()):
                     setattr(self, one.name, value := value.item())
                 check(f"{one.name}: ", value)
         if self.predictor_dim % 4 or self.predictor_dim % self.predictor_heads:

@@ -205,9 +205,8 @@ class _Checkpoint:
             self.layout in (ORIGINAL, PUBLISHED)
             and read_json(folder / "config.json").get("model_type") == "llama"
         ):
-            return read_weights(
-                *weight_files(folder)
-            )  # the original code's adapters change an LLM without a vision side
+            # The original code's adapters change an LLM without a vision side.
+            return read_weights(*weight_files(folder))
         text: Any = self.config.text_config
         return _Checkpoint(name, {})._weights(dtype or self.config.dtype or text.dtype)
 

@@ -62,20 +62,15 @@ class DynamicLlavaModel(LlavaModel):
     ) -> Any:
         """Return what `LlavaModel`'s does; where the policy reduces patches, `pooler_output` is M tensors [N, d + MARKS]."""
         policy = self.language_model.policy
-        layer: Any = (
-            self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        )
+        layer: Any = vision_feature_layer
+        layer = self.config.vision_feature_layer if layer is None else layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         _check_patches(policy, self.config, layer, strategy)
         if self.config.projector_type == TOKENPACKER:
             return self._packed_features(pixel_values, **kwargs)
         if not policy.reduces_patches:
-            return super().get_image_features(
-                pixel_values=pixel_values,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                **kwargs,
-            )
+            kwargs |= {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+            return super().get_image_features(pixel_values, **kwargs)
         kwargs.pop("return_dict", None)
         tower: Any = self.vision_tower
         encoder_layers = getattr(tower, "vision_model", tower).encoder.layers
