@@ -177,11 +177,6 @@ class SparseDecoder(nn.Module):
         tokens = self._run(start, layers, tokens, causal if not start else None, rotary, call)
         return SparseDecoderOutput(last_hidden_state=self.norm(tokens.hidden), masks=masks)
 
-    def _image_predictor(self, layer: int) -> ImagePredictor:
-        """Return the one of the gate at `layer`: a later gate's own, else the first's."""
-        own: Any = getattr(self, f"image_predictor_{layer}", None)
-        return self.image_predictor if own is None else own
-
     @property
     def policy(self) -> Policy:
         """Return who decides what stays: by the settings of this call (`settings_of_call`), else the model's."""
@@ -237,8 +232,11 @@ class SparseDecoder(nn.Module):
 
     def _view(self, layer: int, tokens: Tokens, attention: torch.Tensor | None) -> Gate:
         positions = tokens.text_positions.expand(tokens.valid.shape)
+        predictor = getattr(
+            self, f"image_predictor_{layer}", self.image_predictor
+        )  # a later gate has its own
         return Gate(
-            tokens.hidden, tokens.valid, positions, tokens.layout, self._image_predictor(layer), self.text_predictor,
+            tokens.hidden, tokens.valid, positions, tokens.layout, predictor, self.text_predictor,
             attention, layer, tokens.entered, self.prompt_predictor,
         )  # fmt: skip
 

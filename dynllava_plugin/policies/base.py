@@ -134,9 +134,9 @@ class CachePolicy(Part):
         return self.layers
 
     @property
-    def cache_rule(self) -> tuple[Any, ...]:
-        """Return what a cache must have been made for (`SparseContextCache.rule`)."""
-        return (self.name, self.r)
+    def cache_rule(self) -> CachePolicy:
+        """Return what a cache must have been made for (`SparseContextCache.rule`): the method, of whatever model."""
+        return replace(self, num_layers=None)
 
     def new_cache(self, num_layers: int) -> SparseContextCache:
         """Return an empty KV cache."""

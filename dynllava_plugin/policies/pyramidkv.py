@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dynllava_plugin.policies.base import argument, count
 from dynllava_plugin.policies.heavy_hitters import ObservedCache
@@ -30,11 +29,6 @@ class PyramidKV(SnapKV):
     def splits(self) -> tuple[int, ...]:
         """Return every layer from `start_layer` on: each holds its own number of tokens."""
         return tuple(range(self.start_layer, max(self.num_layers or 0, self.start_layer + 1)))
-
-    @property
-    def cache_rule(self) -> tuple[Any, ...]:
-        """Return what `SnapKV.cache_rule` does, and beta."""
-        return (*super().cache_rule, self.beta)
 
     def share_at(self, layer: int, num_layers: int) -> float:
         """Return the share of the prompt that `layer` holds."""

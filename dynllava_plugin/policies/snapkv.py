@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -43,11 +42,6 @@ class SnapKV(CachePolicy):
     kernel: int = argument(
         5, number("not an odd positive integer", lambda value: value >= 1 and value % 2, int)
     )
-
-    @property
-    def cache_rule(self) -> tuple[Any, ...]:
-        """Return name, r, window and kernel."""
-        return (self.name, self.r, self.window, self.kernel)
 
     @property
     def output_share(self) -> float:

@@ -40,7 +40,6 @@ def plain_masked_softmax(
     context: torch.Tensor,
     visible: torch.Tensor,
     scaling: float,
-    max_exponent: float = 8.0,
 ) -> torch.Tensor:
     """Return out_i = sum_j e^{x_ij} G_ij v_j / sum_j e^{x_ij} G_ij, its gradients left to autograd: O(L^2) memory.
 
@@ -55,7 +54,7 @@ def plain_masked_softmax(
     top = scores.detach().masked_fill(~kept, float("-inf")).amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, torch.zeros_like(top))
     # masked_fill before exp: a hidden score must not overflow and turn 0 * inf into NaN in the gradient.
-    exponent = (scores - top).masked_fill(~visible, float("-inf")).clamp(max=max_exponent)
+    exponent = (scores - top).masked_fill(~visible, float("-inf")).clamp(max=MAX_EXPONENT)
     weights = exponent.exp() * context
     total = weights.sum(-1, keepdim=True)
     # A row with no kept token: dividing by infinity gives it zeros, and no gradient.

@@ -65,7 +65,6 @@ def forward(
     packing: torch.Tensor,
     scaling: float,
     max_exponent: float,
-    tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return Eq. 7 as `blocks.forward`, with `lse` and `cap` in base 2."""
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
@@ -73,7 +72,7 @@ def forward(
     out = empty_output(query)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     cap = torch.empty_like(lse)
-    tile = (tiles or tiles_for(dim, query.dtype, query.device)).forward
+    tile = tiles_for(dim, query.dtype, query.device).forward
     with _device_of(query):
         kernels._forward_kernel[(triton.cdiv(length, tile.rows) * batch * heads,)](
             query, key, value, out, lse, cap, packing,
@@ -95,7 +94,6 @@ def backward(
     cap: torch.Tensor,
     scaling: float,
     need_keep: bool,
-    tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return gradients as `blocks.backward` gives them."""
     grad_query, grad_key, grad_value = (empty_gradient(x) for x in (query, key, value))
@@ -105,7 +103,7 @@ def backward(
     kv_heads = key.shape[1]
     grad_keep = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=query.device)
     delta = torch.empty_like(lse)
-    tiles = tiles or tiles_for(dim, query.dtype, query.device)
+    tiles = tiles_for(dim, query.dtype, query.device)
     shape = (heads // kv_heads, length, scaling * _LOG2_E, scaling)
     with _device_of(query):
         kernels._query_kernel[(triton.cdiv(length, tiles.query.rows) * batch * heads,)](
