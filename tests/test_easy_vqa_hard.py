@@ -65,12 +65,13 @@ def read_answer(question: str, grid: int, shown: list[tuple[str, str, int, int]]
         if "left" in question:
             return "left" if one[3] < grid - 1 - one[3] else "right"
         return "top" if one[2] < grid - 1 - one[2] else "bottom"
-    found = re.fullmatch(r"is the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)\?", question)
+    found = re.fullmatch(r"is the (\w+ \w+) (.*) the (\w+ \w+)\?", question)
     assert found, question
     (one,), (other,) = those(found[1]), those(found[3])
-    smaller = {"left of": (one[3], other[3]), "right of": (other[3], one[3])}
-    smaller |= {"above": (one[2], other[2]), "below": (other[2], one[2])}
-    return "yes" if smaller[found[2]][0] < smaller[found[2]][1] else "no"
+    if found[2] == "above or below":
+        return "above" if one[2] < other[2] else "below"
+    assert found[2] == "to the left or the right of", question
+    return "left" if one[3] < other[3] else "right"
 
 
 def test_answers_hold_in_a_second_reading_and_every_kind_occurs(tiles: list[Tile]) -> None:

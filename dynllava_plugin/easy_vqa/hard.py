@@ -13,7 +13,6 @@ from dynllava_plugin.easy_vqa.facts import SHAPES, Tile
 SIDE = 160  # pixels of a scene
 GRIDS = (3, 4, 5)
 KINDS = ("attribute", "position", "relation", "count", "comparison", "negation")
-RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,15 @@ def _position(scene: Scene, rng: random.Random) -> Asked | None:
 def _relation(scene: Scene, rng: random.Random) -> Asked | None:
     one, other = rng.sample(scene.items, 2)
     about = _where(scene.items, one.color, one.shape), _where(scene.items, other.color, other.shape)
-    relation = rng.choice(RELATIONS)
-    across = "of" in relation
+    across = rng.random() < 0.5
     apart = one.column - other.column if across else one.row - other.row
     if len(about[0]) > 1 or len(about[1]) > 1 or apart == 0:
         return None
-    true = apart < 0 if relation in ("left of", "above") else apart > 0
-    return Asked(
-        f"is the {one.name} {relation} the {other.name}?", "yes" if true else "no", "relation", about
-    )
+    low, high = ("left", "right") if across else ("above", "below")
+    question = f"is the {one.name} above or below the {other.name}?"
+    if across:
+        question = f"is the {one.name} to the left or the right of the {other.name}?"
+    return Asked(question, low if apart < 0 else high, "relation", about)
 
 
 def _count(scene: Scene, rng: random.Random) -> Asked | None:

@@ -75,6 +75,7 @@ def vision_stage(args: argparse.Namespace, recipe: Recipe, train: TileSet, test:
         recipe.vision(train, args.seed),
         lambda: recipe.unseen(test),
         args.vision_steps or recipe.steps[0],
+        place_weight=recipe.place_weight,
     )
     if args.vision_weights is not None:
         args.vision_weights.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +97,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--vision_weights", type=Path, help="safetensors file to keep stage 1 in, or to take it from"
     )
     parser.add_argument("--scenes", choices=sorted(RECIPES), default="easy", help="what it is trained on")
-    parser.add_argument("--vision_steps", type=int, help="stage 1: batches of 36 images (1500; hard: 350)")
+    parser.add_argument("--vision_steps", type=int, help="stage 1: batches of 36 images (1500; hard: 1000)")
     parser.add_argument(
         "--steps",
         type=int,
-        help="stage 2: batches of 7 scenes and 3 single images (2000; hard: 8 scenes, 700)",
+        help="stage 2: batches of 7 scenes and 3 single images (2000; hard: 8 scenes, 2500)",
     )
     parser.add_argument("--layers", type=int, default=6, help="of the language model")
     parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")

@@ -186,8 +186,12 @@ def train_vision(
     unseen: Callable[[], dict[str, Iterator[VisionBatch]]],
     steps: int,
     lr: float = 1e-3,
+    place_weight: float = 0.1,
 ) -> CLIPVisionModel:
-    """Train the tower on an endless stream; `unseen()` gives named streams to test on. Returns it in eval mode, frozen."""
+    """Train the tower on an endless stream; `unseen()` gives named streams to test on. Returns it in eval mode, frozen.
+
+    `place_weight` is what a patch's row and column count for in the loss, beside its colour and shape.
+    """
     side = tower.config.image_size // tower.config.patch_size
     device = tower.device
     heads = PatchHeads(tower.config.hidden_size, side).to(device)
@@ -210,8 +214,8 @@ def train_vision(
             objects = torch.where(known, label, ignore).flatten()
             loss = loss + F.cross_entropy(logits.flatten(0, 1), objects, ignore_index=-100)
         place = torch.arange(side * side, device=device).repeat(len(owner))
-        loss = loss + 0.1 * F.cross_entropy(out[2].flatten(0, 1), place // side)
-        loss = loss + 0.1 * F.cross_entropy(out[3].flatten(0, 1), place % side)
+        for logits, truth in ((out[2], place // side), (out[3], place % side)):
+            loss = loss + place_weight * F.cross_entropy(logits.flatten(0, 1), truth)
         loss.backward()
         optimizers.step()
         if step % 20 == 0:

@@ -26,10 +26,12 @@ def checkpoint_hash(pretrained: str) -> str:
     if digest and name == pretrained:
         return digest
     folder = Path(pretrained)
-    if pretrained == "tiny" and not folder.is_dir():
-        folder = Path(__file__).resolve().parents[2] / "assets" / "tiny_llava"
     if not folder.is_dir():
-        return _hub_commit(pretrained)
+        from dynllava_plugin.model.checkpoints.sources import BUNDLED, find_checkpoint
+
+        if pretrained not in BUNDLED:
+            return _hub_commit(pretrained)
+        folder = find_checkpoint(pretrained)
     digest_of_all = hashlib.sha256()
     files = sorted({path for pattern in _CONTENT for path in folder.glob(pattern) if path.is_file()})
     for path in files:

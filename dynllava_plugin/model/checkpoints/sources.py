@@ -10,7 +10,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 
-TINY = "tiny"
+BUNDLED = {"tiny": "tiny_llava", "tiny-hard": "tiny_llava_hard"}  # folders of assets/
 # Never fetched: training_args.bin and other pickles; PyTorch weights only where there are no safetensors, or beside
 # an adapter.
 TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -19,18 +19,18 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """Return the local folder of a checkpoint: a folder, ``"tiny"`` for the bundled model, or a hub id (``owner/name``).
+    """Return the local folder of a checkpoint: a folder, a bundled model's name (``"tiny"``, ``"tiny-hard"``), or a hub id (``owner/name``).
 
     The last is downloaded, with its `weights` or without, or taken from the hub's cache. Raises `UserError` where there is no
     such folder, no ``config.json`` in it, or the hub id cannot be fetched.
     """
     name = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
-    if name == TINY and not folder.is_dir():
-        folder = Path(str(files("dynllava_plugin") / "assets" / "tiny_llava"))
+    if name in BUNDLED and not folder.is_dir():
+        folder = Path(str(files("dynllava_plugin") / "assets" / BUNDLED[name]))
     elif not folder.is_dir():
         if folder.exists() or not HUB_ID.match(name) or name.startswith("."):
-            raise UserError(f"{name}: no such checkpoint folder, nor a hub id (owner/name), nor '{TINY}'")
+            raise UserError(f"{name}: no such checkpoint folder, nor a hub id (owner/name), nor one of {', '.join(BUNDLED)}")
         folder = _download(name, weights)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json here, so it is not a checkpoint")
