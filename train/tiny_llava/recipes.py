@@ -109,7 +109,7 @@ EASY = Recipe(
 )  # fmt: skip
 HARD = Recipe(
     # With 0.1 the objects' patches don't tell their place (35% of columns right, read by an MLP), with 1 they do (99%).
-    side=SIDE, place_weight=1.0, halves=False, steps=(1000, 300, 2500), benchmarks=("easy_vqa_hard",),
+    side=SIDE, place_weight=1.0, halves=False, steps=(1000, 300, 1600), benchmarks=("easy_vqa_hard",),
     tower=_hard_tower, tokenizer=_hard_tokenizer, model=_hard_model,
     vision=lambda tiles, seed: HardScenes(tiles, seed).vision_batches(36),
     unseen=lambda tiles: {"in hard scenes": HardScenes(tiles, 1, augment=False).vision_batches(40)},

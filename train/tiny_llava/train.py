@@ -101,7 +101,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=int,
-        help="stage 2: batches of 7 scenes and 3 single images (2000; hard: 8 scenes, 2500)",
+        help="stage 2: batches of 7 scenes and 3 single images (2000; hard: 8 scenes, 1600)",
     )
     parser.add_argument("--layers", type=int, default=6, help="of the language model")
     parser.add_argument("--width", type=int, default=192, help="of the language model, a multiple of 32")
