@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageChops, ImageOps
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
+from dynllava_plugin import load_model
 from dynllava_plugin.easy_vqa.facts import Tile, load_tiles
 from dynllava_plugin.easy_vqa.hard import (
     GRIDS,
@@ -24,7 +25,10 @@ from dynllava_plugin.easy_vqa.hard import (
     hard_questions,
     paint,
 )
-from dynllava_plugin.easy_vqa.writing import write_hard_train, write_test
+from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER, write_hard_train, write_test
+from dynllava_plugin.evaluation.results.identity import checkpoint_hash
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint
+from dynllava_plugin.model.prompts import vicuna_v1
 from train import easy_vqa
 from train.tiny_llava.batches import Encoder
 from train.tiny_llava.hard import TOKENS, HardScenes
@@ -185,3 +189,19 @@ def test_the_start_copies_what_the_bundled_model_has() -> None:
     assert model.config.image_seq_length == TOKENS
     fresh = build_model(HARD.tower(), tokenizer, 6, 192)
     assert not torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_bundled_hard_model_answers_and_is_named_by_its_content(tmp_path: Path) -> None:
+    write_test(tmp_path, scenes=0, described=0, hard_scenes=12)
+    model, processor = load_model("tiny-hard", device="cpu", mode="full")
+    lines = (tmp_path / "easy_vqa_hard_test.jsonl").read_text().splitlines()
+    right = 0
+    for row in map(json.loads, lines):
+        prompt = vicuna_v1([(f"<image>\n{row['question']}{SHORT_ANSWER}", None)])
+        image = Image.open(tmp_path / row["image"])
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        said = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+        right += processor.tokenizer.decode(said, skip_special_tokens=True).strip() == row["answer"]
+    assert 0.7 * len(lines) < right < len(lines)  # guessing has under 40%
+    assert checkpoint_hash("tiny-hard") == checkpoint_hash(str(find_checkpoint("tiny-hard")))
+    assert checkpoint_hash("tiny-hard") != checkpoint_hash("tiny")

@@ -30,7 +30,9 @@ def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
         folder = Path(str(files("dynllava_plugin") / "assets" / BUNDLED[name]))
     elif not folder.is_dir():
         if folder.exists() or not HUB_ID.match(name) or name.startswith("."):
-            raise UserError(f"{name}: no such checkpoint folder, nor a hub id (owner/name), nor one of {', '.join(BUNDLED)}")
+            raise UserError(
+                f"{name}: no such checkpoint folder, nor a hub id (owner/name), nor one of {', '.join(BUNDLED)}"
+            )
         folder = _download(name, weights)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json here, so it is not a checkpoint")
