@@ -19,10 +19,10 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """Return the local folder of a checkpoint: a folder, a bundled model's name (``"tiny"``, ``"tiny-hard"``), or a hub id (``owner/name``).
+    """Return the local folder of a checkpoint: a folder, a bundled model (``"tiny"``, ``"tiny-hard"``), or a hub id.
 
-    The last is downloaded, with its `weights` or without, or taken from the hub's cache. Raises `UserError` where there is no
-    such folder, no ``config.json`` in it, or the hub id cannot be fetched.
+    The last, ``owner/name``, is downloaded, with its `weights` or without, or taken from the hub's cache. Raises `UserError`
+    where there is no such folder, no ``config.json`` in it, or the hub id cannot be fetched.
     """
     name = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
