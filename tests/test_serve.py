@@ -178,7 +178,8 @@ def test_bad_requests_are_one_line(client: Any) -> None:
         ("response_format", {"type": "json_object"}, "not supported"), ("tool_choice", "required", "not supported"),
     ):  # fmt: skip
         refused(lambda name=name, value=value: ask(client, good, **{name: value}), f"{name}: ", said)
-    for extra in ({"chat_template_kwargs": "x"}, {"generation_config": '{"num_beams": 3}'}):
+    wrong = ('{"num_beams": 3}', '{"do_sample": true}', '{"max_new_tokens": "4"}', "[]", "{", 4)
+    for extra in ({"chat_template_kwargs": "x"}, *({"generation_config": text} for text in wrong)):
         refused(lambda extra=extra: ask(client, good, extra_body=extra), next(iter(extra)))
     refused(
         lambda: ask(client, good, extra_body={"chat_template_kwargs": {"turns": 1, "tokenize": 1}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from dynllava_plugin.errors import UserError
@@ -20,7 +21,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "generation_config": (),
 }
 
 
@@ -43,6 +43,9 @@ def check_fields(body: dict[str, Any], vocabulary: int) -> None:
         body, "frequency_penalty", lambda value: _number(value) and -1 < value <= 2, "above -1 and at most 2"
     )
     _check(body, "seed", lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits")
+    _check(
+        body, "generation_config", _length_only, 'as {"max_new_tokens": 64, "do_sample": false}, a JSON text'
+    )
     _check(body, "chat_template_kwargs", lambda value: isinstance(value, dict), "an object")
     _check(body, "logit_bias", lambda value: isinstance(value, dict), "an object of tokens and biases")
     for token, bias in (body.get("logit_bias") or {}).items():
@@ -56,6 +59,18 @@ def _check(body: dict[str, Any], name: str, holds: Any, wanted: str) -> None:
     value = body.get(name)
     if value is not None and not holds(value):
         raise UserError(f"{name}: {value!r} is not {wanted}")
+
+
+def _length_only(value: Any) -> bool:
+    """Whether it asks for an answer of a given length, the model's own settings and end token left out, as `bench serve` does."""
+    try:
+        settings = json.loads(value)
+    except (TypeError, ValueError):
+        return False
+    if not isinstance(settings, dict) or not settings.keys() <= {"max_new_tokens", "do_sample"}:
+        return False
+    length = settings.get("max_new_tokens")
+    return type(length) is int and length > 0 and type(settings.get("do_sample", False)) is bool
 
 
 def _number(value: Any) -> bool:
