@@ -76,23 +76,24 @@ bench-gpu:
 	$(BENCH_GPU) --shape llava-1.5-7b --only decode --batch 1 --at 1000 --path compiled --mode image_text --json $(OUT)/gpu/7b.json
 
 # Every policy on hard scenes at four shares, then at equal equivalent tokens: those of a gate at layer 2 of 6 on 100 tokens, which
-# FastV at layer 3 can't reach. Policies before the LLM keep positions, which serves a model trained on one grid better. Further
-# checkpoints, CHECKPOINT="SEED0 SEED1 SEED2", answer under full context and the learned policies. Resumes; 3 hours on 2 cores.
-CHECKPOINT ?= results/demo_work/dynamic_tiny
+# FastV at layer 3 can't reach. Policies before the LLM keep positions, which serves a model trained on one grid better. Of several
+# checkpoints the further ones answer under full context and the learned policies. Resumes. The committed rows, LIMIT=600, took 20
+# minutes as two processes on 2 cores (docs/policies.md).
 LIMIT ?= 2000
 TOKENS ?= 60 46.67 40 36.67
 INSIDE = full image fastv,k=2 pyramiddrop sparsevlm v2drop dart random
 BEFORE = downsample visionzip fastervlm vispruner holov hiprune divprune cdpruner prumerge+
-COMPARE = $(PY) -m dynllava_plugin.cli compare --pretrained $(CHECKPOINT) --limit $(LIMIT) --repeats 0
+COMPARE = $(PY) -m dynllava_plugin.cli compare --limit $(LIMIT) --repeats 0
 policies: setup
-	$(COMPARE) --output results/policies --tasks easy_vqa_hard --keep 0.4 0.2 0.1 0.05 \
+	$(if $(CHECKPOINT),,$(error give CHECKPOINT="SEED0 SEED1 SEED2", trainings of tiny-hard as docs/policies.md has them))
+	$(COMPARE) --pretrained $(CHECKPOINT) --output results/policies --tasks easy_vqa_hard --keep 0.4 0.2 0.1 0.05 \
 		--policies $(INSIDE) fastv $(BEFORE:%=%,positions=original) divprune
-	$(COMPARE) --output results/policies --tasks easy_vqa_hard --tokens $(TOKENS) \
+	$(COMPARE) --pretrained $(CHECKPOINT) --output results/policies --tasks easy_vqa_hard --tokens $(TOKENS) \
 		--policies $(INSIDE) $(BEFORE:%=%,positions=original)
 
 # Long answers with half of the context, by a checkpoint that has learned to describe (`make demo`'s).
 policies-answers: setup
-	$(COMPARE) --output results/policies/answers --tasks easy_vqa_describe --keep 0.5 \
+	$(COMPARE) --pretrained $(or $(CHECKPOINT),results/demo_work/dynamic_tiny) --output results/policies/answers --tasks easy_vqa_describe --keep 0.5 \
 		--policies full image image_text image+random_text image+structure h2o fastv+h2o
 
 # A file's tests stay in one of JOBS processes, each on one core.

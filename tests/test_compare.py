@@ -303,6 +303,7 @@ def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     drawn = [axis for one in shown for axis in one.axes if axis.get_visible()]
     assert len(drawn) == 4 and all(axis.get_title("left") != "POPE" for axis in drawn)  # nothing to see there
+    assert any(axis.get_ylabel() == "accuracy [%]" for axis in drawn)
     for axis in drawn:  # the dot of the last point isn't cut in half
         assert axis.get_xlim()[1] > 1.02 * 30
 

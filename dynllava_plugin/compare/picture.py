@@ -10,6 +10,7 @@ import pandas as pd
 
 from dynllava_plugin.compare.literature import MEAN
 from dynllava_plugin.compare.subjects import FULL
+from dynllava_plugin.evaluation.benchmarks import UNITS
 from dynllava_plugin.files import write_figure
 
 LEARNED = ("image", "image_text", "learned")
@@ -32,7 +33,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for axis, panel in zip(axes, panels, strict=True):
         _panel(axis, _rows(table, panel), colors)
         axis.set_title(panel[0], fontsize=11, loc="left")
-        axis.set_ylabel(panel[1])
+        axis.set_ylabel(_measured(panel[1]))
         axis.set_xlabel("image tokens, mean over layers")
     handles: dict[str, Any] = {}
     for axis in axes:
@@ -59,12 +60,17 @@ def draw_policies(table: pd.DataFrame, path: Path) -> None:
     for axis, name in zip(axes, names, strict=True):
         _panel(axis, rows, dict(zip([*learned, name], _COLORS, strict=False)))
         axis.set_title(name.replace(",", ",\n"), fontsize=9, loc="left", color=_COLORS[len(learned)])
-    title = " ".join([*panel, f"(dashed: {FULL}", *(f"red: {name}" for name in learned)]).replace(
-        " red", ", red"
-    )
-    figure.suptitle(f"{title})", fontsize=11)
+    marks = ", ".join([f"dashed: {FULL}", *(f"red: {name}" for name in learned)])
+    figure.suptitle(f"{panel[0]} ({marks})", fontsize=11)
+    figure.supylabel(_measured(panel[1]), fontsize=10)
     figure.supxlabel("image tokens, mean over layers", fontsize=10)
     write_figure(path, figure)
+
+
+def _measured(metric: str) -> str:
+    """The metric with its unit, if it has one."""
+    unit = UNITS.get(metric)
+    return f"{metric} [{unit}]" if unit else metric
 
 
 def _grid(
@@ -150,7 +156,9 @@ def _panel(axis: Any, rows: pd.DataFrame, colors: dict[str, str]) -> None:
         axis.errorbar(
             mine["equivalent_tokens"], mine["value"], yerr=bars, label=policy if shown else "others",
             color=colors.get(str(policy), "0.78"), linewidth=2 if shown else 0.9, marker="o",
-            markersize=5 if shown else 2.5, capsize=2.5, elinewidth=1, zorder=3 if shown else 2,
+            # The first stays visible under another line of the same figures.
+            markersize=2.5 if not shown else 8 if policy == next(iter(colors)) else 4.5,
+            capsize=2.5, elinewidth=1, zorder=3 if shown else 2,
         )  # fmt: skip
         if shown and (mine["trainings"] > 1).any():
             axis.fill_between(
