@@ -4,6 +4,20 @@ import difflib
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+# What the errors of a machine that can't reach the hub or a kit's server have in their name or text.
+UNREACHABLE = (
+    "Couldn't reach",
+    "ConnectionError",
+    "DatasetNotFoundError",
+    "OfflineModeIsEnabled",
+    "Cannot find data directory",
+    "URLError",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "LocalEntryNotFoundError",
+    "LocalTokenNotFoundError",
+)
+
 
 class UserError(ValueError):
     """Something a user can fix: the message is one line that names the file, sample or flag and what to do."""

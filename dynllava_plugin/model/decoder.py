@@ -232,9 +232,8 @@ class SparseDecoder(nn.Module):
 
     def _view(self, layer: int, tokens: Tokens, attention: torch.Tensor | None) -> Gate:
         positions = tokens.text_positions.expand(tokens.valid.shape)
-        predictor = getattr(
-            self, f"image_predictor_{layer}", self.image_predictor
-        )  # a later gate has its own
+        # A later gate has its own.
+        predictor = getattr(self, f"image_predictor_{layer}", self.image_predictor)
         return Gate(
             tokens.hidden, tokens.valid, positions, tokens.layout, predictor, self.text_predictor,
             attention, layer, tokens.entered, self.prompt_predictor,

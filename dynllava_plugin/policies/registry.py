@@ -103,9 +103,8 @@ def _policy(
     defaults = dict(zip(SHARED, settings, strict=True))
     given = _distribute(name, parts, dict(arguments)) if len(parts) > 1 else {name: dict(arguments)}
     made: list[Part] = []
-    followers: list[
-        int
-    ] = []  # without a layer of their own (chance, the cache): they act where the others do
+    # Without a layer of their own (chance, the cache): they act where the others do.
+    followers: list[int] = []
     for part in parts:
         for method in _methods(part):
             if method.layer_argument and method.follows and method.layer_argument not in given[part]:

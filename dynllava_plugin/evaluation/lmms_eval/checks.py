@@ -8,10 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError, nearest
+from dynllava_plugin.errors import UNREACHABLE, UserError, nearest
 from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL
 from dynllava_plugin.evaluation.engine.requests import GENERATION_KEYS
-from dynllava_plugin.evaluation.suite.data import UNREACHABLE
 
 _GENERATION_KEYS = (*GENERATION_KEYS, "max_gen_toks", "until")
 

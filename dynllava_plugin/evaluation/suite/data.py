@@ -12,19 +12,6 @@ from dynllava_plugin.evaluation.benchmarks import BUILT, LMMS_EVAL, Benchmark
 HUB, KIT, LONG = "datasets", "LMUData", "generation"
 # The identity of data that isn't on this machine yet.
 DOWNLOAD = "hub"
-# What the errors of a machine that can't reach the hub or a kit's server have in their name or text.
-UNREACHABLE = (
-    "Couldn't reach",
-    "ConnectionError",
-    "DatasetNotFoundError",
-    "OfflineModeIsEnabled",
-    "Cannot find data directory",
-    "URLError",
-    "Name or service not known",
-    "Temporary failure in name resolution",
-    "LocalEntryNotFoundError",
-    "LocalTokenNotFoundError",
-)
 
 
 def is_offline() -> bool:

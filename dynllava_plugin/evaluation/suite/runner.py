@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError, reason_in
+from dynllava_plugin.errors import UNREACHABLE, UserError, reason_in
 from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.results.footer import STATE
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
-    UNREACHABLE,
     how_to_provide,
     identity_after,
     is_offline,
