@@ -44,7 +44,7 @@ def saved_json(path: Path) -> dict[str, Any]:
     """Return a JSON object that was written here; empty where there is none, or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -111,16 +111,8 @@ def finetune(data: Path, folder: Path, steps: int) -> Path:
     tiny = ROOT / "dynllava_plugin" / "assets" / "tiny_llava" / "model.safetensors"
     made_from = {"options": options, "preset": digest(PRESET), "start": digest(tiny)}
     made_from["data"] = digest(data / "train.json")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     command += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]  # its own default is one thread
     command += [str(ROOT / "train" / "finetune.py"), str(PRESET)]
     command += [part for name, value in options.items() for part in (f"--{name}", value)]

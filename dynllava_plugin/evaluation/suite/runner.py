@@ -146,15 +146,10 @@ class Runner:
         return outcome is None
 
     def _before(self, run: Run) -> Outcome | None:
-        state, there = (
-            read_state(run.folder),
-            run.output.is_dir(),
-        )  # somebody may have removed a result
-        if (
-            there
-            and state.get("state") == RUNNING
-            and (ended := saved_json(run.folder / ENDED)).get("code") == 0
-        ):
+        state = read_state(run.folder)
+        there = run.output.is_dir()  # somebody may have removed a result
+        ended = saved_json(run.folder / ENDED)
+        if there and state.get("state") == RUNNING and ended.get("code") == 0:
             self._settle(run, ended)  # its process outlived the one that should have written it down
             state = read_state(run.folder)
         done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
