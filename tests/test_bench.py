@@ -321,6 +321,9 @@ def test_rows_of_another_machine_are_not_gone_on_from(tmp_path, capsys):
     assert "measured on another machine (processor Abacus, here " in capsys.readouterr().err
     assert file.read_text() == rows and "Abacus" in description.read_text()
     assert main(arguments) == 0 and "Abacus" not in description.read_text()
+    file.unlink()  # a description without rows is of nothing
+    description.write_text(json.dumps(there))
+    assert main([*arguments, "--resume"]) == 0 and "Abacus" not in description.read_text()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):

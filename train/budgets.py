@@ -34,7 +34,8 @@ from train import finetune
 
 BUDGETS = (0.4, 0.2, 0.1, 0.05)
 EVERY, ONE, GATES = "one for all", "one each", "two gates each"
-COLUMNS = ("benchmark", "questions", "steps", "seed", "trained", "flags", "budget", "tokens", "accuracy")
+RUN = ("model", "benchmark", "questions", "steps")
+COLUMNS = (*RUN, "seed", "trained", "flags", "budget", "tokens", "accuracy")
 # The demo's preset: larger steps than the paper's, whose rates suit 665K samples.
 PRESET = str(Path(__file__).parent / "configs" / "tiny.yaml")
 RECIPE = "--held_out 0 --dataloader_num_workers 0 --save_strategy no --mode image --use_cpu true".split()
@@ -75,7 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--model", default="tiny", help="where training starts from (default: %(default)s)")
     add("--steps", type=int, default=140, help="optimiser steps of each training (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="trainings of each kind (default: %(default)s)")
+    add(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2],
+        help="of the trainings of each kind; several processes may share them out (default: 0 1 2)",
+    )  # fmt: skip
     add("--limit", type=int, default=1000, help="questions (default: %(default)s)")
     add("--work", type=Path, default=Path("outputs/budgets"), help="checkpoints (default: %(default)s)")
     add(
@@ -85,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="rows, summary, picture (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
-    for flag in ("steps", "seeds", "limit"):
+    for flag in ("steps", "limit"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be positive")
     return args
@@ -98,15 +102,16 @@ def compare(args: argparse.Namespace) -> None:
     os.environ[DATA_VARIABLE] = str(args.data)
     questions = load_rows(args.benchmark)[: args.limit]
     file = args.output / "budgets_rows.csv"
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for kind, flags, budgets in trainings(BUDGETS):
             about = {
-                "benchmark": args.benchmark, "questions": len(questions), "steps": args.steps, "seed": seed,
-                "trained": kind, "flags": " ".join(flags),
+                "model": args.model, "benchmark": args.benchmark, "questions": len(questions),
+                "steps": args.steps, "seed": seed, "trained": kind, "flags": " ".join(flags),
             }  # fmt: skip
             missing = [budget for budget in budgets if not measured(file, {**about, "budget": budget})]
             if missing:
-                checkpoint = args.work / f"{args.benchmark}-{args.steps}-{seed}-{'-'.join(flags).strip('-')}"
+                run = (Path(args.model).name, args.benchmark, args.steps, seed, *flags)
+                checkpoint = args.work / "-".join(str(part).strip("-") for part in run)
                 train(args, checkpoint, flags, seed)
                 for row in rows(checkpoint, args.benchmark, questions, kind, missing):
                     append(file, {**about, **row})
@@ -163,13 +168,13 @@ def append(file: Path, row: dict[str, Any]) -> None:
 
 
 def summarise(table: pd.DataFrame, output: Path) -> None:
-    """Write mean, spread and number over seeds, and the picture of the last benchmark and number of steps in the rows."""
+    """Write mean, spread and number over seeds, and the picture of the run that the last row is of."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    run = ["benchmark", "questions", "steps"]
+    run = list(RUN)
     keys = [*run, "trained", "budget", "tokens"]
     summary = table.groupby(keys, sort=False)["accuracy"].agg(["mean", "std", "count"]).round(2).reset_index()
     write_text(output / "budgets.csv", summary.to_csv(index=False))

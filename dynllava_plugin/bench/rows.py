@@ -60,7 +60,7 @@ class Rows:
         if path.is_file():  # what isn't of rows isn't written over
             before = read_rows(path, needed if resume else ())
             self.rows = before if resume else []
-        if resume:
+        if self.rows:
             _check_machine(path)
         self._write()
         write_json(machine_file(path), {"host": host(), "versions": versions()})
