@@ -334,19 +334,25 @@ def test_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "1",
         "--mode",
         "fastv,k=2",
+        "--batch-size",
+        "1,2",
         "--output",
         str(tmp_path / "out"),
     ]
     assert main(command) == 0
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())
-    assert [(row["mode"], row["batch"], row["requests"]) for row in rows] == [
-        ("full", 1, 2), ("fastv,k=2", 1, 2), ("full", 3, 3), ("fastv,k=2", 3, 3)
+    assert [(row["mode"], row["path"], row["batch"], row["requests"]) for row in rows] == [
+        (mode, f"http, {size} together", clients, max(clients, 2))
+        for clients in (1, 3) for size in (1, 2) for mode in ("full", "fastv,k=2")
     ]  # fmt: skip
     for row in rows:
         assert (
             0 < row["first_token_s"] and 1 / row["requests_per_s"] > row["first_token_s"] / row["batch"] / 2
         )
-        full = next(other for other in rows if other["mode"] == "full" and other["batch"] == row["batch"])
+        full = next(
+            other for other in rows
+            if other["mode"] == "full" and (other["batch"], other["path"]) == (row["batch"], row["path"])
+        )  # fmt: skip
         assert row["speedup"] == pytest.approx(row["requests_per_s"] / full["requests_per_s"])
     assert "Serving over HTTP" in (tmp_path / "out" / "table.md").read_text()
     assert (

@@ -131,6 +131,9 @@ def _add_serve(flags: Flags) -> None:
     flags.add("--clients", "comma-separated", "1,4,16,32", numbers(1))
     flags.add("--requests", "of a burst, or one a client where those are more", "32", at_least(1))
     flags.add("--new-tokens", "of every answer", "32", at_least(1))
+    flags.add(
+        "--batch-size", "comma-separated, the server's; one server of each takes turns", "8", numbers(1)
+    )
     _add_device(flags)
     _add_rows(flags, repeats=3)
 

@@ -1,4 +1,4 @@
-"""`dynllava bench serve`: clients of `dynllava serve` over HTTP, full context against sparse, taking turns on one server."""
+"""`dynllava bench serve`: clients of `dynllava serve` over HTTP, full context against sparse, taking turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,21 +39,31 @@ def run(args: argparse.Namespace) -> int:
     rows = Rows.of(args, common)
     bodies = {mode: _body(args.pretrained, policy_text(mode), args.new_tokens) for mode in args.mode}
 
+    measured = [(name, size) for size in args.batch_size for name in bodies]
+
     def work() -> None:
         wanted = [
             clients for clients in args.clients
-            if not rows.has({"mode": name, "batch": clients, "length": args.new_tokens} for name in bodies)
+            if not rows.has(
+                {"mode": name, "path": _path(size), "batch": clients, "length": args.new_tokens} for name, size in measured
+            )
         ]  # fmt: skip
         if not wanted:
             return
-        with serving(args.pretrained, ["--device", str(device), "--dtype", common["dtype"]]) as url:
-            for body in bodies.values():  # warm
-                asyncio.run(burst(url, body, urls, 1, 1))
+        flags = ["--device", str(device), "--dtype", common["dtype"], "--batch_size"]
+        with ExitStack() as stack:
+            servers = {
+                size: stack.enter_context(serving(args.pretrained, [*flags, str(size)]))
+                for size in args.batch_size
+            }
+            for name, size in measured:  # warm
+                asyncio.run(burst(servers[size], bodies[name], urls, 1, 1))
             for clients in wanted:
-                requests, found = max(clients, args.requests), {name: list[Burst]() for name in bodies}
+                requests, found = max(clients, args.requests), {one: list[Burst]() for one in measured}
                 for _ in range(args.repeats):
-                    for name, body in bodies.items():
-                        found[name].append(asyncio.run(burst(url, body, urls, clients, requests)))
+                    for name, size in measured:
+                        burst_of = burst(servers[size], bodies[name], urls, clients, requests)
+                        found[name, size].append(asyncio.run(burst_of))
                 _add(rows, clients, args.new_tokens, requests, found)
 
     return rows.carry_out(work, args.output)
@@ -129,12 +139,19 @@ def _data_url(path: Path | None) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _add(rows: Rows, clients: int, length: int, requests: int, found: dict[str, list[Burst]]) -> None:
-    rates = {name: median(requests / seconds for _, seconds in bursts) for name, bursts in found.items()}
-    firsts = {name: median(s for times, _ in bursts for s in times) for name, bursts in found.items()}
-    for name, bursts in found.items():
+def _path(batch_size: int) -> str:
+    return f"http, {batch_size} together"
+
+
+def _add(
+    rows: Rows, clients: int, length: int, requests: int, found: dict[tuple[str, int], list[Burst]]
+) -> None:
+    rates = {one: median(requests / seconds for _, seconds in bursts) for one, bursts in found.items()}
+    firsts = {one: median(s for times, _ in bursts for s in times) for one, bursts in found.items()}
+    for (name, size), bursts in found.items():
+        rate, first = rates[name, size], firsts[name, size]
         rows.add(
-            mode=name, path="http", prompts="equal", batch=clients, length=length, requests_per_s=rates[name],
-            first_token_s=firsts[name], speedup=rates[name] / rates["full"], requests=requests, repeats=len(bursts),
-            first_token_speedup=firsts["full"] / firsts[name],
+            mode=name, path=_path(size), prompts="equal", batch=clients, length=length, requests_per_s=rate,
+            first_token_s=first, speedup=rate / rates["full", size], requests=requests, repeats=len(bursts),
+            first_token_speedup=firsts["full", size] / first,
         )  # fmt: skip

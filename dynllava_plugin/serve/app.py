@@ -79,14 +79,14 @@ class QuietServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Ctrl-C: no answer is waited for."""
-        self.handler.cancel_all()
+        self.handler.batches.leave_all()
         super().handle_exit(sig, frame)
 
 
-def serve(name: str, model: Any, processor: Any, listener: socket.socket) -> None:
-    """Serve `model` under `name` on a bound socket until it is interrupted."""
+def serve(name: str, model: Any, processor: Any, listener: socket.socket, batch_size: int) -> None:
+    """Serve `model` under `name` on a bound socket until it is interrupted, at most `batch_size` requests at a time."""
     logging.set_verbosity_error()
-    handler = ChatHandler(OneModel(name, model, processor))
+    handler = ChatHandler(OneModel(name, model, processor), batch_size)
     config = uvicorn.Config(
         build_app(handler), log_level="error", access_log=False, timeout_graceful_shutdown=5
     )

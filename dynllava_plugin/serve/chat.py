@@ -10,10 +10,11 @@ from transformers.cli.serving.chat_completion import (
     ChatCompletionHandler,
     TransformersCompletionCreateParamsStreaming,
 )
-from transformers.cli.serving.utils import DirectStreamer, GenerationState, InferenceThread
+from transformers.cli.serving.utils import GenerationState
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.serve import messages
+from dynllava_plugin.serve.batches import Batches
 from dynllava_plugin.serve.fields import check_fields
 from dynllava_plugin.serve.generation import RequestGeneration
 from dynllava_plugin.serve.manager import OneModel
@@ -27,15 +28,14 @@ class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # t
 
 
 class ChatHandler(ChatCompletionHandler):
-    """Answers of one model, one request at a time in the order they came."""
+    """Answers of one model to the requests that wait, those with the same settings together, at most `batch_size`."""
 
     _valid_params_class = Parameters
 
-    def __init__(self, manager: OneModel) -> None:
+    def __init__(self, manager: OneModel, batch_size: int) -> None:
         super().__init__(manager, GenerationState())
         self.policies = Policies(manager.model)
-        self.thread = InferenceThread()
-        self.running: set[DirectStreamer] = set()
+        self.batches = Batches(manager.model, batch_size)
         # A tokenizer's settings are its own for the time of a call: one call at a time.
         self.preparing = ThreadPoolExecutor(1)
 
@@ -51,7 +51,7 @@ class ChatHandler(ChatCompletionHandler):
         inputs = await self._inputs(body, turns, processor)
         inputs = inputs.to(model.device, dtype=model.dtype)
         config = self._generation_config(body, model, inputs["input_ids"].shape[-1])
-        generation = RequestGeneration(self.thread, self.running, policy, body.get("seed"), stop)
+        generation = RequestGeneration(self.batches, policy, body.get("seed"), stop)
         given = request_id, model, processor, model_id, inputs, config
         if body.get("stream"):
             return self._streaming(*given, gen_manager=generation, tools=body.get("tools"))
@@ -87,12 +87,8 @@ class ChatHandler(ChatCompletionHandler):
                 f"{', take fewer images or a smaller max_tokens' if asked else ' or take fewer images'}"
             )
         config.max_new_tokens = min(config.max_new_tokens, room)
+        config.num_beams = 1  # an answer goes out as it comes
         return config
-
-    def cancel_all(self) -> None:
-        """Let every answer end with its next token."""
-        for streamer in list(self.running):
-            streamer.cancel()
 
 
 def _stop(body: dict[str, Any]) -> list[str]:

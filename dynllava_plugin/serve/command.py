@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         help='of requests that name none, e.g. image_text or "fastv,k=3" (default: the checkpoint\'s)',
     )
+    add(
+        "--batch_size",
+        "--batch-size",
+        type=int,
+        default=8,
+        help="requests that wait are answered together, so many at most (default: %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
@@ -28,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; the port and the packages are looked at before the checkpoint costs time."""
     check_installed("serve", "serve", *NEEDED)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size: {args.batch_size} is not a positive whole number")
     with bound(args.host, args.port) as listener:
         from dynllava_plugin import load_model
         from dynllava_plugin.serve.app import serve
@@ -38,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             **asked,
         )  # fmt: skip
         try:
-            serve(args.checkpoint, model, processor, listener)
+            serve(args.checkpoint, model, processor, listener, args.batch_size)
         except KeyboardInterrupt:
             pass
         except OSError as error:  # another server took the port while the checkpoint was loading

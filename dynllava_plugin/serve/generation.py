@@ -1,4 +1,4 @@
-"""One request's generation on the server's inference thread: its policy, seed, stop texts, and its end when nobody listens."""
+"""One request between transformers' handler and the batches: its text as it comes, its end when nobody listens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cli.serving.utils import (
-    DirectStreamer,
-    GenerateManager,
-    InferenceThread,
-    _GenerationCancelled,
-    _StreamError,
-    set_torch_seed,
-)
+import torch
+from fastapi import HTTPException
+from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _StreamError
 
+from dynllava_plugin.serve.batches import Answer, Batches
 from dynllava_plugin.serve.stopping import StopTexts
 
 
 class TextStreamer(DirectStreamer):
-    """transformers' streamer; no text from a stop text on goes out."""
+    """transformers' streamer; no text from a stop text on goes out, and who doesn't listen any more leaves the batch."""
 
     def __init__(self, *args: Any, stop: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._first = False  # transformers' first call brings the prompt, ours the first token
         self.stop = StopTexts(stop)
+        self.answer: Answer | None = None
+
+    def cancel(self) -> None:
+        """Let the answer end with its next token: nobody listens."""
+        if self.answer is not None:
+            self.answer.left.set()
+
+    def feed(self, token: int) -> bool:
+        """Send what the token adds; return whether a stop text has come."""
+        self.put(torch.tensor([token]))
+        return self.stop.stopped
+
+    def close(self, error: str | None) -> None:
+        """End the stream, with an error's message where there is one."""
+        if error is None:
+            self.end()
+        else:
+            super()._enqueue(_StreamError(error.replace('"', "'")))
 
     def _enqueue(self, item: Any) -> None:
         if item is None:
@@ -36,19 +51,13 @@ class TextStreamer(DirectStreamer):
                 return
         super()._enqueue(item)
 
-    def fail(self, message: str) -> None:
-        """End the stream with an error."""
-        super()._enqueue(_StreamError(message))
-
 
 class RequestGeneration(GenerateManager):
-    """`model.generate()` for one request; the thread is the server's, so that requests take turns.
+    """A request's place among the batches.
 
     Parameters
     ----------
-    thread : InferenceThread
-    running : set
-        Streamers of the requests that wait or run; this one's is in it until it ends.
+    batches : Batches
     policy : str, optional
         Of this request; default: the model's.
     seed : int, optional
@@ -57,16 +66,8 @@ class RequestGeneration(GenerateManager):
         Texts that end the answer and don't belong to it.
     """
 
-    def __init__(
-        self,
-        thread: InferenceThread,
-        running: set[DirectStreamer],
-        policy: str | None,
-        seed: int | None,
-        stop: Sequence[str],
-    ) -> None:
-        self._thread, self.running = thread, running
-        self.policy, self.seed, self.stop_texts = policy, seed, stop
+    def __init__(self, batches: Batches, policy: str | None, seed: int | None, stop: Sequence[str]) -> None:
+        self.batches, self.policy, self.seed, self.stop_texts = batches, policy, seed, stop
 
     def generate_streaming(
         self,
@@ -77,60 +78,45 @@ class RequestGeneration(GenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue, DirectStreamer]:
-        """Start; returns the queue of texts, which None ends, and the streamer."""
+        """Start; return the queue of texts, which None ends, and the streamer."""
         queue: asyncio.Queue = asyncio.Queue()
-        streamer = TextStreamer(
-            processor.tokenizer._tokenizer, asyncio.get_running_loop(), queue, response_parser, stop=self.stop_texts
-        )  # fmt: skip
-        self.running.add(streamer)
-
-        def work() -> None:
-            try:
-                self._generate(model, processor, inputs, gen_config, streamer)
-            except _GenerationCancelled:
-                streamer.end()
-            except Exception as error:
-                streamer.fail(" ".join(str(error).split()).replace('"', "'") or type(error).__name__)
-            finally:
-                self.running.discard(streamer)
-
-        self.submit(work)
+        streamer = self._streamer(processor, queue, response_parser)
+        streamer.answer = Answer(inputs, gen_config, self.policy, self.seed, streamer.feed, streamer.close)
+        self.batches.submit(streamer.answer)
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, Any]:
-        """Return the text, the prompt's length in tokens and the answer's tokens; cancelled, the thread is freed."""
-        streamer = DirectStreamer(processor.tokenizer._tokenizer, asyncio.get_running_loop(), asyncio.Queue())
-        self.running.add(streamer)
+    ) -> tuple[str, int, torch.Tensor]:
+        """Return the text, the prompt's length in tokens and the answer's tokens int64 [T]; cancelled, its place is freed.
 
-        def work() -> Any:
-            try:
-                return self._generate(model, processor, inputs, gen_config, streamer)
-            except _GenerationCancelled:
-                return None  # nobody waits for it, or the server ends
-            finally:
-                self.running.discard(streamer)
+        Raises `HTTPException` where the model fails, `CancelledError` where the server ends.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[str | None] = loop.create_future()
 
+        def resolve(error: str | None) -> None:
+            if not ended.done():
+                ended.set_result(error)
+
+        def end(error: str | None) -> None:
+            loop.call_soon_threadsafe(resolve, error)
+
+        feed = self._streamer(processor, asyncio.Queue(), None).feed  # sees stop texts
+        answer = Answer(inputs, gen_config, self.policy, self.seed, feed, end)
+        self.batches.submit(answer)
         try:
-            # Shielded: the thread sets the result of a cancelled request, too.
-            sequences = await asyncio.shield(self.async_submit(work))
+            error = await ended
         except asyncio.CancelledError:
-            streamer.cancel()
+            answer.left.set()
             raise
-        if sequences is None:
+        if error is not None:
+            raise HTTPException(500, error)
+        if answer.left.is_set():
             raise asyncio.CancelledError
-        length = inputs["input_ids"].shape[-1]
-        answer = sequences[0, length:]
-        text = StopTexts(self.stop_texts).cut(processor.tokenizer.decode(answer, skip_special_tokens=True))
-        return text, length, answer
+        text = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        return StopTexts(self.stop_texts).cut(text), len(answer.ids), torch.tensor(answer.tokens)
 
-    def _generate(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, streamer: DirectStreamer
-    ) -> Any:
-        if self.seed is not None:
-            set_torch_seed(self.seed)
-        more: dict[str, Any] = {"tokenizer": processor.tokenizer} if self.stop_texts else {}
-        return model.generate(
-            **inputs, generation_config=gen_config, streamer=streamer, policy=self.policy, **more
-        )
+    def _streamer(self, processor: Any, queue: asyncio.Queue, parser: Any) -> TextStreamer:
+        tokenizer = processor.tokenizer._tokenizer
+        return TextStreamer(tokenizer, asyncio.get_running_loop(), queue, parser, stop=self.stop_texts)

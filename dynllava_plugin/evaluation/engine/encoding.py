@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,13 +162,7 @@ class Encoder(ABC):
         return not (bos and text.startswith(bos))
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        filler, width = self._processor.tokenizer.pad_token_id, max(map(len, rows))
-        ids = [[filler] * (width - len(row)) + list(row) for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return {
-            "input_ids": torch.tensor(ids, device=self._model.device),
-            "attention_mask": torch.tensor(mask, device=self._model.device),
-        }
+        return padded_on_the_left(rows, self._model.config.image_token_id, self._model.device)
 
 
 class LlavaEncoder(Encoder):
@@ -263,12 +257,39 @@ class ProcessorEncoder(Encoder):
         return Prepared(index, request, (), found["input_ids"][0].tolist(), tensors)
 
     def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
-        inputs = self._padded([item.ids for item in items])
-        for name in self._model.image_inputs:
-            found = [item.tensors[name] for item in items if name in item.tensors]
-            if found:
-                inputs[name] = _joined(found).to(self._model.device)
-        return inputs
+        images = joined_images(self._model.image_inputs, [item.tensors for item in items], self._model.device)
+        return {**self._padded([item.ids for item in items]), **images}
+
+
+def padded_on_the_left(
+    rows: Sequence[Sequence[int]], image_token: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` int64 [B, L] of B prompts' ids, where `image_token` is an image's place.
+
+    Before a shorter prompt stands a token of its own, not an image's: a repetition penalty reads the same tokens as without.
+    """
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        missing = width - len(row)
+        filler = next((token for token in reversed(row) if token != image_token), int(image_token == 0))
+        ids.append([filler] * missing + list(row))
+        mask.append([0] * missing + [1] * len(row))
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def joined_images(
+    names: Sequence[str], prompts: Sequence[Mapping[str, torch.Tensor]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the model's arguments `names` over all prompts, as a processor would give them of the batch.
+
+    A prompt without images has none of them; where no prompt has one, it is left out.
+    """
+    found = {name: [prompt[name] for prompt in prompts if name in prompt] for name in names}
+    return {name: _joined(parts).to(device) for name, parts in found.items() if parts}
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
