@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.model.checkpoints.adapters import merge_adapter
 from tests.training_kit import save_checkpoint, save_mixture
-from train.adapters import add_adapter
 from train.arguments import AdapterArguments
 from train.finetune import main
+from train.trainer import DynamicLlavaTrainer
 
 RECIPE = (
     "--global_batch_size 4 --max_steps 4 --learning_rate 1e-2 --predictor_learning_rate 1e-3 --lora_rank 4"
@@ -131,6 +133,20 @@ def test_in_image_mode_the_text_predictor_is_neither_trained_nor_saved(flags, tm
     assert model.config.sparsity.mode == "image"
 
 
+def test_an_image_run_from_a_checkpoint_without_predictors_has_none_for_text(flags, tmp_path, capsys, caplog):
+    """Fresh ones are said once; an untrained text predictor isn't saved as if it were trained."""
+    start = ["--model_name_or_path", "tiny", *flags[2:], "--mode", "image", "--max_steps", "1"]
+    for name, rank in (("adapter", "2"), ("whole", "0")):
+        out = tmp_path / name
+        assert main([*start, "--lora_rank", rank, "--save_strategy", "no", "--output_dir", str(out)]) == 0
+        assert "tiny has no predictors: they start fresh" in capsys.readouterr().out
+        model, _ = load_model(out, device="cpu")
+        assert model._llm.text_predictor is None and not model.fresh_predictors
+        with pytest.raises(UserError, match="needs an output-text predictor"):
+            load_model(out, device="cpu", mode="image_text")
+    assert "untrained" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -146,34 +162,32 @@ def test_what_makes_no_adapter(values, named):
         AdapterArguments(**values)
 
 
-def test_eight_bits_leave_outlying_features_exact(flags):
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_trains_over_quantised_weights_and_loads_over_whole_ones(flags, tmp_path, bits):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model, _ = load_model(flags[1], device="cpu")
-    add_adapter(model, AdapterArguments(lora_rank=4, quantize="8bit"), torch.float32)
-    quantised = [part for part in model.modules() if isinstance(part, bitsandbytes.nn.Linear8bitLt)]
-    assert len(quantised) == 4 * 7 and {part.state.threshold for part in quantised} == {6.0}
+    made: list[Any] = []
 
+    class Kept(DynamicLlavaTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
 
-def test_quantised_layers_keep_what_they_compute_and_only_the_adapter_trains(flags):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    plain, processor = load_model(flags[1], device="cpu")
-    model, _ = load_model(flags[1], device="cpu")
-    adapted = add_adapter(model, AdapterArguments(lora_rank=4, quantize="4bit"), torch.float32)
-    model.to("cpu")
-    layers = model.model.language_model.layers
-    quantised = [part for part in layers.modules() if isinstance(part, bitsandbytes.nn.Linear4bit)]
-    assert len(quantised) == 4 * 7 and all(part.weight.dtype == torch.uint8 for part in quantised)
-    inputs = processor(text=["is there a red circle"], return_tensors="pt")
-    with torch.no_grad():
-        exact, near = plain(**inputs).logits, model(**inputs).logits
-    error = (near - exact).norm() / exact.norm()
-    assert 1e-6 < error < 0.5  # four bits a weight, on random weights
-    trains = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert trains and all("lora_" in name or "modules_to_save" in name for name in trains)
-    model.train()
-    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.finetune.DynamicLlavaTrainer", Kept)
+        quantized = ["--quantize", bits, "--save_strategy", "no", "--output_dir", str(out)]
+        assert main([*flags, *quantized]) == 0
+    kind = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[bits]
+    layers = made[0].dynamic.model.language_model.layers
+    assert len([part for part in layers.modules() if isinstance(part, kind)]) == 4 * 7
+    adapter = load_file(out / "adapter_model.safetensors")
     assert all(
-        parameter.grad is not None
-        for name, parameter in adapted.named_parameters()
-        if "lora_B" in name and "layers" in name
+        tensor.abs().max() > 0 and tensor.dtype == torch.float32
+        for name, tensor in adapter.items()
+        if "lora_B" in name
     )
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    merged, _ = load_model(out, device="cpu")
+    expected = peft_merged(flags, out)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -428,7 +428,12 @@ def test_lengths_are_about_those_of_the_tokens(tmp_path: Path, loaded) -> None:
         ("qwen2_5_vl", None, "see <|image_pad|>", "1 <|image_pad|> for 0 images"),
         ("mistral3", None, "see [IMG]", "1 [IMG] for 0 images"),
         ("internvl", "{{ messages[0]['role'] }}", "red", "doesn't render an assistant's answer"),
-        ("internvl", "{{ raise_exception('odd') }}", "red", "chat template can't be rendered (odd)"),
+        (
+            "internvl",
+            "{{ raise_exception('odd') }}",
+            "red",
+            "--model_name_or_path: the checkpoint's chat template can't write it (odd)",
+        ),
         ("internvl", None, "answer0dynllava", "in another order"),
     ],
 )
@@ -445,6 +450,33 @@ def test_an_image_that_the_processor_refuses_is_an_unreadable_one() -> None:
     sample = Sample("mix.json: sample 7", ("x.png",), (("<image>\nWhat is there?", "red"),))
     with pytest.raises(UnusableSample, match=r"sample 7: the processor refuses its images \(.*ratio"):
         encoder.encoded(sample, [Image.new("RGB", (900, 2))])
+
+
+def test_a_sample_that_the_family_cannot_take_ends_neither_training_nor_an_evaluation(
+    checkpoint, tmp_path: Path
+) -> None:
+    """A picture of odd proportions, the family's own placeholder in a text: skipped where they come up, in either part."""
+    rows = []
+    for number, size in enumerate([(56, 56)] * 4 + [(900, 2), (56, 56)]):
+        picture(size, number).save(tmp_path / f"{number}.png")
+        question = "What is <|image_pad|>?" if number == 5 else "What color is the shape?"
+        turns = conversation((f"<image>\n{question}", "red"))
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    data = ["--data_path", str(tmp_path / "mix.json"), "--image_folder", str(tmp_path)]
+    data += ["--data_cache", str(tmp_path / "cache"), "--skip_bad", "2", "--held_out", "3"]
+    everything, _ = open_mixture(tmp_path / "mix.json", tmp_path / "cache")
+    held = {seed: {*train.finetune.split(everything, 3, seed)[1].rows} for seed in range(40)}
+    for bad_held_out in ({4, 5}, set()):
+        seed = next(seed for seed, rows in held.items() if rows & {4, 5} == bad_held_out)
+        out = tmp_path / f"out{seed}"
+        flags = [*recipe(checkpoint("qwen2_5_vl"), data, out, 1), "--seed", str(seed), "--eval_steps", "1"]
+        assert train.finetune.main([*flags, "--save_strategy", "no"]) == 0
+        said = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+        assert {(one["sample"], one["kind"]) for one in said} == {(4, "unreadable"), (5, "malformed")}
+        with (out / "eval_log.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert float(row["eval_samples"]) == 3 - len(bad_held_out)
 
 
 def test_held_out_samples_are_asked_as_in_training(checkpoint, mixture: list[str], tmp_path: Path) -> None:

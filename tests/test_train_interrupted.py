@@ -26,6 +26,7 @@ from tests.training_kit import save_checkpoint, save_mixture
 from train import checkpoints
 from train.data import ConversationDataset
 from train.finetune import main
+from train.run_record import RunRecord
 from train.skipped import SkippedSamples
 
 RECIPE = "--global_batch_size 4 --per_device_train_batch_size 2 --max_steps 6 --save_steps 2"
@@ -157,6 +158,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, uninterrupted, tmp_pa
     assert same(weights(uninterrupted[0]), weights(folder))
 
 
+def test_sigterm_saves_before_it_would_evaluate(flags, tmp_path):
+    """Seconds may be left, and an evaluation takes minutes."""
+    folder = tmp_path / "out"
+    stopped = job([*flags, "--held_out", "2", "--eval_steps", "4"], folder, processes.terminate_in_step, 3)
+    (done,) = run(stopped)
+    assert done.status == 128 + signal.SIGTERM and (folder / "checkpoint-4").is_dir()
+    assert len((folder / "eval_log.csv").read_text().splitlines()) == 1
+
+
 def test_sigterm_to_the_whole_group_leaves_the_workers_to_their_rank(flags, uninterrupted, tmp_path):
     """As launchers and schedulers send it; a worker that died of it would take its rank with it."""
     folder = tmp_path / "out"
@@ -202,7 +212,7 @@ def sealed(folder: Path, step: int) -> Path:
 @pytest.mark.parametrize("keep", [1, 2, 4, None])
 def test_as_many_checkpoints_stay_as_asked(tmp_path, keep):
     for step in range(1, 7):
-        checkpoints.publish(sealed(tmp_path / ".saving", step), tmp_path, keep, None)
+        checkpoints.publish(sealed(tmp_path / ".saving", step), tmp_path, keep)
         there = [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
         assert there == list(range(1, step + 1))[-(keep or step) :]
 
@@ -240,6 +250,11 @@ def test_a_finished_run_is_left_alone_and_another_one_is_not_mixed_in(flags, hal
     again = command(flags, folder, "--per_device_train_batch_size", "4", "--logging_steps", "3")
     assert main(again) == 0
     assert "going on from" in capsys.readouterr().out
+    # How often it logs is what this command says, not the one before.
+    logged = [line.split(",")[:3] for line in (folder / "train_log.csv").read_text().splitlines()[1:]]
+    assert [step for step, *_ in logged] == ["1", "2", "3", "4", "6"]
+    seconds = [float(seconds) for *_, seconds in logged]
+    assert seconds == sorted(seconds)  # the clock goes on, too
     fresh = command(flags, folder, "--overwrite_output_dir", "true", "--max_steps", "1")
     assert main(fresh) == 0
     assert "going on from" not in capsys.readouterr().out
@@ -368,6 +383,13 @@ def test_another_launchers_checkpoints_are_named_not_loaded(flags, half_way, tmp
     assert main(command(flags, tmp_path / "new", *named)) == 2
     assert "was saved under FSDP" in capsys.readouterr().err
     assert len(list(folder.glob("checkpoint-*"))) == 2
+    (folder / "run.json").write_text(json.dumps(record))
+    for other, said in (
+        ("--lora_rank 2", "lora_rank 0, not 2"),
+        ("--mode image", "mode image_text, not image"),
+    ):
+        assert main(command(flags, tmp_path / "new", *named, *other.split())) == 2
+        assert f"checkpoint-4 is of a run with {said}; start as that run was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "trainer_state.json", "model.safetensors"])
@@ -412,6 +434,17 @@ def test_a_disk_that_is_full_for_small_files_is_one_line(flags, tmp_path, capsys
     assert not list(folder.glob(f"*{name}*"))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"{name}: cannot be written (No space left on device)" in line
+
+
+def test_a_run_of_other_data_or_other_bad_samples_is_told_apart(tmp_path):
+    RunRecord(tmp_path, {"data_path": "5ha256"}, "FSDP").write(finished=False)
+    for data, told in (
+        ("5ha256", None),
+        ("0ther", "on other data"),
+        ("5ha256 without 1", "images came or went"),
+    ):
+        difference = RunRecord(tmp_path, {"data_path": data}, "FSDP").difference()
+        assert told in difference if told else difference is None
 
 
 def test_run_record_is_readable(uninterrupted):

@@ -70,6 +70,7 @@ def assert_the_same(folder: Path, reference: Path) -> None:
     for row, other in zip(rows, expected, strict=True):
         for name in COMPARED:
             assert row.get(name) == pytest.approx(other.get(name), rel=1e-4, abs=1e-4), (row["step"], name)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     for row, other in zip(log(folder, "eval_log.csv"), log(reference, "eval_log.csv"), strict=True):
         for name in ("step", "eval_accuracy", "eval_kept_image_share", "eval_samples"):
             assert row[name] == other[name], name
@@ -112,7 +113,8 @@ FSDP2 = {
 
 
 def test_fsdp2(flags, alone, tmp_path):
-    two(flags, tmp_path / "out", "--use_cpu", before=allow_fsdp_on_cpu, **FSDP2)
+    clipping = ["--max_grad_norm", "1e6"]  # nothing is
+    two(flags, tmp_path / "out", "--use_cpu", *clipping, before=allow_fsdp_on_cpu, **FSDP2)
     assert_the_same(tmp_path / "out", alone)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sharding"] == "FSDP"
 
@@ -176,7 +178,7 @@ def deepspeed(folder: Path, stage: int) -> str:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(flags, alone, tmp_path, stage):
-    settings = ["--deepspeed", deepspeed(tmp_path, stage)]
+    settings = ["--deepspeed", deepspeed(tmp_path, stage), "--max_grad_norm", "1e6"]  # nothing is clipped
     two(flags, tmp_path / "out", *settings, before=allow_deepspeed_on_cpu, DS_ACCELERATOR="cpu")
     assert_the_same(tmp_path / "out", alone)
     record = json.loads((tmp_path / "out" / "run.json").read_text())

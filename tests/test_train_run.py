@@ -462,6 +462,33 @@ def test_a_mixture_with_bad_samples_of_eight_kinds_trains_through_and_names_them
     assert shown.count(";") == 10
 
 
+def test_a_mixture_that_moved_is_the_same_data(flags, tmp_path, capsys):
+    """With bad samples in it, too, whose reasons name the file."""
+    mixture, images = save_mixture(tmp_path / "data")
+    rows = json.loads(mixture.read_text())
+    rows[2]["conversations"] = rows[2]["conversations"][:1]
+    mixture.write_text(json.dumps(rows))
+    rest = ["--image_folder", str(images), "--output_dir", str(tmp_path / "out"), "--skip_bad", "1"]
+    rest += ["--max_steps", "1", "--global_batch_size", "4", "--per_device_train_batch_size", "4"]
+    assert main([*flags, "--data_path", str(mixture), *rest]) == 0
+    moved = mixture.rename(tmp_path / "moved.json")
+    assert main([*flags, "--data_path", str(moved), *rest]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("average", ["labels", "batches"])
+def test_a_step_without_any_label_trains_the_image_predictor(flags, tmp_path, average):
+    """As LLaVA does with a sample that it can't split into rounds: a loss of 0 / 0 ended the run."""
+    mixture, images = save_mixture(tmp_path / "data", samples=1)
+    mixture.write_text(mixture.read_text().replace('"red"', '"re</s>d"'))
+    recipe = ["--max_steps", "1", "--global_batch_size", "1", "--per_device_train_batch_size", "1"]
+    recipe += ["--loss_average", average, "--data_path", str(mixture), "--image_folder", str(images)]
+    assert main([*flags, *recipe, "--output_dir", str(tmp_path / "out")]) == 0
+    (row,) = log(tmp_path / "out")
+    assert row["lm_loss"] == row["text_keep_loss"] == 0
+    assert row["loss"] == pytest.approx(100 * row["image_keep_loss"]) and row["grad_norm"] > 0
+
+
 def test_overlong_samples_lose_text_but_never_image_tokens(flags, tmp_path, capsys):
     recipe = ["--global_batch_size", "8", "--max_steps", "1"]
     out = tmp_path / "out"

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
 from train.arguments import AdapterArguments
 
@@ -22,32 +19,13 @@ ADAPTER_PARTS = ("lora_", ".modules_to_save")  # of a state dict's names: what i
 DECODER = "model.language_model.layers"
 
 
-def add_adapter(model: Any, args: AdapterArguments, compute_dtype: torch.dtype) -> Any:
-    """Return the model with LoRA in its decoder layers; predictors trainable, everything else frozen.
+def add_adapter(model: Any, args: AdapterArguments) -> Any:
+    """Return the model, quantised or not, as a `peft.PeftModel` with LoRA in its decoder layers.
 
-    Parameters
-    ----------
-    model : DynamicLlavaForConditionalGeneration
-    args : AdapterArguments
-    compute_dtype : torch.dtype
-        What a quantised layer computes in.
-
-    Returns
-    -------
-    peft.PeftModel
-        Its `save_pretrained` writes adapter and predictors.
-
-    Raises
-    ------
-    UserError
-        peft or bitsandbytes is missing, or there is nothing to quantise on.
+    Predictors train in float32, everything else is frozen; its `save_pretrained` writes adapter and predictors.
     """
-    if not find_spec("peft"):
-        raise UserError('--lora_rank needs peft: pip install -e ".[train]"')
     from peft import LoraConfig, get_peft_model
 
-    if args.quantize != "none":
-        quantize(model, args.quantize, compute_dtype)
     # The vision tower has layers of the same names; only the LLM's get an adapter.
     targets = "|".join(args.lora_targets)
     trained = trained_predictors(model)
@@ -99,43 +77,3 @@ def bases(model_name: str) -> list[Path]:
     if not folder.is_dir():
         return []
     return [folder, *(bases(base_of(folder)) if is_adapter(folder) else [])]
-
-
-def quantize(model: Any, kind: str, compute_dtype: torch.dtype) -> None:
-    """Replace the decoder's linear layers by bitsandbytes' 4-bit (NF4, double quantisation) or 8-bit ones.
-
-    Their weights are quantised when the model moves to its device.
-    """
-    if not find_spec("bitsandbytes"):
-        raise UserError(f"--quantize {kind} needs bitsandbytes: pip install bitsandbytes")
-    import bitsandbytes as bnb
-
-    layers = model.get_submodule(DECODER)
-    for name, layer in list(layers.named_modules()):
-        if not isinstance(layer, nn.Linear):
-            continue
-        if kind == "4bit":
-            new: Any = bnb.nn.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                compute_dtype=compute_dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-            new.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
-            )
-        else:
-            new = bnb.nn.Linear8bitLt(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                has_fp16_weights=False,
-                threshold=6.0,  # LLM.int8(): outlying features stay exact; 0 would quantise them too
-            )
-            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-        if layer.bias is not None:
-            new.bias = layer.bias
-        parent, _, attribute = name.rpartition(".")
-        setattr(layers.get_submodule(parent), attribute, new)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.sparsity.config import SparsityConfig
@@ -22,6 +23,7 @@ REFUSED = {
     "label_smoothing_factor": "the recipe's loss is the model's own",
     "auto_find_batch_size": "a step has --global_batch_size samples; choose --per_device_train_batch_size",
     "load_best_model_at_end": "the run's model is its last; --resume_from_checkpoint takes an earlier one",
+    "metric_for_best_model": "the run's model is its last, and checkpoints stay by age",
 }
 LOSS_AVERAGES = ("labels", "batches")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -176,6 +178,8 @@ class AdapterArguments:
         check_finite(self)
         if self.lora_rank < 0:
             raise UserError(f"--lora_rank {self.lora_rank}: must not be negative")
+        if self.lora_rank and not find_spec("peft"):
+            raise UserError('--lora_rank needs peft: pip install -e ".[train]"')
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be in [0, 1)")
         unknown = sorted(set(self.lora_targets) - set(LORA_TARGETS))
@@ -188,6 +192,11 @@ class AdapterArguments:
             raise UserError(f"--quantize {self.quantize}: quantised weights can't train; add --lora_rank")
         if self.train not in ("llm", "predictors"):
             raise UserError(f"--train {self.train}: must be llm or predictors")
+
+    @property
+    def quantization(self) -> str | None:
+        """Return `quantize` as `load_model` takes it."""
+        return None if self.quantize == "none" else self.quantize
 
     @property
     def frozen(self) -> bool:
@@ -256,7 +265,11 @@ class RecipeArguments(TrainingArguments):
         check_finite(self)
         if self.loss_average not in LOSS_AVERAGES:
             raise UserError(f"--loss_average {self.loss_average}: must be {' or '.join(LOSS_AVERAGES)}")
-        for name in ("max_grad_norm", "weight_decay"):
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(
+                f"--per_device_eval_batch_size {self.per_device_eval_batch_size}: must be positive"
+            )
+        for name in ("max_grad_norm", "weight_decay", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("learning_rate", "predictor_learning_rate", "tau_start", "tau_end"):
@@ -276,6 +289,16 @@ class RecipeArguments(TrainingArguments):
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise UserError(f"--{name} {str(getattr(self, name)).lower()}: {reason}; leave it out")
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise UserError(
+                f"--lr_scheduler_type {self.lr_scheduler_type}: follows a loss that nothing measures"
+            )
+        if self.save_strategy == "best":
+            raise UserError("--save_strategy best: checkpoints stay by age; choose steps, epoch or no")
+        known = ["none", "all", *get_available_reporting_integrations()]
+        for report in self.report_to if isinstance(self.report_to, list) else [self.report_to]:
+            if report not in known:
+                raise UserError(f"--report_to {report}: not installed here; choose from {' '.join(known)}")
         super().__post_init__()
         if self.n_gpu > 1:
             raise UserError(

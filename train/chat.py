@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.errors import UserError, one_line
+from dynllava_plugin.evaluation.engine.prompting import ChatTemplate
 from dynllava_plugin.evaluation.llava_json import Sample
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 from train.conversation import IGNORE, Tokens, label_spans
@@ -45,6 +46,7 @@ class ChatEncoder:
             raise UserError(
                 f"--model_name_or_path: training needs a fast tokenizer, not {type(self.tokenizer).__name__}"
             )
+        self.style = ChatTemplate(processor)
         self.image_token = processor.image_token
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
         prompt, whole = self._render([("question", None)]), self._render([("question", STAND_IN)])
@@ -92,7 +94,7 @@ class ChatEncoder:
     def text(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, an image a placeholder, and where each answer with its end stands."""
         turns = [(question, STAND_IN.format(place)) for place, (question, _) in enumerate(sample.turns)]
-        left, text, spans = self._render(turns), "", []
+        left, text, spans = self._render(turns, sample.name), "", []
         for place, (_, answer) in enumerate(sample.turns):
             once = left.count(turns[place][1]) == 1
             head, _, left = left.partition(turns[place][1])
@@ -121,24 +123,9 @@ class ChatEncoder:
         inputs = self._process(self.image_token, [Image.new("RGB", (32, 32))], "image")
         return {name: inputs[name] for name in inputs if name not in TEXT_INPUTS}
 
-    def _render(self, turns: Sequence[tuple[str, str | None]]) -> str:
-        messages: list[dict[str, Any]] = []
-        for question, answer in turns:
-            count = question.count(IMAGE_TOKEN)
-            content: list[dict[str, str]] = [{"type": "image"}] * count
-            content = [*content, {"type": "text", "text": question[len(f"{IMAGE_TOKEN}\n") * count :]}]
-            messages.append({"role": "user", "content": content})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        ends_open = turns[-1][1] is None
-        try:
-            return self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ends_open
-            )
-        except Exception as error:  # jinja's own, or none there
-            raise UserError(
-                f"--model_name_or_path: its chat template can't be rendered ({one_line(error)})"
-            ) from None
+    def _render(self, turns: Sequence[tuple[str, str | None]], name: str = "--model_name_or_path") -> str:
+        """The turns as evaluation writes them, a prompt where the last has no answer."""
+        return self.style.prompt(turns, sum(question.count(IMAGE_TOKEN) for question, _ in turns), name)
 
     def _end_of_turn(self) -> tuple[str, str]:
         """What ends an answer, up to a special token, and what the template writes behind it before the next question."""

@@ -91,7 +91,7 @@ def last_whole(output_dir: Path, read: bool = True) -> tuple[Path | None, list[s
     return None, notes
 
 
-def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) -> None:
+def publish(folder: Path, output_dir: Path, keep: int | None) -> None:
     """Move a sealed checkpoint into place, then delete older ones.
 
     Parameters
@@ -101,8 +101,6 @@ def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) 
     output_dir : Path
     keep : int or None
         How many whole ones stay; all where None. Older damaged ones never do.
-    best : str or None
-        A checkpoint that stays in any case.
     """
     target = output_dir / folder.name
     discard(target)  # a damaged one, or this step's from before
@@ -113,7 +111,7 @@ def publish(folder: Path, output_dir: Path, keep: int | None, best: str | None) 
     whole = [path for path in older if damage(path, read=False) is None]
     kept = whole if keep is None else whole[max(0, len(whole) - (keep - 1)) :]
     for path in older:
-        if path not in kept and (best is None or path != Path(best)):
+        if path not in kept:
             discard(path)
 
 

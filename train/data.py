@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from dynllava_plugin.model.prompts import ANSWER_END, IMAGE_TOKEN
 from train.chat import ChatEncoder
 from train.conversation import IGNORE, ConversationEncoder, Tokens
 from train.mixture import Mixture
-from train.skipped import MASKED, TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample
+from train.skipped import MALFORMED, MASKED, TOO_LONG, UNREADABLE, SkippedSamples, UnusableSample
 
 MAX_SKIPS_IN_A_ROW = 100
 PROBED = 8  # images of a folder that are opened to know how many tokens one of it has
@@ -30,8 +31,8 @@ PROBED = 8  # images of a folder that are opened to know how many tokens one of 
 class ConversationDataset(Dataset):
     """Conversations with their images, ready for the collator.
 
-    A sample that can't be used (too long for the model even without the text behind, or with an image that can't
-    be decoded) is written to `skipped` and the next one takes its place, so that batches keep their size.
+    A sample that can't be used (too long for the model even without the text behind, with an image that can't be
+    decoded or a text that has no labels) is written to `skipped` and the next one takes its place, so that batches keep their size.
 
     Parameters
     ----------
@@ -61,6 +62,12 @@ class ConversationDataset(Dataset):
         self.strict = strict
         self.skipped = skipped
         self.encode = encode
+
+    def over(self, mixture: Mixture) -> ConversationDataset:
+        """Return the dataset of other samples of the same images, treated alike."""
+        found = copy.copy(self)
+        found.mixture = mixture
+        return found
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -114,7 +121,12 @@ class ConversationDataset(Dataset):
     def load(self, index: int) -> dict[str, Any]:
         """Return one sample, without replacement for an unusable one."""
         sample = self.mixture[index]
-        tokens, images = self.encode.encoded(sample, open_images(sample, self.image_folder))
+        try:
+            tokens, images = self.encode.encoded(sample, open_images(sample, self.image_folder))
+        except UnusableSample:
+            raise
+        except UserError as error:  # a placeholder in its text, say
+            raise UnusableSample(MALFORMED, str(error)) from None
         if all(label == IGNORE for label in tokens.labels):  # trained on for its image alone, as LLaVA does
             reason = f"{sample.name} has what ends or begins an answer inside a turn: none of it is learned"
             self.skipped.add((int(self.mixture.rows[index]), MASKED, reason))

@@ -23,10 +23,9 @@ import torch
 from transformers import IntervalStrategy, set_seed
 from transformers.utils import strtobool
 
-from dynllava_plugin import load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import check_folder
-from dynllava_plugin.model.checkpoints.loading import check_settings
+from dynllava_plugin.model.checkpoints import check_settings, load_to_train
 from train import checkpoints
 from train.adapters import add_adapter, bases, trained_predictors
 from train.agreement import from_the_first, gather, together
@@ -35,15 +34,15 @@ from train.checkpoints import saying_what_is_left
 from train.command_line import parse
 from train.conversation import ConversationEncoder
 from train.data import Collator, ConversationDataset, encoder_of
-from train.held_out import HeldOut, readable
+from train.held_out import HeldOut, usable
 from train.images import missing_images
 from train.interruption import Interruption
 from train.measures import off_target
 from train.mixture import Mixture, open_mixture
 from train.outputs import (
-    EVALUATION_COLUMNS,
+    EVALUATION,
     PARTIAL_MODEL,
-    TRAINING_COLUMNS,
+    TRAINING,
     CsvLog,
     held,
     make_savable,
@@ -95,7 +94,7 @@ def train(
         raise UserError(
             "--held_out under FSDP needs a run without an adapter; use DDP, or no held-out samples"
         )
-    check_first(model_args, data_args, args)
+    check_first(model_args, data_args, args, adapter_args)
     data = read_data(data_args, args)
     output_dir = Path(args.output_dir)
     values = describe(model_args, data_args, args, adapter_args, data.identity)
@@ -110,12 +109,19 @@ def train(
         return fit(model_args, data_args, args, adapter_args, data, record)
 
 
-def check_first(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> None:
+def check_first(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RecipeArguments,
+    adapter_args: AdapterArguments,
+) -> None:
     """Raise `UserError` for a model, place or checkpoint that the run would fail at later; nothing is written before."""
 
     def look() -> None:
         check_settings(model_args.model_name_or_path)  # what its own config says, too
-        check_settings(model_args.model_name_or_path, **model_args.sparsity())
+        check_settings(
+            model_args.model_name_or_path, quantization=adapter_args.quantization, **model_args.sparsity()
+        )
         check_folder("--output_dir", Path(args.output_dir))
         if not Path(data_args.image_folder).is_dir():
             raise UserError(f"--image_folder {data_args.image_folder}: no such folder")
@@ -148,13 +154,9 @@ def fit(
         if checkpoint is None:
             skipped.path.unlink(missing_ok=True)
         skipped.add(*data.bad)
-    training, held_out = data.training, data.held_out
-    if held_out is not None:
-        held_out = readable(held_out, data_args.image_folder, skipped)
-
     model, processor, dtype = build_model(model_args, args, adapter_args)
     dataset = ConversationDataset(
-        training,
+        data.training,
         data_args.image_folder,
         encoder_of(model, processor),
         data_args.model_max_length,
@@ -162,12 +164,10 @@ def fit(
         skipped,
     )
     evaluation = None
-    if held_out is not None:
-        size = args.per_device_eval_batch_size
-        evaluation = HeldOut(held_out, data_args.image_folder, size, dataset.encode)
-    logs = [CsvLog(output_dir / "train_log.csv", TRAINING_COLUMNS, "lm_loss")]
-    if evaluation is not None:
-        logs.append(CsvLog(output_dir / "eval_log.csv", EVALUATION_COLUMNS, "eval_ppl"))
+    if data.held_out is not None:
+        held_out = usable(dataset.over(data.held_out))
+        evaluation = HeldOut(dataset.over(held_out), args.per_device_eval_batch_size)
+    tables = (TRAINING,) if evaluation is None else (TRAINING, EVALUATION)
     with Interruption() as interruption:
         trainer = DynamicLlavaTrainer(
             model=model,
@@ -175,15 +175,15 @@ def fit(
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id, dataset.encode.stand_in()),
             processing_class=processor,
-            callbacks=logs,
+            callbacks=[CsvLog(output_dir, tables)],
             interruption=interruption,
-            eval_dataset=held_out,
+            eval_dataset=data.held_out,  # Trainer wants one; what is measured is `evaluation`'s
             evaluation=evaluation,
         )
         bad = f", {len(data.bad)} bad ones skipped, see {skipped.path}" if data.bad else ""
         say(
             args,
-            f"{len(training)} samples ({data.left_out} text-only left out{bad}), global batch {args.global_batch_size} = "
+            f"{len(data.training)} samples ({data.left_out} text-only left out{bad}), global batch {args.global_batch_size} = "
             f"{args.per_device_train_batch_size} x {args.world_size} processes x "
             f"{args.gradient_accumulation_steps} accumulated, on {args.device}",
         )
@@ -230,10 +230,13 @@ def build_model(
     lean = lean or (adapter_args.frozen and sharding(args) != FSDP)  # which takes weights of one dtype
     set_seed(args.seed)  # fresh predictors
     with whole_weights():
-        model, processor = load_model(
+        model, processor = load_to_train(
             model_args.model_name_or_path,
-            device="cpu",
+            device=args.device
+            if adapter_args.quantization
+            else "cpu",  # quantised weights stay where they are made
             dtype=dtype if lean else torch.float32,
+            quantization=adapter_args.quantization,
             **model_args.sparsity(),
         )
     for name, parameter in model.named_parameters():
@@ -242,15 +245,22 @@ def build_model(
                 f"--model_name_or_path {model_args.model_name_or_path}: {name} has values that are not finite"
             )
     make_savable(model)
-    if model.config.sparsity.drops_prompt:
-        model.config.sparsity.question_marks = question_marks(encoder_of(model, processor))
+    settings, llm = model.config.sparsity, model.model.language_model
+    if model.fresh_predictors:
+        say(args, f"{model_args.model_name_or_path} has no predictors: they start fresh")
+        if (
+            settings.mode == "image"
+        ):  # else an untrained one would be saved beside them, as if it were trained
+            llm.text_predictor, settings.text_predictor = None, False
+    if settings.drops_prompt:
+        settings.question_marks = question_marks(encoder_of(model, processor))
     if not adapter_args.lora_rank:
         freeze(model, args.train_projector, adapter_args.train == "llm")
         if adapter_args.frozen and not deepspeed:
             for name in trained_predictors(model):
-                getattr(model.model.language_model, name).float()
+                getattr(llm, name).float()
         return model, processor, dtype
-    adapted = add_adapter(model, adapter_args, dtype)
+    adapted = add_adapter(model, adapter_args)
     name = model_args.model_name_or_path
     base = str(Path(name).resolve()) if Path(name).is_dir() else name
     adapted.peft_config["default"].base_model_name_or_path = base
@@ -320,7 +330,8 @@ def read_data(data_args: DataArguments, args: RecipeArguments) -> Data:
     if not len(good):
         raise UserError(f"--data_path {data_args.data_path}: none of its samples is left to train on")
     training, held_out = split(good, data_args.held_out, args.seed)
-    left = f" without {zlib.crc32(repr(sorted(bad)).encode()):08x}" if bad else ""
+    rows = sorted({row for row, _, _ in bad})  # not why: a reason names the file, which may move
+    left = f" without {zlib.crc32(repr(rows).encode()):08x}" if bad else ""
     return Data(training, held_out, left_out, bad, allowed, f"{mixture.digest}{left}")
 
 

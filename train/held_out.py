@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.engine.requests import Generation, Request
 from dynllava_plugin.evaluation.llava_json import Sample
 from train.agreement import from_the_first
-from train.chat import ChatEncoder
-from train.conversation import ConversationEncoder
-from train.data import open_images
+from train.data import ConversationDataset
 from train.mixture import Mixture
-from train.skipped import SkippedSamples, UnusableSample
+from train.skipped import UnusableSample
 
 MAX_NEW_TOKENS = 64
 SHORT_ANSWER = 3  # words: up to here an answer is right or wrong
@@ -33,23 +30,15 @@ class HeldOut:
 
     Parameters
     ----------
-    mixture : Mixture
-    image_folder : path
+    dataset : ConversationDataset
+        The samples, asked as its encoder would train on them.
     batch_size : int
         Samples in one forward pass.
-    encoder : ConversationEncoder or ChatEncoder
-        That of the training samples, so that the questions are asked as they were in training.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        image_folder: str | Path,
-        batch_size: int,
-        encoder: ConversationEncoder | ChatEncoder,
-    ) -> None:
-        self.mixture, self.image_folder, self.batch_size = mixture, Path(image_folder), batch_size
-        self.encoder = encoder
+    def __init__(self, dataset: ConversationDataset, batch_size: int) -> None:
+        self.mixture, self.image_folder = dataset.mixture, dataset.image_folder
+        self.encoder, self.batch_size = dataset.encode, batch_size
 
     def measure(self, model: Any, processor: Any, accelerator: Any, sharded: bool) -> dict[str, float]:
         """Metrics over all samples, the same on every process.
@@ -107,32 +96,34 @@ class HeldOut:
         return Request(prompt, images, sample.name, continuation=answer)
 
 
-def readable(held_out: Mixture, image_folder: str | Path, skipped: SkippedSamples) -> Mixture:
-    """Return the samples whose images can be decoded; the others are named and counted in `skipped`.
+def usable(dataset: ConversationDataset) -> Mixture:
+    """Return the samples that could be trained on, too; the others are named and counted as they would be in training.
 
-    Called on every process before training, so that no evaluation ends a run of hours; process 0 opens the images.
+    Called on every process before training, so that no evaluation ends a run of hours; process 0 looks at them.
 
     Raises
     ------
     UserError
-        More samples of the run are bad than it may skip, or none of `held_out` can be read.
+        More samples of the run are bad than it may skip, or none can be used.
     """
 
     def look() -> list[int]:
         bad = []
-        for index, sample in enumerate(held_out):
+        for index in range(len(dataset)):
             try:
-                open_images(sample, Path(image_folder))
+                dataset.load(index)
             except UnusableSample as error:
                 bad.append(index)
-                skipped.add((int(held_out.rows[index]), error.kind, str(error)))
-        if skipped.too_many():
-            raise skipped.refusal()
-        if len(bad) == len(held_out):
-            raise UserError(f"--held_out {len(bad)}: none of these samples' images can be read")
+                dataset.skip(index, error)
+        if dataset.skipped.too_many():
+            raise dataset.skipped.refusal()
+        if len(bad) == len(dataset):
+            raise UserError(
+                f"--held_out {len(bad)}: none of these samples can be used, see {dataset.skipped.path}"
+            )
         return bad
 
-    return held_out.take(np.setdiff1d(np.arange(len(held_out)), from_the_first(look)))
+    return dataset.mixture.take(np.setdiff1d(np.arange(len(dataset)), from_the_first(look)))
 
 
 def _sums(samples: list[Sample], answers: list[Answer], scores: list[Score]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import errno
 import fcntl
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,57 +28,79 @@ from train.writing import naming_the_file
 
 PARTIAL_MODEL = ".model"
 LAST = "config.json"  # without it a folder is no checkpoint
-TRAINING_COLUMNS = (
-    *("step", "epoch", "seconds", "loss", "lm_loss", "image_keep_loss", "text_keep_loss"),
-    *("image_keep_rate", "image_keep_rate_std", "text_keep_rate", "text_keep_rate_std", "tau"),
-    *("prompt_keep_loss", "prompt_keep_rate", "prompt_keep_rate_std"),
-    *("lr_llm", "lr_predictor", "grad_norm", "samples_per_second", "tokens_per_second"),
-    *("peak_memory_gib", "hours_left"),
+
+
+class Table(NamedTuple):
+    """A log as a table: its file, the quantity that makes a line of Trainer's log a row of it, its columns."""
+
+    file: str
+    belongs: str
+    columns: tuple[str, ...]
+
+
+TRAINING = Table(
+    "train_log.csv",
+    "lm_loss",
+    (
+        *("step", "epoch", "seconds", "loss", "lm_loss", "image_keep_loss", "text_keep_loss"),
+        *("image_keep_rate", "image_keep_rate_std", "text_keep_rate", "text_keep_rate_std", "tau"),
+        *("prompt_keep_loss", "prompt_keep_rate", "prompt_keep_rate_std"),
+        *("lr_llm", "lr_predictor", "grad_norm", "samples_per_second", "tokens_per_second"),
+        *("peak_memory_gib", "hours_left"),
+    ),
 )
-EVALUATION_COLUMNS = (
-    *("step", "epoch", "seconds", "eval_accuracy", "eval_ppl", "eval_kept_image_share"),
-    *("eval_kept_output_share", "eval_samples", "eval_seconds"),
+EVALUATION = Table(
+    "eval_log.csv",
+    "eval_ppl",
+    (
+        *("step", "epoch", "seconds", "eval_accuracy", "eval_ppl", "eval_kept_image_share"),
+        *("eval_kept_output_share", "eval_samples", "eval_seconds"),
+    ),
 )
 
 
 class CsvLog(TrainerCallback):
-    """A log as a table: one row per logged step, one column per quantity (empty: not there in this row).
+    """Writes tables: one row per logged step, one column per quantity (empty: not there in this row).
 
     Parameters
     ----------
-    path : Path
-    columns : sequence of str
-    belongs : str
-        A quantity that makes a line of Trainer's log a row of this table.
+    folder : Path
+    tables : sequence of Table
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], belongs: str) -> None:
-        self.path, self.columns, self.belongs = path, columns, belongs
+    def __init__(self, folder: Path, tables: Sequence[Table]) -> None:
+        self.folder, self.tables = folder, tables
         self.start = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the table; a resumed run keeps the rows of the steps it doesn't repeat."""
+        """Start the tables; a resumed run keeps the rows of the steps it doesn't repeat, and its clock goes on."""
         self.start = time.monotonic()
         if not state.is_world_process_zero:
             return
-        rows = []
-        if state.global_step and self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
-        rows = [row for row in rows if int(row["step"]) <= state.global_step]
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows(
-            [self.columns, *([row.get(name) for name in self.columns] for row in rows)]
-        )
-        with naming_the_file(self.path):
-            write_text(self.path, table.getvalue())
+        spent = 0.0
+        for table in self.tables:
+            path, rows = self.folder / table.file, []
+            if state.global_step and path.exists():
+                with path.open(newline="", encoding="utf-8") as file:
+                    rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
+            rows = [row for row in rows if int(row["step"]) <= state.global_step]
+            spent = max([spent, *(float(row["seconds"] or 0) for row in rows)])
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(
+                [table.columns, *([row.get(name) for name in table.columns] for row in rows)]
+            )
+            with naming_the_file(path):
+                write_text(path, text.getvalue())
+        self.start -= spent
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a row."""
-        if state.is_world_process_zero and self.belongs in logs:
-            row = {**logs, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
-            with naming_the_file(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([row.get(name, "") for name in self.columns])
+        for table in self.tables if state.is_world_process_zero else ():
+            if table.belongs in logs:
+                row = {**logs, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
+                path = self.folder / table.file
+                with naming_the_file(path), path.open("a", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerow([row.get(name, "") for name in table.columns])
 
 
 def prepare_output_dir(output_dir: str, overwrite: bool, bases: Sequence[Path] = ()) -> Path:
@@ -172,7 +195,9 @@ def save_model(trainer: Any, output_dir: Path, dtype: torch.dtype) -> None:
         temporary.mkdir()
         if adapted:
             save_adapter(trainer.model, weights, temporary)
-            trainer.dynamic.config.save_pretrained(temporary)
+            config = copy.deepcopy(trainer.dynamic.config)
+            vars(config).pop("quantization_config", None)  # the adapter belongs to the whole weights
+            config.save_pretrained(temporary)
         else:
             trainer.dynamic.save_pretrained(temporary, state_dict=weights)
         trainer.processing_class.save_pretrained(temporary)

@@ -21,6 +21,11 @@ RECIPE = (
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
     *("bf16", "fp16", "train_sampling_strategy", "neftune_noise_alpha", "loss_average", "train_projector"),
 )
+# What a checkpoint has weights and moments of.
+SHAPE = (
+    *("mode", "gates", "vision_keep_range", "prompt_predictor", "train", "lora_rank", "lora_targets"),
+    *("train_projector", "predictor_dim", "predictor_heads", "predictor_ffn_dim", "predictor_layers"),
+)
 
 
 def describe(
@@ -70,6 +75,9 @@ class RunRecord:
         for name, value in self.values.items():
             if before.get(name) != value:
                 if name == "data_path":
+                    digest, *_ = str(value).split()
+                    if str(before.get(name)).startswith(digest):
+                        return "a run that left out other bad samples of this data (images came or went)"
                     return "a run on other data (--data_path)"
                 return f"a run with --{name} {before.get(name)}, not {value}"
         return None
@@ -90,10 +98,14 @@ class RunRecord:
 
     def misfit(self, checkpoint: Path) -> str | None:
         """Why a whole checkpoint, of this run or another, can't be read as this one is started; None where it can."""
-        before = saved_json(checkpoint.parent / RECORD).get("sharding", self.sharding)
-        if before == self.sharding:
-            return None
-        return f"was saved under {before} and can't be read under {self.sharding}"
+        record = saved_json(checkpoint.parent / RECORD)
+        before, sharding = record.get("arguments", {}), record.get("sharding", self.sharding)
+        if sharding != self.sharding:
+            return f"was saved under {sharding} and can't be read under {self.sharding}"
+        for name in SHAPE if before else ():
+            if before.get(name) != self.values.get(name):
+                return f"is of a run with {name} {before.get(name)}, not {self.values.get(name)}"
+        return None
 
     def named(self, name: str | None) -> Path | None:
         """Return the checkpoint of `--resume_from_checkpoint`; None where this run has a newer one of its own.

@@ -122,7 +122,9 @@ class DynamicLlavaTrainer(Trainer):
         totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
         _, self._batch_samples, self._micro_batches, stopping = totals
         self.stopping = bool(stopping)
-        return batches, totals[0]
+        return batches, totals[0].clamp(
+            min=1
+        )  # none, where every sample has something that LLaVA can't label
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -171,8 +173,10 @@ class DynamicLlavaTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Clip the predictors' gradients and the others', each by itself; return the norm of all before.
 
-        The predictors' are the larger: together, they would set the scale of the LLM's.
+        The predictors' are the larger: together, they would set the scale of the LLM's. DeepSpeed has clipped them already, together.
         """
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
         groups: tuple[list[Any], list[Any]] = ([], [])
         for name, parameter in model.named_parameters():
             groups[any(part in name for part in PREDICTORS)].append(parameter)
@@ -241,25 +245,19 @@ class DynamicLlavaTrainer(Trainer):
         output_dir = Path(super()._get_output_dir(trial))
         folder = output_dir / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
         writer = self.args.should_save
-        name = folder.name
         with (
             self.measures.paused(),
-            checkpoints.saying_what_is_left(name, output_dir, folder.parent, delete=writer),
+            checkpoints.saying_what_is_left(folder.name, output_dir, folder.parent, delete=writer),
         ):
             self._saving = True
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
-            if self.state.best_model_checkpoint == str(folder):
-                self.state.best_model_checkpoint = str(output_dir / name)
-                if writer:
-                    self.state.save_to_json(str(folder / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if writer:
                 checkpoints.seal(folder)
-                best = self.state.best_model_checkpoint
-                checkpoints.publish(folder, output_dir, self.args.save_total_limit, best)
+                checkpoints.publish(folder, output_dir, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
 
 
@@ -270,8 +268,9 @@ class StepRules(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the log's clock."""
+        """Start the log's clock; of a resumed run, log, save and evaluate as often as this command says, not the one before."""
         self.trainer.measures.start(state.global_step)
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch's order of samples; accelerate's wrappers don't always pass the epoch on."""
@@ -283,9 +282,10 @@ class StepRules(TrainerCallback):
         self.trainer.dynamic.gumbel_tau = tau
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop where a process was asked to."""
+        """Save and stop where a process was asked to, without an evaluation first: there may be seconds left."""
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 def sparse_model(model: Any) -> SparseVLM:

@@ -89,15 +89,26 @@ def load_model(
     Raises `UserError`, one line that names the file or setting: no such checkpoint, an unknown layout, missing, extra
     or damaged weights, a setting out of range.
     """
-    checkpoint = _Checkpoint(path_or_hub_id, sparsity_overrides)
+    placing = dict(zip(PLACING, (device, dtype, attn_implementation, quantization), strict=True))
+    model, processor = load_to_train(path_or_hub_id, **placing, **sparsity_overrides)
+    _say_what_is_fresh(path_or_hub_id, model)
+    return model, processor
+
+
+def load_to_train(path_or_hub_id: str | Path, **arguments: Any) -> tuple[SparseVLM, Any]:
+    """Return what `load_model` does, with its arguments, without a line about fresh predictors: they are there to be trained."""
+    placing = [arguments.pop(name, None) for name in PLACING]
+    checkpoint = _Checkpoint(path_or_hub_id, arguments)
     processor = checkpoint.processor()
-    return checkpoint.model(device, dtype, attn_implementation, quantization), processor
+    return checkpoint.model(*placing), processor
 
 
 def load_without_processor(path_or_hub_id: str | Path, **arguments: Any) -> SparseVLM:
     """Return `load_model`'s model, with its arguments, also of a checkpoint that has no tokenizer."""
     placing = [arguments.pop(name, None) for name in PLACING]
-    return _Checkpoint(path_or_hub_id, arguments).model(*placing)
+    model = _Checkpoint(path_or_hub_id, arguments).model(*placing)
+    _say_what_is_fresh(path_or_hub_id, model)
+    return model
 
 
 def check_settings(path_or_hub_id: str | Path, **arguments: Any) -> None:
@@ -128,10 +139,10 @@ class _Checkpoint:
         text: Any = self.config.text_config
         self.before = text.sparsity
         text.sparsity = text.sparsity.replace(**policy_changes(sparsity_overrides))
-        self.policy = check_policy(text.sparsity, text.num_hidden_layers)
+        policy = check_policy(text.sparsity, text.num_hidden_layers)
         family = FAMILIES[self.config.model_type.removeprefix(PREFIX)]
-        family.check_family(self.policy)
-        family.check_images(self.policy, self.config)
+        family.check_family(policy)
+        family.check_images(policy, self.config)
         _check_vision_layer(self.directory, self.config)
         self.tokenizer = None if self.layout == FAMILY else read_tokenizer(self.directory, self.layout)
         if self.layout in (ORIGINAL, PUBLISHED):
@@ -170,13 +181,6 @@ class _Checkpoint:
             may_be_absent=self._may_be_absent, may_be_fresh=self.layout not in (OWN, PUBLISHED),
         )  # fmt: skip
         model.generation_config = self._generation_config()
-        if fresh and self.policy.predictors:
-            logger.warning(
-                "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
-                "(or take mode='full' or a training-free policy, e.g. policy='fastv')",
-                self.name,
-                self.policy.name,
-            )
         model.fresh_predictors = fresh
         return model
 
@@ -221,6 +225,17 @@ class _Checkpoint:
         text: Any = self.config.text_config
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        )
+
+
+def _say_what_is_fresh(name: str | Path, model: SparseVLM) -> None:
+    policy = model._llm.policy
+    if model.fresh_predictors and policy.predictors:
+        logger.warning(
+            "%s has no predictors: fresh, untrained ones stand in; before you use %s mode, train them "
+            "(or take mode='full' or a training-free policy, e.g. policy='fastv')",
+            name,
+            policy.name,
         )
 
 
