@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from dynllava_plugin.errors import UserError
+from train import budgets, easy_vqa
 from train.arguments import AdapterArguments, DataArguments, ModelArguments, RecipeArguments
 from train.command_line import parse
 from train.sharding import FSDP, WHOLE, sharding
@@ -83,6 +85,7 @@ def test_the_7b_and_13b_presets_are_the_papers_recipe():
         assert parsed["max_grad_norm"] == 0 and parsed["train_projector"] is False
         assert parsed["per_device_train_batch_size"] == (8 if "7b" in name else 4) and not parsed["text_only"]
         assert parsed["weight_decay"] == 0 and parsed["lr_scheduler_type"] == "cosine"
+        assert parsed["model_max_length"] == 2048 and "prompt_predictor" not in parsed
     _, _, recipe, adapter = preset("dynamic_llava_7b_lora.yaml")
     assert adapter.lora_rank == 128 and recipe.predictor_learning_rate == 2e-4
 
@@ -174,3 +177,51 @@ def test_the_configs_that_the_presets_name_are_there():
         words = (CONFIGS / name).read_text().split()
         named = [word for word in words if word.startswith("train/configs/accelerate/")]
         assert named and all(os.path.exists(CONFIGS.parents[1] / word) for word in named)
+
+
+ROOT = CONFIGS.parents[1]
+
+
+def typed(page: str, script: str) -> list[tuple[str, str]]:
+    """What a page tells a reader to type of a script, with what stands behind #: continued lines as one, variables filled in."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    variables = dict(re.findall(r'^    ([A-Z]+)="(.*)"$', text, re.MULTILINE))
+    lines = [line.partition("  #") for line in re.findall(rf"^    (.*{script}.*)$", text, re.MULTILINE)]
+    for name, value in variables.items():
+        lines = [(line.replace(f"${name}", value), mark, note) for line, mark, note in lines]
+    return [(line.replace(" ...", ""), note) for line, _, note in lines]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_what_the_pages_tell_to_type_is_understood(page, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 0)
+    monkeypatch.chdir(ROOT)
+    commands = typed(page, "train/finetune.py")
+    assert len(commands) > 1
+    for command, note in commands:
+        for placeholder, meant in (("LAUNCH", "zero2"), ("PRESET", "dynamic_llava_7b")):
+            command = command.replace(placeholder, meant)
+        launcher, _, flags = command.partition("train/finetune.py")
+        *_, launch = re.findall(r"--config_file (\S+)", launcher)
+        (processes,) = re.findall(r"--num_processes (\d+)", launcher)[-1:] or [
+            yaml.safe_load(Path(launch).read_text())["num_processes"]
+        ]
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        missing = [f"--{name}" for name in ("data_path", "image_folder", "output_dir") if name not in flags]
+        recipe = parse([*flags.split(), *(word for flag in missing for word in (flag, "x"))])[2]
+        if sum_ := re.search(r"64 = (\d+) x (\d+) x (\d+)", note):
+            layout = recipe.per_device_train_batch_size, int(processes), recipe.gradient_accumulation_steps
+            assert tuple(map(int, sum_.groups())) == layout
+
+
+def test_the_scripts_of_the_page_take_what_it_tells_to_type():
+    for script, module in (("train/easy_vqa.py", easy_vqa), ("train/budgets.py", budgets)):
+        ((command, _),) = typed("docs/training.md", script)
+        module.parse_arguments(command.split(script)[1].split())
+
+
+def test_each_row_of_the_recipes_table_names_a_test_that_is_there():
+    named = re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) == 9 and [name for name in named if f"def {name}(" not in tests] == []
