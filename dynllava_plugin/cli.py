@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from dynllava_plugin import checkpoint_command
 from dynllava_plugin.errors import UserError, nearest
-from dynllava_plugin.evaluation.own_sets.generation import command as build_command
+from dynllava_plugin.evaluation.own_sets import build_lvis as build_command
 from dynllava_plugin.evaluation.results import command as table_command
 from dynllava_plugin.evaluation.suite import command as suite_command
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,13 +40,25 @@ def json_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def read_json(path: Path, advice: str = "replace it") -> dict[str, Any]:
+    """Return a JSON object from a file; `UserError` names the file, what is wrong with it and, as `advice`, what to do."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({one_line(error)}); {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; {advice}")
+    return content
+
+
 def saved_json(path: Path) -> dict[str, Any]:
     """Return a JSON object that was written here; empty where there is none, or it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def leaves(folder: Path, name: str) -> bool:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answering import answer_batch
-from dynllava_plugin.evaluation.engine.answers import Answer
+from dynllava_plugin.evaluation.engine.answers import Answer, Score
 from dynllava_plugin.evaluation.engine.prompting import VICUNA
 from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava, LossAndGreedy
@@ -30,6 +30,7 @@ from dynllava_plugin.evaluation.results.record import RunRecord
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished
 
 ANSWER = Answer("yes", 1, 0, 0, 1, 0, 0)
+SCORE = Score(-1.0, 1, True)
 
 
 def test_entry_point_names_the_model() -> None:
@@ -320,9 +321,12 @@ def kit_model(calls: list[int], size: int = 1) -> Any:
 
         def generate(self, requests: list, generation: Any, on_batch: Any = None) -> list[Answer]:
             calls.append(len(requests))
-            return [
+            answers = [
                 Answer(r.prompt.split("USER: ")[1].split(" ASSISTANT")[0], 1, 0, 0, 1, 0, 0) for r in requests
             ]
+            if on_batch:
+                on_batch(list(range(len(requests))), answers)
+            return answers
 
     model = KitModel.__new__(KitModel)
     model.engine, model.max_new_tokens, model.prompts = Echo(), 8, "llava"
@@ -342,6 +346,42 @@ def test_vlmevalkit_looks_ahead_and_answers_the_same() -> None:
     model.set_dump_image(dataset.dump_image)  # a resumed run: the first rows were answered before
     answers = [model.generate(dataset.build_prompt(row), "Questions")["prediction"] for row in rows[3:]]
     assert answers == list(dataset.data["question"])[3:] and calls == [4, 2]
+
+
+def test_vlmevalkit_counts_rows_however_many_rounds_they_have(tmp_path: Path) -> None:
+    from dynllava_plugin.evaluation.vlmevalkit.model import TURNS
+
+    model, dataset = kit_model([]), Questions(3)
+    model._journal = Journal(tmp_path)
+    model.engine.score = lambda requests, note: (
+        note(range(len(requests)), [SCORE] * len(requests)) or [SCORE] * len(requests)
+    )
+    turns = [["what?", "this"], ["and?", "that"]]
+    dataset.build_prompt = lambda line: [{"type": "text", "value": line["question"], TURNS: turns}]
+    model.set_dump_image(dataset.dump_image)
+    for row in range(3):
+        model.generate(dataset.build_prompt(dataset.data.iloc[row]), "Talks")
+    assert json.loads((tmp_path / "progress-0.json").read_text()) == {"done": 3, "total": 3}
+
+
+def test_vlmevalkit_tells_images_of_one_name_apart(tmp_path: Path) -> None:
+    """A run that was cut short took one's answer for the other's: the same question about two folders' 1.png."""
+    calls: list[int] = []
+    for name in ("coco", "wikiart"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+
+    def ask(*names: str) -> None:
+        model = kit_model(calls)
+        model._journal = Journal(tmp_path / "journal")
+        model.set_dump_image(Questions(1).dump_image)
+        for name in names:
+            image = {"type": "image", "value": str(tmp_path / name / "1.png")}
+            model.generate([image, {"type": "text", "value": "what?"}], "D")
+
+    ask("coco")
+    ask("coco", "wikiart")
+    assert calls == [1, 1]  # wikiart's was not asked before
 
 
 def test_vlmevalkit_stops_looking_ahead_where_it_guesses_wrong() -> None:

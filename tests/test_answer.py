@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.evaluation.answer_command import read_questions
-from dynllava_plugin.evaluation.own_sets.generation import sets
-from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
+from dynllava_plugin.evaluation.own_sets import build_lvis, long_answers
 from dynllava_plugin.evaluation.results.journal import Journal
 from tests.families.checkpoints import picture
 
@@ -160,7 +159,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "q.jsonl").write_text("\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert [one["text"] for one in read_questions(tmp_path / "q.jsonl", tmp_path)] == [text]
 
-    chosen = [Conversation("1", "a.png", (("why?", text),))]
-    sets.write_set(tmp_path, "lvis_vqa_single", chosen, tmp_path, {})
-    monkeypatch.setenv(sets.DATA_VARIABLE, str(tmp_path))
-    assert [row["turns"] for row in sets.load_rows("lvis_vqa_single")] == [[("why?", text)]]
+    chosen = [build_lvis.Conversation("1", "a.png", (("why?", text),))]
+    build_lvis.write_set(tmp_path, "lvis_vqa_single", chosen, tmp_path, {})
+    monkeypatch.setenv(long_answers.DATA_VARIABLE, str(tmp_path))
+    assert [row["turns"] for row in long_answers.load_rows("lvis_vqa_single")] == [[("why?", text)]]

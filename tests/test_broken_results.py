@@ -15,10 +15,12 @@ import pytest
 from dynllava_plugin.cli import main
 from dynllava_plugin.evaluation.results import results as results_module
 from dynllava_plugin.evaluation.results.results import prediction_rows, read_results
+from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run
 
 WRITTEN = Path(__file__).parent / "harness_files"
 LMMS, LMMS_RUN = "lmms_eval_judged/*_results.json", "lmms_eval_judged/*_dynllava_run.json"
 KIT, KIT_RUN = "vlmevalkit_judged/status.json", "vlmevalkit_judged/dynllava_run.json"
+HARNESS = {LMMS: "lmms-eval", KIT: "vlmevalkit"}
 
 
 @pytest.fixture
@@ -158,8 +160,46 @@ def test_what_is_no_number_is_no_figure(results: Path, name: str, value: str) ->
     text = path.read_text()
     assert key in text
     path.write_text(text.replace(key, key.replace("50.0", value.replace("nan", "NaN"))))
-    rows = read_results(path.parent)
-    assert "MM-Vet" not in set(rows["benchmark"]) and set(rows["value"]) == {75.0}
+    assert statuses(read_results(path.parent), "") == {
+        (HARNESS[name], "MM-Vet"): (None, "no figure"),
+        (HARNESS[name], "LLaVA-Wild"): (75.0, "scored"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"),
+    [
+        (LMMS, "gpt_eval_score,none", "mmvet_score,none"),
+        (KIT, "Category=Overall|acc", "Category=Overall|score"),
+    ],
+)
+def test_a_figure_under_another_name_is_told(
+    results: Path, name: str, ours: str, theirs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another version of a harness may write it: the cell doesn't say that nobody ran it."""
+    (path,) = results.glob(name)
+    path.write_text(path.read_text().replace(ours, theirs))
+    assert statuses(read_results(path.parent), "")[HARNESS[name], "MM-Vet"] == (None, "no figure")
+    (line,) = capsys.readouterr().err.splitlines()
+    key = ours.removesuffix(",none")
+    assert line.startswith(f"skipped: {path}: ") and f"reports no {key}, but " in line and theirs in line
+
+
+def test_the_kit_s_own_command_fails_for_a_figure_under_another_name(results: Path) -> None:
+    (path,) = results.glob(KIT)
+    assert check_run(path.parent, "dynllava", ["MMVet", "LLaVABench"], 0.0) == []
+    path.write_text(path.read_text().replace("Overall|acc", "Overall|score"))
+    (failure,) = check_run(path.parent, "dynllava", ["MMVet", "LLaVABench"], 0.0)
+    assert failure.startswith("MMVet: vlmevalkit reports no Category=Overall|acc, but ")
+
+
+def test_a_dataset_that_the_kit_could_not_score_is_no_unasked_one(results: Path) -> None:
+    (path,) = results.glob(KIT)
+    content = json.loads(path.read_text())
+    content["datasets"]["LLaVABench"]["error_message"] = "no space left on device"
+    content["datasets"]["MMVet"]["status"] = "infer"  # killed before its score: half done is not done
+    path.write_text(json.dumps(content))
+    assert statuses(read_results(path.parent), "") == {("vlmevalkit", "LLaVA-Wild"): (None, "no figure")}
 
 
 def test_what_isn_t_a_file_is_left_out(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation, read_conversations
-from dynllava_plugin.evaluation.own_sets.generation.rules import MULTI, SHAREGPT4V, SINGLE, select
-from dynllava_plugin.evaluation.own_sets.generation.sets import find_image, load_rows
+from dynllava_plugin.evaluation.own_sets.build_lvis import (
+    MULTI,
+    SHAREGPT4V,
+    SINGLE,
+    Conversation,
+    read_conversations,
+    select,
+)
+from dynllava_plugin.evaluation.own_sets.long_answers import find_image, load_rows
 
 
 def talk(name: str, image: str, words: list[int]) -> dict[str, Any]:
@@ -204,7 +210,7 @@ def test_unbuilt_and_foreign_sets(files: Path, monkeypatch: pytest.MonkeyPatch) 
         load_rows("lvis_vqa_single")
     (files / "unwritable").touch()
     with pytest.raises(UserError, match="can't be written"):
-        from dynllava_plugin.evaluation.own_sets.generation.sets import write_set
+        from dynllava_plugin.evaluation.own_sets.build_lvis import write_set
 
         items, _ = read_conversations(files / "captions.json")
         write_set(files / "unwritable", "lvis_vqa_single", items, None, {})

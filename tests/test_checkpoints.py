@@ -256,7 +256,11 @@ def test_harmless_weights_are_ignored_and_unused_ones_optional(published: Path) 
         ),
         (lambda folder: (folder / "tokenizer.model").unlink(), "no tokenizer here"),
         (lambda folder: truncate(folder / "tokenizer.model"), "tokenizer cannot be read"),
-        (lambda folder: truncate(folder / "config.json"), "config.json: not readable as JSON"),
+        (lambda folder: truncate(folder / "config.json"), "config.json: not a readable JSON file"),
+        (
+            lambda folder: (folder / "config.json").write_text("[" * 100_000),
+            "config.json: not a readable JSON file",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: fake.edit_config(folder, model_type="bert"), "model_type 'bert'"),
         (lambda folder: fake.edit_config(folder, model_type=["llava"]), r"model_type \['llava'\]"),

@@ -33,10 +33,10 @@ from dynllava_plugin.compare.report import claims_table, field_table, make_table
 from dynllava_plugin.compare.store import Store
 from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Subject, runnable, subjects
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.prefill_costs import context_of
 from dynllava_plugin.evaluation.results.journal import Journal
 from dynllava_plugin.files import write_figure
 from dynllava_plugin.policies import policy_of
+from dynllava_plugin.policies.contexts import context_of
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.families.checkpoints import write_checkpoint
 from tests.property_tests import examples

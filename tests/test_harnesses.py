@@ -177,7 +177,8 @@ def test_vlmevalkit_fails_where_a_dataset_fails(tmp_path: Path, broken_data: Pat
     assert done.code == 1, done.text[-3000:]
     assert done.error().startswith("error: EasyVQA_Scenes: ") and "truncated or corrupt" in done.error()
     table = read_results(tmp_path)  # the other dataset's score stands
-    assert list(table["benchmark"]) == ["easy_vqa"] and list(table["mode"]) == ["full"]
+    assert list(table["benchmark"]) == ["easy_vqa", "easy_vqa_scenes"] and set(table["mode"]) == {"full"}
+    assert list(table["status"]) == ["scored", "no figure"]
 
 
 @pytest.mark.parametrize(

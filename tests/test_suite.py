@@ -25,8 +25,8 @@ from dynllava_plugin.evaluation.results.journal import Journal, entry_key
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runner
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
-from dynllava_plugin.evaluation.suite.progress import clock
-from dynllava_plugin.evaluation.suite.runner import Runner, read_state
+from dynllava_plugin.evaluation.suite.progress import Progress, clock
+from dynllava_plugin.evaluation.suite.runner import Outcome, Runner, read_state
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.flops import OutputCost
 
@@ -203,6 +203,13 @@ def test_each_checkpoint_and_setting_has_its_own_folder(tmp_path: Path) -> None:
     assert len(set(roots)) == len(roots)
     same = [{}, {"batch_size": 3}, {"num_processes": 2}, {"jobs": 2}]
     assert len({plan(config(tmp_path, **variant), None)[0].folder for variant in same}) == 1
+
+
+def test_a_mode_named_twice_is_run_once(tmp_path: Path) -> None:
+    """Two runs of one folder would write over each other."""
+    assert len(plan(config(tmp_path, mode=["image", "full", "image"]), None)) == len(
+        plan(config(tmp_path, mode=["image", "full"]), None)
+    )
 
 
 def test_commands_are_the_harnesses_own(tmp_path: Path) -> None:
@@ -405,6 +412,36 @@ def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
+def test_the_time_left_counts_questions(tmp_path: Path) -> None:
+    """VQAv2 alone has more questions than all others: behind it, what is left isn't as long again each."""
+    names = ("VQAv2", "GQA", "POPE")
+    runs = [fake(tmp_path, name, "pass", benchmark=find_benchmark(name)) for name in names]
+    lines: list[str] = []
+    progress = Progress(runs, 1, lines.append)
+    progress.finished(Outcome(runs[0], seconds=21435.4, work=21435.4))  # ten questions a second
+    progress.finished(
+        Outcome(runs[1], problem="out of memory", seconds=3.0, work=3.0)
+    )  # says nothing of the rate
+    assert lines[0].endswith("about 35m58s left") and lines[1].endswith("about 15m00s left")
+    few = [replace(run, answers_from={"limit": 8}) for run in runs]
+    progress = Progress(few, 1, lines.append)
+    progress.finished(Outcome(few[0], seconds=16.0, work=16.0))
+    assert lines[-1].endswith("about 32s left")
+
+
+def test_answers_of_an_earlier_run_say_nothing_of_the_time_left(tmp_path: Path) -> None:
+    run = fake(tmp_path, "one", "pass")
+    journal, progress = Journal(run.journal), Progress([run], 1, print)
+    journal.expect(1000)
+    assert progress._state(run, 4.0).endswith(": 0% of 1,000, 4s")
+    journal._reported = 0.0  # as if a second had passed
+    journal.count(900)  # in the journal when the run began
+    assert progress._state(run, 5.0).endswith(": 90% of 1,000, 5s")
+    journal._reported = 0.0
+    journal.count(10)
+    assert progress._state(run, 15.0).endswith(": 91% of 1,000, 15s, 1m30s left")
+
+
 COST = st.one_of(st.none(), st.builds(OutputCost, st.integers(0, 9), st.floats(0, 9), st.floats(0, 9)))
 SCORE = st.builds(Score, st.floats(-9, 0), st.integers(1, 9), st.booleans(), st.integers(0, 9), COST)
 COUNT = st.one_of(st.none(), st.integers(0, 99))
@@ -432,11 +469,13 @@ def test_torn_journal_and_progress(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     first.expect(3)
     first.write([("a", answer), ("b", answer)])
+    first.count(2)
     assert json.loads((tmp_path / "progress-0.json").read_text()) in (
         {"done": 0, "total": 3},
         {"done": 2, "total": 3},
     )
     first.write([("c", answer)])
+    first.count(1)
     assert json.loads((tmp_path / "progress-0.json").read_text()) == {"done": 3, "total": 3}
     (path,) = tmp_path.glob("*.jsonl")
     path.write_text(path.read_text()[:-30])
@@ -478,7 +517,12 @@ def test_a_judge_is_one_that_answers(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_API_URL", endpoint)
     monkeypatch.setenv("MODEL_VERSION", "known")
+    assert judges.find_judge("lmms-eval", ["gqa"]) is None and capsys.readouterr().err == ""
+    assert judges.find_judge("lmms-eval", ["mmvet"]) is None
+    assert "OPENAI_API_KEY isn't set" in capsys.readouterr().err  # a judge was named, so its silence is told
+    monkeypatch.delenv("OPENAI_API_URL")
     assert judges.find_judge("lmms-eval", ["mmvet"]) is None and capsys.readouterr().err == ""
+    monkeypatch.setenv("OPENAI_API_URL", endpoint)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert judges.find_judge("lmms-eval", ["gqa"]) is None
     assert judges.find_judge("lmms-eval", ["mmvet", "gqa"]) == judges.Judge("known", endpoint)

@@ -21,13 +21,15 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
 from dynllava_plugin.evaluation.locks import locks
 from dynllava_plugin.evaluation.results import identity
+from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.suite import data as suite_data
 from dynllava_plugin.evaluation.suite import runs as suite_runs
-from dynllava_plugin.evaluation.suite.report import report
+from dynllava_plugin.evaluation.suite.command import report
 from dynllava_plugin.evaluation.suite.runner import WRITER, Outcome, Runner, read_state
 from dynllava_plugin.evaluation.suite.runs import Run, plan
 from dynllava_plugin.model.checkpoints import sources
 from tests.suite_time import children
+from tests.test_floors import GRAPH, own, room
 from tests.test_paper import write_run
 from tests.test_suite import ROOT, config, fake, run_all
 
@@ -68,6 +70,73 @@ def test_a_download_is_not_other_data(tmp_path: Path, cache: Path) -> None:
     newer = replace(downloading(tmp_path, "c2"), answers_from={"data": "c2"})
     newer.journal.mkdir(exist_ok=True)
     assert not resumed(newer) and not newer.journal.exists()
+
+
+def test_where_a_checkpoint_lies_and_runs_undoes_no_result(tmp_path: Path) -> None:
+    """The same checkpoint by content, from another disk or on another GPU: what is done was done again from the start."""
+    settings = ModelSettings("tiny", device="cuda:0")
+
+    def run(**changes: Any) -> Run:
+        asked = {"settings": replace(settings, **changes).to_dict()}
+        return fake(tmp_path, "one", "pass", answers_from=asked)
+
+    assert not resumed(run())
+    run().journal.mkdir()
+    assert resumed(run(device="cuda:1")) and resumed(run(pretrained="/other/disk/tiny"))
+    assert run().journal.is_dir()
+    assert not resumed(run(mode="full")) and not run().journal.exists()
+
+
+def test_wordnet_that_was_installed_later_scores_long_answers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(benchmark: str) -> Any:
+        return plan(config(tmp_path, benchmarks=[benchmark]), None)[0].scores_from
+
+    before = scores("easy_vqa_describe"), scores("GQA")
+    other = {"meteor": "meteor_exact_stem", "meteor_exact_stem": "meteor"}[before[0]["meteor"]]
+    monkeypatch.setattr(suite_runs, "meteor_name", lambda: other)
+    assert scores("easy_vqa_describe") == {**before[0], "meteor": other} and scores("GQA") == before[1]
+
+
+def test_work_on_the_bench_undoes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("evaluation/results/identity.py", "model/decoder.py", "bench/rows.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "evaluation/results/identity.py"))
+    digest = identity.source_digest.__wrapped__
+    before = digest()
+    (tmp_path / "bench/rows.py").write_text("x = 2")
+    assert digest() == before
+    (tmp_path / "model/decoder.py").write_text("x = 2")
+    assert digest() != before
+
+
+def test_no_run_goes_through_the_rooms_whose_sources_do_not_count() -> None:
+    runs = {"evaluation", "model", "policies", "sparsity", "easy_vqa", "flops", "files", "images"}
+    reached = {
+        room(target) for module in GRAPH if room(module) in runs for target, _ in GRAPH[module] if own(target)
+    }
+    assert not reached & set(identity._APART)
+
+
+def test_an_adapter_is_another_checkpoint_where_its_base_is(tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(b"one")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    )
+
+    def digest() -> str:
+        identity.checkpoint_hash.cache_clear()
+        return identity.checkpoint_hash(str(tmp_path / "adapter"))
+
+    before = digest()
+    assert digest() == before
+    weights.write_bytes(b"two")
+    assert digest() != before
 
 
 def test_a_result_that_was_removed_is_made_again_from_its_answers(tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.Capture
     assert line in capsys.readouterr().out
 
 
+def test_a_run_of_nobody_knows_how_many_questions_hides_none(tmp_path: Path) -> None:
+    write(tmp_path / "known", 0.5, questions=6)
+    write(tmp_path / "unknown", 0.25)
+    path = tmp_path / "unknown" / "20260101_000000_results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n-samples": {}}))
+    text = render(read_results(tmp_path), "markdown")
+    assert "| 50.00 | 6 |" in text and "lmms-eval, GQA: n = unknown\n" in text
+
+
 def write_lmms_eval(folder: Path, date: str, value: float, **command: object) -> None:
     """What lmms-eval wrote, with other arguments of generation."""
     folder.mkdir(parents=True, exist_ok=True)

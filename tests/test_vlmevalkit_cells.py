@@ -132,12 +132,12 @@ def test_vqav2_of_an_ordinary_file_and_its_oddities(tmp_path: Path) -> None:
 
 
 def test_vqav2_of_a_file_without_images_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynllava_plugin.evaluation.vlmevalkit.vqav2 import NAME, VQAv2
+    from dynllava_plugin.evaluation.vlmevalkit.datasets import VQAV2, VQAv2
 
     monkeypatch.setenv("LMUData", str(tmp_path))
-    (tmp_path / f"{NAME}.tsv").write_text("index\tquestion\tanswer\n0\tWhat?\t['a']\n")
+    (tmp_path / f"{VQAV2}.tsv").write_text("index\tquestion\tanswer\n0\tWhat?\t['a']\n")
     with pytest.raises(UserError, match=r"neither a column image \(base64\) nor image_path"):
-        VQAv2.load_data(VQAv2.__new__(VQAv2), NAME)
+        VQAv2.load_data(VQAv2.__new__(VQAv2), VQAV2)
 
 
 def test_an_option_that_says_none_is_one(tmp_path: Path) -> None:

@@ -22,12 +22,11 @@ from dynllava_plugin import processes
 from dynllava_plugin.bench.rows import Rows
 from dynllava_plugin.errors import UserError, reason_in
 from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, find_benchmark
-from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
 from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
-from dynllava_plugin.evaluation.results.manifest import read_json
 from dynllava_plugin.evaluation.results.predictions import lmms_eval_predictions, vlmevalkit_predictions
-from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.settings import ModelSettings, module_and_arguments
+from dynllava_plugin.files import read_json
 
 
 def run(args: argparse.Namespace) -> int:

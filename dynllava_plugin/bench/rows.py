@@ -14,8 +14,7 @@ import torch
 from dynllava_plugin.bench.figures import described
 from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.results.manifest import read_json
-from dynllava_plugin.files import check_file, write_json, write_text
+from dynllava_plugin.files import check_file, read_json, write_json, write_text
 
 # What a row is about; everything else is how it was measured, and what.
 KEYS = (

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.compare.subjects import Subject
-from dynllava_plugin.evaluation.results.manifest import read_json
-from dynllava_plugin.files import write_json
+from dynllava_plugin.files import read_json, write_json
 
 
 class Store:

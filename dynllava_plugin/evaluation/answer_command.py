@@ -12,7 +12,7 @@ from typing import Any
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.options import add_flags, checked
-from dynllava_plugin.evaluation.settings import ModelSettings, RunSettings, settings_named
+from dynllava_plugin.evaluation.settings import PLACES, ModelSettings, RunSettings, settings_named
 from dynllava_plugin.files import check_file, json_lines, leaves, write_text
 from dynllava_plugin.model.prompts import IMAGE_TOKEN
 
@@ -112,10 +112,11 @@ def _answers(
 ) -> list[dict[str, Any]]:
     from dynllava_plugin.evaluation.engine.engine import Engine
     from dynllava_plugin.evaluation.engine.requests import Generation
-    from dynllava_plugin.evaluation.results.identity import resolve_checkpoint
+    from dynllava_plugin.evaluation.results.identity import resolve_checkpoint, source_digest
     from dynllava_plugin.evaluation.results.journal import Journal, entry_key
 
-    made_from = [resolve_checkpoint(settings.pretrained), settings.to_dict(), tokens]
+    asked = {key: value for key, value in settings.to_dict().items() if key not in PLACES}
+    made_from = [resolve_checkpoint(settings.pretrained), asked, tokens, source_digest()]
     engine, journal = Engine.load(settings, batch_size), Journal(folder)
     requests, keys = [], []
     for item in questions:

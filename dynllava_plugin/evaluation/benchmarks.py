@@ -77,7 +77,7 @@ class Benchmark:
     paper_table : str
         The paper's table that has it: ``1``, ``3``, ``12``, or empty.
     questions : int
-        Of a server's, whose size nobody expects who asked for the scores; 0: not said.
+        About how many lmms-eval asks; 0: not said.
     note : str
         Where a figure isn't like for like with the paper's or between the harnesses.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 
 class Patches(ExitStack):
@@ -16,10 +17,4 @@ class Patches(ExitStack):
 
     def put(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         """Replace `owner`'s attribute `name` by what `make` makes of it; `AttributeError` where there is none."""
-        inherited = isinstance(owner, type) and name not in vars(owner)
-        before = vars(owner)[name] if isinstance(owner, type) and not inherited else getattr(owner, name)
-        setattr(owner, name, make(before))
-        if inherited:
-            self.callback(delattr, owner, name)
-        else:
-            self.callback(setattr, owner, name, before)
+        self.enter_context(patch.object(owner, name, make(getattr(owner, name))))

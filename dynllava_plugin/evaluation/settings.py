@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.options import option
+from dynllava_plugin.evaluation.benchmarks import LMMS_EVAL, VLMEVALKIT
+from dynllava_plugin.evaluation.options import flag, option
 from dynllava_plugin.sparsity.config import IMAGE_POLICIES, MODES, SparsityConfig
 
 DEFAULT_CHECKPOINT = "Osilly/Dynamic-LLaVA-7B"
 SPARSITY_KEYS = ("mode", "vision_keep_rate", "text_keep_rate", "image_policy", "random_seed", "policy")
 AUTO = "auto"  # batch size
 PROMPTS = ("llava", "kit")
+# The harnesses' own command lines for our model, as modules to run with ``python -m``.
+_MODULES = {
+    LMMS_EVAL: "dynllava_plugin.evaluation.lmms_eval.command",
+    VLMEVALKIT: "dynllava_plugin.evaluation.vlmevalkit.command",
+}
 # How a model is loaded and asked, where not as its checkpoint says.
 _LOADING_KEYS = ("dtype", "attn_implementation", "quantization")
 _ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
+# Where a checkpoint lies and runs, on which no answer depends.
+PLACES = ("pretrained", "device")
 
 
 @dataclass(frozen=True)
@@ -179,3 +188,24 @@ def arguments_help() -> str:
     """Return a line for each setting, its name and what it is, as ``--model_args`` of a harness takes them."""
     lines = [f"  {setting.name:20} {setting.metadata['help']}" for setting in fields(ModelSettings)]
     return "\n".join(["--model_args of --model dynllava, as name=value,name=value:", *lines])
+
+
+def module_and_arguments(
+    harness: str,
+    settings: ModelSettings,
+    tasks: Sequence[str],
+    batch_size: int | str,
+    output: Path,
+    limit: int | None,
+) -> list[str]:
+    """Return what follows ``python -m``: `tasks` of `harness`, their results and saved answers in `output`."""
+    given = settings.given()
+    if harness == LMMS_EVAL:
+        device = given.pop("device", None)
+        asked = ["--model_args", ",".join(f"{key}={value}" for key, value in given.items()), "--log_samples"]
+        asked += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--output_path", str(output)]
+        asked += ["--device", device] if device else []
+    else:
+        asked = [part for key, value in given.items() for part in (flag(key), str(value))]
+        asked += ["--data", *tasks, "--batch-size", str(batch_size), "--work-dir", str(output)]
+    return [_MODULES[harness], "--model", "dynllava", *asked, *(["--limit", str(limit)] if limit else [])]

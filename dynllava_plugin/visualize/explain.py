@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.engine.prompting import style_of
+from dynllava_plugin.evaluation.results.record import prefill_costs
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor

@@ -173,7 +173,7 @@ def _mean_perplexity(score: dict[str, Any]) -> float:
 
 
 def _meteor(run: Run, limit: int | None) -> float:
-    from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows
+    from dynllava_plugin.evaluation.own_sets.long_answers import load_rows
 
     if run.benchmark.name == "easy_vqa_describe":
         references = [[row["answer"]] for row in easy_vqa.load_rows("easy_vqa_describe")[:limit]]

@@ -220,22 +220,25 @@ class _Runs:
     ) -> None:
         if int(os.environ.get("RANK", 0)) != 0:
             return  # rank 0 gathers the results
+        from dynllava_plugin.evaluation.results.manifest import beside
+        from dynllava_plugin.evaluation.results.results import failure, renamed
+
         if results is None:
             return self.fail(f"--tasks {args.tasks}: lmms-eval returned no results")
         scored = results.get("results", {})
-        for task in results.get("configs", {}):
-            values = [
-                value for key, value in scored.get(task, {}).items() if "," in key and "_stderr" not in key
-            ]
-            if not values and not args.predict_only:
+        for task in () if args.predict_only else results.get("configs", {}):
+            figures = scored.get(task, {})
+            if not any("," in key and "_stderr" not in key for key in figures):
                 self.fail(f"task {task}: no result")
+            elif not args.limit and (
+                task not in self._judged or judge
+            ):  # a limit may leave none of what is counted
+                if problem := renamed(LMMS_EVAL, task, figures):
+                    self.fail(f"task {problem}")
         date = str(results.get("date")).replace(":", "-")
         written = next(Path(args.output_path).glob(f"**/{date}_results.json"), None)
         if written is None:
             return self.fail(f"--output_path {args.output_path}: lmms-eval wrote no results file there")
-        from dynllava_plugin.evaluation.results.manifest import beside
-        from dynllava_plugin.evaluation.results.results import failure
-
         for task, count in missing.items():
             asked = results.get("n-samples", {}).get(task, {}).get("effective")
             self.fail(f"task {task}: {failure(count, asked)}; run it again")

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dynllava_plugin.evaluation.judges import KEY, Judge
-from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, llava_scores, mm_vet_score
+from dynllava_plugin.evaluation.judges import KEY, TIMEOUT, Judge, Patience, llava_scores, mm_vet_score
 
 
 def prepare_judged(loaded: dict[Any, Any], tasks: set[str], judge: Judge | None) -> None:

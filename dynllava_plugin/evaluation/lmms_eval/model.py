@@ -194,6 +194,7 @@ class DynamicLlava(lmms):
             [item.key for item in items],
             lambda places, note: ask([items[place] for place in places], note),
             f"dynllava {what}",
+            self._journal.count,
         )
         for item, result in zip(items, found, strict=True):
             if record and not item.padding:

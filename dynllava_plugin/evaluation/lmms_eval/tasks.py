@@ -12,7 +12,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from PIL import Image
 
 from dynllava_plugin.evaluation.own_sets import easy_vqa
-from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows, mean_meteor
+from dynllava_plugin.evaluation.own_sets.long_answers import load_rows, mean_meteor
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor_name
 from dynllava_plugin.images import open_image
 

@@ -8,18 +8,22 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from dynllava_plugin.files import saved_json
+
 HASH_VARIABLE = "DYNLLAVA_CHECKPOINT_HASH"
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
 _CHUNK = 2**22
+# Rooms of this package that no harness's run goes through: work on them undoes no result.
+_APART = ("bench", "compare", "demo", "serve", "visualize")
 
 
 @cache
 def checkpoint_hash(pretrained: str) -> str:
     """Return twelve digits that change with the checkpoint's weights or configuration.
 
-    Of a folder its files' content; of a hub id its commit in the local cache, ``unknown`` where it isn't
-    there (`resolve_checkpoint` fetches it). `dynllava eval` computes it once for all of its runs and hands it on
-    as ``$DYNLLAVA_CHECKPOINT_HASH``.
+    Of a folder its files' content, and that of an adapter's base where it is a folder too; of a hub id its commit in the local
+    cache, ``unknown`` where it isn't there (`resolve_checkpoint` fetches it). `dynllava eval` computes it once for all of its
+    runs and hands it on as ``$DYNLLAVA_CHECKPOINT_HASH``.
     """
     given = os.environ.get(HASH_VARIABLE, "")
     name, _, digest = given.rpartition("=")
@@ -39,6 +43,9 @@ def checkpoint_hash(pretrained: str) -> str:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest_of_all.update(chunk)
+    base = saved_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        digest_of_all.update(checkpoint_hash(base).encode())
     return digest_of_all.hexdigest()[:12]
 
 
@@ -58,10 +65,12 @@ def resolve_checkpoint(pretrained: str) -> str:
 
 @cache
 def source_digest() -> str:
-    """Return twelve digits that change with this package's Python sources, task files and registry: other code, other results."""
+    """Return twelve digits that change with the sources, task files and registry that a harness's run goes through."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for path in sorted([*root.rglob("*.py"), *root.rglob("*yaml"), *root.rglob("benchmarks.csv")]):
+        if path.relative_to(root).parts[0] in _APART:
+            continue
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

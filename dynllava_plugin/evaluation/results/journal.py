@@ -73,7 +73,13 @@ class Journal:
             return None
         return _score(found["score"]) if "score" in found else _with_cost(Answer, found["answer"])
 
-    def completed(self, keys: Sequence[str], ask: Callable[..., Sequence[Any]], title: str = "") -> list[Any]:
+    def completed(
+        self,
+        keys: Sequence[str],
+        ask: Callable[..., Sequence[Any]],
+        title: str = "",
+        told: Callable[[int], None] = lambda more: None,
+    ) -> list[Any]:
         """Return a result for each key: what was written down earlier, and what `ask` finds for the others.
 
         Parameters
@@ -83,16 +89,19 @@ class Journal:
             written down at once.
         title : str
             Of a bar on the error output; empty: none.
+        told : callable
+            Told how many more have a result, e.g. `count`.
         """
         found = [self.result(key) for key in keys]
         missing = [place for place, result in enumerate(found) if result is None]
         known = len(keys) - len(missing)
-        self.count(known)
+        told(known)
         with tqdm(total=len(keys), initial=known, desc=title, disable=not title or self._rank != 0) as bar:
 
             def note(numbers: Sequence[int], results: Sequence[Any]) -> None:
                 self.write((keys[missing[n]], result) for n, result in zip(numbers, results, strict=True))
                 bar.update(len(numbers))
+                told(len(numbers))
 
             for place, result in zip(missing, ask(missing, note) if missing else [], strict=True):
                 found[place] = result
@@ -100,8 +109,6 @@ class Journal:
 
     def write(self, entries: Iterable[tuple[str, Answer | Score]]) -> None:
         """Add answers or scores; they are on disk when this returns."""
-        entries = list(entries)
-        self.count(len(entries))
         if self._file is None:
             return
         for key, result in entries:

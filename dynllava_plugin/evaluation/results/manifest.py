@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.requests import MAX_NEW_TOKENS
 from dynllava_plugin.evaluation.settings import SPARSITY_KEYS
 from dynllava_plugin.policies.registry import arguments_of, describe, parse_policy
@@ -40,15 +40,13 @@ _CHANGES_ANSWERS = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object that a harness or a run of ours wrote; anything else is a `UserError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path}: not a readable JSON file ({reason}); delete it or run the evaluation again"
-        ) from None
+        problem = f"not a readable JSON file ({one_line(error)})"
+        raise UserError(f"{path}: {problem}; delete it or run the evaluation again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a harness's results; delete it or name another folder")
     return content
@@ -75,7 +73,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    content = read_json(path)
+    content = read_object(path)
     wrong = [name for name in _OBJECTS if not isinstance(content.get(name), (dict, type(None)))]
     wrong += [name for name in _TEXTS if not isinstance(content.get(name), (str, type(None)))]
     for name in (part for part in _OF_TASKS if part not in wrong):

@@ -14,13 +14,13 @@ from typing import Any
 from dynllava_plugin.environment import host, versions
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.answers import Answer, Score, mean_counts, mean_score_counts
-from dynllava_plugin.evaluation.engine.prefill_costs import prefill_costs
 from dynllava_plugin.evaluation.results.identity import checkpoint_hash, commit
 from dynllava_plugin.evaluation.results.manifest import read_manifest
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.files import write_json
-from dynllava_plugin.flops import DecoderShape
+from dynllava_plugin.flops import DecoderShape, prefill_flops
 from dynllava_plugin.policies import Policy, policy_of
+from dynllava_plugin.policies.contexts import context_of
 
 # What two runs of VLMEvalKit into one folder have to agree in for the first one's counts to stay.
 _SAME_RUN = ("checkpoint_hash", "sparsity", "model", "prompts", "max_new_tokens")
@@ -107,6 +107,19 @@ class RunRecord:
     def _counts(self, answers: Sequence[Answer]) -> dict[str, float | int]:
         counts = mean_counts(answers)
         return counts if self._costs is None else {**counts, **prefill_costs(*self._costs, counts)}
+
+
+def prefill_costs(shape: DecoderShape, policy: Policy, counts: Mapping[str, Any]) -> dict[str, float]:
+    """Return ``equivalent_tokens`` and ``prefill_gflops`` of samples with the mean `counts` of `mean_counts`; empty without images."""
+    total = counts.get("image_tokens")
+    kept = counts.get("kept_image_tokens")
+    if not total or kept is None:
+        return {}
+    context = context_of(policy, shape.layers, total, kept, counts["prompt_tokens"] - total)
+    return {
+        "equivalent_tokens": policy.image_tokens(total, kept, shape.layers),
+        "prefill_gflops": prefill_flops(shape, context) / 1e9,
+    }
 
 
 def write_joined(

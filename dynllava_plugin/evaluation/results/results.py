@@ -12,35 +12,33 @@ from typing import Any
 import pandas as pd
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.benchmarks import (
-    BENCHMARKS,
-    LMMS_EVAL,
-    METRICS,
-    VLMEVALKIT,
-    Benchmark,
-    Metric,
-)
+from dynllava_plugin.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL, METRICS, UNITS, VLMEVALKIT
 from dynllava_plugin.evaluation.results.manifest import NAME as MANIFEST_NAME
 from dynllava_plugin.evaluation.results.manifest import (
     SETTINGS,
     beside,
     generation_label,
     number,
-    read_json,
     read_manifest,
+    read_object,
     run_settings,
 )
-from dynllava_plugin.evaluation.results.saved_table import (
-    COLUMNS,
-    COSTS,
-    COUNTS,
-    KEYS,
-    NUMBERS,
-    SCORED,
-    read_saved,
-)
-from dynllava_plugin.evaluation.results.saved_table import NAME as SAVED_NAME
 
+SAVED = "table.csv"
+COUNTS = (
+    "image_tokens",
+    "kept_image_tokens",
+    "generated_tokens",
+    "kept_tokens",
+    "kept_output_share",
+    "equivalent_tokens",
+    "prefill_gflops",
+)
+COSTS = ("kv_mib", "decode_tflops", "decode_tflops_kept")
+KEYS = ("checkpoint", "mode", "harness", "benchmark", "metric")
+COLUMNS = (*KEYS, "value", "stderr", "unit", "n", "status", *SETTINGS, *COUNTS, "seconds", "file")
+NUMBERS = ("value", "stderr", "seconds", *COUNTS, "vision_keep_rate", "text_keep_rate", "random_seed")
+SCORED = "scored"  # the `status` of a figure
 _KIT_RUN = re.compile(r"T\d{8}[-_].*")  # the folder in which a kit notes one start
 _said: set[str] = set()
 _MODES = ("full", "image", "image_text", "random")
@@ -54,7 +52,7 @@ _RANKS = {
     },
 }
 # What a cell without a figure says: nobody ran it is "-", these were run; or a judge failed (`failure`).
-NEEDS_JUDGE, SUBMISSION = "needs judge", "submission file"
+NEEDS_JUDGE, SUBMISSION, NO_FIGURE = "needs judge", "submission file", "no figure"
 
 
 def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFrame:
@@ -86,7 +84,7 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
         raise UserError(f"{folder}: no such folder")
     places = [folder] if only is None else list(only)
     rows = [row for path in _files(places) for row in _rows(path)]
-    saved = folder / SAVED_NAME
+    saved = folder / SAVED
     if not rows and only is None and saved.is_file():
         table = read_saved(saved)
         return in_order(table).reset_index(drop=True)
@@ -98,6 +96,35 @@ def read_results(folder: Path, only: Iterable[Path] | None = None) -> pd.DataFra
     table["file"] = [os.path.relpath(file, folder) for file in table["file"]]
     table = table.drop_duplicates([*KEYS, "n", *SETTINGS], keep="last")
     return in_order(table).reset_index(drop=True)
+
+
+def read_saved(path: Path) -> pd.DataFrame:
+    """Return the rows as they were, columns that the file lacks empty; `UserError` for a file that is no such table."""
+    needed, numbers = (*KEYS, "value"), ("n", *NUMBERS)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from None
+    missing = [name for name in needed if name not in table]
+    if missing:
+        raise UserError(f"{path}: no table of results (it has no column {', '.join(missing)})")
+    unnamed = table[[name for name in needed if name not in numbers]].isna().any(axis="columns")
+    if table.empty or unnamed.any():
+        raise UserError(
+            f"{path}: no table of results ({'a row without a name' if len(table) else 'no rows'})"
+        )
+    known = set(table)
+    table = table.reindex(columns=list(COLUMNS)).astype(object)
+    for name in numbers:
+        try:
+            table[name] = table[name].astype(float)
+        except ValueError as error:
+            raise UserError(f"{path}: column {name}: {error}") from None
+    table["unit"] = table["unit"].fillna("") if "unit" in known else table["metric"].map(UNITS).fillna("")
+    table["status"] = table["status"].where(table["status"].notna() | table["value"].isna(), SCORED)
+    table = table.where(table.notna(), None).astype(dict.fromkeys(numbers, float))
+    counted = table["n"].notna().all()
+    return table.astype({"n": int}) if counted else table
 
 
 def _files(places: Iterable[Path]) -> list[Path]:
@@ -142,57 +169,90 @@ def _check(row: dict[str, Any]) -> None:
 
 
 def _lmms_eval_rows(path: Path) -> Iterator[dict[str, Any]]:
-    content = read_json(path)
+    content = read_object(path)
     manifest = read_manifest(beside(path))
     config = content.get("config", {})
     common = run_settings(manifest, config.get("model_args", ""), path, generation_label(config, manifest))
     for task, scores in content.get("results", {}).items():
         count = question_count(content.get("n-samples", {}).get(task, {}).get("effective"), path)
-        counts = _counts(manifest, task)
-        for benchmark, metric, key, factor in METRICS.get((LMMS_EVAL, task), ()):
-            row = _row(common, LMMS_EVAL, benchmark, metric, count, counts, path)
-            if benchmark.server:
-                yield {**row, "status": SUBMISSION}
-            elif benchmark.judge and not _judged(manifest, task):
-                yield {**row, "status": _unjudged(manifest, task, count)}
-            else:
-                value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
-                value = _recorded(manifest, task, key) if value is None else value
-                if value is not None:
-                    stderr = None if stderr is None else stderr * factor
-                    yield {**row, "value": value * factor, "stderr": stderr, "status": SCORED}
-
-
-def _figure(scores: dict[str, Any], key: str) -> float | None:
-    """The figure under ``key,<filter>``; None where there is none, or ``N/A``."""
-    values = [number(value) for name, value in scores.items() if name.partition(",")[0] == key]
-    return next((value for value in values if value is not None), None)
+        yield from _task_rows(common, LMMS_EVAL, task, scores, count, manifest, path)
 
 
 def _vlmevalkit_rows(path: Path) -> Iterator[dict[str, Any]]:
-    content = read_json(path)
+    content = read_object(path)
     manifest = read_manifest(path.with_name(MANIFEST_NAME))
     common = run_settings(manifest, "", path, generation_label({}, manifest))
     model = content.get("model_name", path.parent.name)
     for dataset, entry in content.get("datasets", {}).items():
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or entry.get("status", "done") != "done":
             continue
-        metrics = entry.get("metrics") or {}
-        counts = _counts(manifest, dataset)
-        rows = (manifest.get("questions") or {}).get(dataset) or counts.get("n")
+        failed = entry.get("error_message")
+        scores = {} if failed else entry.get("metrics") or {}
+        rows = (manifest.get("questions") or {}).get(dataset) or _counts(manifest, dataset).get("n")
         count = question_count(rows, path) or prediction_rows(path.parent, f"{model}_{dataset}")
-        for benchmark, metric, key, factor in METRICS.get((VLMEVALKIT, dataset), ()):
-            row = _row(common, VLMEVALKIT, benchmark, metric, count, counts, path)
-            if benchmark.judge and not (metrics and _judged(manifest, dataset)):
-                if count:  # predictions are there
-                    yield {**row, "status": _unjudged(manifest, dataset, count)}
-                continue
-            if entry.get("error_message"):
-                continue
-            names = [name for name in metrics if name == key or name.endswith(f"|{key}")]
-            value = number(metrics[names[0]]) if names else _recorded(manifest, dataset, key)
-            if value is not None:
-                yield {**row, "value": value * factor, "status": SCORED}
+        if scores or count or failed:  # something was asked
+            yield from _task_rows(common, VLMEVALKIT, dataset, scores, count, manifest, path)
+
+
+def _task_rows(
+    common: dict[str, Any],
+    harness: str,
+    task: str,
+    scores: dict[str, Any],
+    count: int | None,
+    manifest: dict[str, Any],
+    path: Path,
+) -> list[dict[str, Any]]:
+    """A row for each figure that is there; where there is none, one that says why."""
+    counts, judge = _counts(manifest, task), manifest.get("judge") or {}
+    failed = judge.get("unanswered", {}).get(task)
+    judged = bool(judge.get("model")) and task in judge.get("tasks", [task])
+    rows: list[dict[str, Any]] = []
+    for benchmark, metric, key, factor in METRICS.get((harness, task), ()):
+        names = {"harness": harness, "benchmark": benchmark.name, "metric": metric.name, "unit": metric.unit}
+        tokens = {name: counts.get(name) for name in COUNTS}
+        row = {**common, **names, "value": None, "stderr": None, "n": count, **tokens, "file": str(path)}
+        value, stderr = _figure(scores, key), _figure(scores, f"{key}_stderr")
+        value = _recorded(manifest, task, key) if value is None else value
+        if benchmark.server:
+            row["status"] = SUBMISSION
+        elif benchmark.judge and (failed or not judged):
+            row["status"] = failure(failed, count) if failed else NEEDS_JUDGE
+        elif value is not None:
+            row |= {"value": value * factor, "stderr": stderr and stderr * factor, "status": SCORED}
+        else:
+            row["status"] = NO_FIGURE
+        rows.append(row)
+    # A task reports some of its metrics (METEOR with synonyms or without); where it reports none, its first cell says so.
+    found = [row for row in rows if row["status"] != NO_FIGURE]
+    if all(row["metric"].startswith(COSTS) for row in found):
+        found = [*rows[:1], *found]
+        if problem := renamed(harness, task, scores):
+            say_skipped(f"{path}: {problem}")
+    return found
+
+
+def _figure(scores: dict[str, Any], key: str) -> float | None:
+    """The figure under lmms-eval's ``key,<filter>`` or the kit's ``<row>|key``; None where there is none, or ``N/A``."""
+    values = [number(value) for name, value in scores.items() if _is_called(name, key)]
+    return next((value for value in values if value is not None), None)
+
+
+def _is_called(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key},") or name.endswith(f"|{key}")
+
+
+def renamed(harness: str, task: str, scores: dict[str, Any]) -> str:
+    """Return what is wrong, in one line, where a harness reports figures of `task` and none under a name that we know."""
+    keys = [
+        key
+        for benchmark, _, key, _ in METRICS.get((harness, task), ())
+        if not (benchmark.server or key.startswith(COSTS))
+    ]
+    found = [name for name, value in scores.items() if number(value) is not None and "_stderr" not in name]
+    if not keys or not found or any(_is_called(name, key) for name in scores for key in keys):
+        return ""
+    return f"{task}: {harness} reports no {' or '.join(keys)}, but {', '.join(found[:5])}; is it another version?"
 
 
 def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
@@ -211,19 +271,6 @@ def _recorded(manifest: dict[str, Any], task: str, key: str) -> float | None:
     return number(found[0]) if found else None
 
 
-def _judged(manifest: dict[str, Any], task: str) -> bool:
-    """Whether a judge was configured and answered for every sample of the task."""
-    judge = manifest.get("judge") or {}
-    asked = bool(judge.get("model")) and task in judge.get("tasks", [task])
-    return asked and not judge.get("unanswered", {}).get(task)
-
-
-def _unjudged(manifest: dict[str, Any], task: str, count: int | None) -> str:
-    """What the cell of a task that isn't `_judged` says."""
-    failed = (manifest.get("judge") or {}).get("unanswered", {}).get(task)
-    return failure(failed, count) if failed else NEEDS_JUDGE
-
-
 def failure(count: int, of: int | None) -> str:
     """Return what a cell says instead of a figure."""
     return f"judge failed: {count} of {of if of is not None else '?'}"
@@ -233,27 +280,6 @@ def failed_samples(text: str) -> int:
     """Return the count in what `failure` says; 0 in another text."""
     found = re.match(r"judge failed: (\d+) of ", text)
     return int(found[1]) if found else 0
-
-
-def _row(
-    common: dict[str, Any],
-    harness: str,
-    benchmark: Benchmark,
-    metric: Metric,
-    count: int | None,
-    counts: dict[str, Any],
-    path: Path,
-) -> dict[str, Any]:
-    names = {"harness": harness, "benchmark": benchmark.name, "metric": metric.name, "unit": metric.unit}
-    return {
-        **common,
-        **names,
-        "value": None,
-        "stderr": None,
-        "n": count,
-        **{name: counts.get(name) for name in COUNTS},
-        "file": str(path),
-    }
 
 
 def _counts(manifest: dict[str, Any], task: str) -> dict[str, Any]:

@@ -198,12 +198,13 @@ def left_out(table: pd.DataFrame) -> str:
     runs = hidden.groupby(["checkpoint", "mode", "harness", "n"], sort=False, dropna=False)
     for (*names, questions), rows in runs:
         run = ", ".join([*map(str, names), *rows["benchmark"].unique()])
-        text += f"* left out, an older or smaller run of {run.translate(MARKDOWN)}: n = {questions:.0f}\n"
+        count = _cell(questions).replace("-", "unknown")
+        text += f"* left out, an older or smaller run of {run.translate(MARKDOWN)}: n = {count}\n"
     return f"\n{text}" if text else ""
 
 
 def _by_size(table: pd.DataFrame) -> pd.DataFrame:
-    return told_apart(table).sort_values("n", kind="stable")
+    return told_apart(table).sort_values("n", kind="stable", na_position="first")
 
 
 def _title(row: Mapping[Any, Any]) -> str:

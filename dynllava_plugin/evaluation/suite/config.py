@@ -123,7 +123,7 @@ class SuiteConfig(RunSettings):
         given = dict(self.model)
         if Path(given["pretrained"]).is_dir():
             given["pretrained"] = str(Path(given["pretrained"]).resolve())
-        modes = given.pop("mode", None) or (None,)
+        modes = dict.fromkeys(given.pop("mode", None) or (None,))
         return [ModelSettings.from_dict({**given, "mode": mode}) for mode in modes]
 
 

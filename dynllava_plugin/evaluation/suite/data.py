@@ -91,7 +91,7 @@ def _source(benchmark: Benchmark, harness: str, data: Path | None) -> Path | Non
 
 def _own_data(benchmark: Benchmark, data: Path | None) -> Path | None:
     if benchmark.data == BUILT:
-        from dynllava_plugin.evaluation.own_sets.generation.sets import data_folder as built_folder
+        from dynllava_plugin.evaluation.own_sets.long_answers import data_folder as built_folder
 
         folder = data / LONG if data and (data / LONG).is_dir() else built_folder()
     else:

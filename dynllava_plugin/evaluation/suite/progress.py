@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynllava_plugin.evaluation.suite.runs import Run
@@ -12,6 +13,8 @@ from dynllava_plugin.files import saved_json
 
 if TYPE_CHECKING:
     from dynllava_plugin.evaluation.suite.runner import Outcome
+
+_USUAL = 1000  # questions of a benchmark whose size the registry doesn't say
 
 
 class Progress:
@@ -23,17 +26,20 @@ class Progress:
         Takes finished lines.
     """
 
-    def __init__(self, total: int, jobs: int, report: Callable[[str], None]) -> None:
-        self._total, self._jobs, self._report = total, jobs, report
-        self._ended = 0
-        self._seconds: list[float] = []
+    def __init__(self, runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> None:
+        self._total, self._jobs, self._report = len(runs), jobs, report
+        self._ended = self._answered = 0
+        self._left, self._seconds = sum(map(_questions, runs)), 0.0
+        self._first_seen: dict[Path, tuple[float, int]] = {}
         self._moving = sys.stderr.isatty()
 
     def finished(self, outcome: Outcome) -> None:
         """Print the line of a run that has ended."""
         self._ended += 1
-        if outcome.seconds:
-            self._seconds.append(outcome.work)
+        self._left -= _questions(outcome.run)
+        if outcome.seconds and not outcome.problem:
+            self._seconds += outcome.work
+            self._answered += _questions(outcome.run)
         self.clear()
         line = f"[{self._ended:{len(str(self._total))}}/{self._total}] {outcome.run.title}: "
         if outcome.problem:
@@ -41,22 +47,30 @@ class Progress:
         else:
             line += headline(outcome.run)
         line += ", done before" if outcome.resumed else f", {clock(outcome.seconds)}"
-        left = self._left()
-        self._report(line + (f"; about {clock(left)} left" if left is not None else ""))
-
-    def _left(self) -> float | None:
-        """Seconds, from the runs that were carried out so far; None at the end and before the first."""
-        remaining = self._total - self._ended
-        if not remaining or not self._seconds:
-            return None
-        return remaining * sum(self._seconds) / len(self._seconds) / self._jobs
+        if self._left and self._answered:  # as fast as those that were carried out so far
+            line += f"; about {clock(self._left * self._seconds / self._answered / self._jobs)} left"
+        self._report(line)
 
     def show(self, running: list[tuple[Run, float]]) -> None:
         """Write the moving line of runs and the times they began at, where somebody looks at it."""
         if not self._moving:
             return
-        parts = [_state(run, time.monotonic() - since) for run, since in running]
+        parts = [self._state(run, time.monotonic() - since) for run, since in running]
         print("\r\033[K" + " | ".join(parts), end="", file=sys.stderr, flush=True)
+
+    def _state(self, run: Run, seconds: float) -> str:
+        done = total = 0
+        for path in run.journal.glob("progress-*.json"):
+            counts = saved_json(path)
+            done, total = done + counts.get("done", 0), total + counts.get("total", 0)
+        if not total:
+            return f"{run.title}: starting, {clock(seconds)}"
+        left = ""
+        if done:  # the first of them may be an earlier run's, which took no time of this one
+            since, before = self._first_seen.setdefault(run.folder, (seconds, done))
+            if done > before:
+                left = f", {clock((seconds - since) / (done - before) * (total - done))} left"
+        return f"{run.title}: {100 * done // total}% of {total:,}, {clock(seconds)}{left}"
 
     def clear(self) -> None:
         """Remove the moving line."""
@@ -64,15 +78,9 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _state(run: Run, seconds: float) -> str:
-    done = total = 0
-    for path in run.journal.glob("progress-*.json"):
-        counts = saved_json(path)
-        done, total = done + counts.get("done", 0), total + counts.get("total", 0)
-    if not total:
-        return f"{run.title}: starting, {clock(seconds)}"
-    left = f", {clock(seconds * (total - done) / done)} left" if done else ""
-    return f"{run.title}: {100 * done // total}% of {total:,}, {clock(seconds)}{left}"
+def _questions(run: Run) -> int:
+    """About how many questions a run asks."""
+    return min(run.benchmark.questions or _USUAL, run.answers_from.get("limit") or sys.maxsize)
 
 
 def headline(run: Run) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from dynllava_plugin.errors import UNREACHABLE, UserError, reason_in
 from dynllava_plugin.evaluation.locks import locks, terminated_like_interrupted
 from dynllava_plugin.evaluation.results.footer import STATE
+from dynllava_plugin.evaluation.settings import PLACES
 from dynllava_plugin.evaluation.suite.data import (
     DOWNLOAD,
     how_to_provide,
@@ -101,7 +102,7 @@ class Runner:
         """
         children: list[_Child] = []
         with terminated_like_interrupted(), locks({run.root for run in self.runs}, WRITER) as self._held:
-            self._progress = Progress(len(self.runs), self.jobs, self.report)
+            self._progress = Progress(self.runs, self.jobs, self.report)
             try:
                 waiting = self._planned([run for run in self.runs if self._is_left(run)])
                 while children or waiting:
@@ -153,14 +154,15 @@ class Runner:
             self._settle(run, ended)  # its process outlived the one that should have written it down
             state = read_state(run.folder)
         done = state.get("state") == DONE and state.get("scores_from") == _plain(run.scores_from)
-        answered = _is_same(state.get("answers_from"), run.answers_from, done)
-        if answered and done and there:
+        changed = _changed(state.get("answers_from"), run.answers_from, done)
+        if done and there and not changed:
             return Outcome(run, resumed=True)
         if is_offline() and not is_ours(run.benchmark):
             if locate(run.benchmark, run.harness, self.data) is None:
                 return Outcome(run, how_to_provide(run.benchmark, run.harness))
-        if not answered and run.folder.exists():
+        if changed and run.folder.exists():
             shutil.rmtree(run.folder)  # other data, settings, code or weights: nothing of it may be reused
+            self.report(f"{run.title}: starts afresh, its {', '.join(changed)} changed")
         shutil.rmtree(run.output, ignore_errors=True)  # half a result; its answers are in the journal
         for path in (*run.journal.glob("progress-*.json"), run.folder / ENDED, run.folder / "log.txt"):
             path.unlink(missing_ok=True)
@@ -260,16 +262,22 @@ def _plain(values: dict[str, Any]) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def _is_same(recorded: Any, planned: dict[str, Any], done: bool) -> bool:
-    """Whether answers that were recorded are those of a run as it is planned now."""
-    if not isinstance(recorded, dict):
-        return False
-    now = _plain(planned)
+def _changed(recorded: Any, planned: dict[str, Any], done: bool) -> list[str]:
+    """Return in what the facts behind recorded answers differ from those of a run as it is planned now; empty where in nothing."""
+    before, now = (
+        _comparable(facts if isinstance(facts, dict) else {}) for facts in (recorded, _plain(planned))
+    )
     # Data that was cleared away after a run was done doesn't undo it; to go on with a half-done one it does.
-    cleared = done and now.get("data") == DOWNLOAD
     # A run that was cut short before it could say what it fetched recorded `DOWNLOAD`: that is what is there now.
-    same_data = cleared or recorded.get("data") in (now.get("data"), DOWNLOAD)
-    return same_data and {**recorded, "data": None} == {**now, "data": None}
+    if before.get("data") == DOWNLOAD or (done and now.get("data") == DOWNLOAD):
+        before["data"] = now.get("data")
+    return [name for name in now if now[name] != before.get(name)]
+
+
+def _comparable(answers_from: dict[str, Any]) -> dict[str, Any]:
+    """The same checkpoint gives the same answers wherever it lies and runs."""
+    settings = {key: value for key, value in answers_from.get("settings", {}).items() if key not in PLACES}
+    return {**answers_from, "settings": settings}
 
 
 def _lacks_judge(run: Run) -> bool:

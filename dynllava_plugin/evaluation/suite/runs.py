@@ -11,11 +11,11 @@ from typing import Any
 
 from dynllava_plugin.environment import versions
 from dynllava_plugin.evaluation.benchmarks import BUILT, LMMS_EVAL, Benchmark
-from dynllava_plugin.evaluation.command_lines import module_and_arguments
 from dynllava_plugin.evaluation.judges import MODEL, URL, Judge
-from dynllava_plugin.evaluation.own_sets.generation.sets import DATA_VARIABLE, IMAGES_VARIABLE
+from dynllava_plugin.evaluation.own_sets.long_answers import DATA_VARIABLE, IMAGES_VARIABLE
+from dynllava_plugin.evaluation.own_sets.text_metrics import METEOR, meteor_name
 from dynllava_plugin.evaluation.results.identity import HASH_VARIABLE, resolve_checkpoint, source_digest
-from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
+from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name, module_and_arguments
 from dynllava_plugin.evaluation.suite.config import SuiteConfig
 from dynllava_plugin.evaluation.suite.data import HUB, KIT, LONG, identity
 
@@ -142,7 +142,10 @@ def _run(
         answers_from["images"] = (
             str(config.images.resolve()) if config.images else os.environ.get(IMAGES_VARIABLE)
         )
-    uses_judge = judge.model if judge and benchmark.judge else None
+    scores_from = {"harness": installed.get(_PACKAGES[harness])}
+    scores_from["judge"] = judge.model if judge and benchmark.judge else None
+    if any(metric.name == METEOR for metric in benchmark.metrics):
+        scores_from["meteor"] = meteor_name()  # WordNet may be installed later
     return Run(
         benchmark=benchmark,
         harness=harness,
@@ -152,7 +155,7 @@ def _run(
         environment=_environment(config, settings, digest, data, judge),
         directory=directory,
         answers_from=answers_from,
-        scores_from={"harness": installed.get(_PACKAGES[harness]), "judge": uses_judge},
+        scores_from=scores_from,
         launch=tuple(launch),
     )
 

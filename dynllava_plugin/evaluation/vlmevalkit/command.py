@@ -26,7 +26,7 @@ from dynllava_plugin.evaluation.results.results import prediction_rows
 from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
-from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, repair_judged, without_judge
+from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, match_by_rules, repair_judged, without_judge
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished, judge_failures
 from dynllava_plugin.evaluation.vlmevalkit.setup import (
     MODEL_NAME,
@@ -40,10 +40,10 @@ from dynllava_plugin.evaluation.vlmevalkit.setup import (
     share_processes,
     use_local_data,
 )
-from dynllava_plugin.files import check_folder
-from dynllava_plugin.model.checkpoints.sources import read_json
+from dynllava_plugin.files import check_folder, read_json
 
 DEFAULT_OUTPUT = Path("results/vlmevalkit")
+_DATASETS = {name for item in BENCHMARKS for name in item.tasks(VLMEVALKIT)}
 # Their cells must come back as they were written; Excel's don't ("=1+1" becomes 0).
 _OWN_DATASETS = {name for item in BENCHMARKS if not item.repo for name in item.tasks(VLMEVALKIT)}
 
@@ -124,6 +124,8 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     unjudged |= unscored
     if judge is not None:
         repair_judged(patches, judge.url)
+        if peek.judge is None:
+            match_by_rules(patches, kit, _DATASETS - judge_tasks(VLMEVALKIT))
     share_processes(patches, record)
     patches.put(sys, "argv", lambda before: [before[0], *forwarded])
     kit.parse_args()  # which ends here for an option that the kit hasn't got
@@ -187,7 +189,7 @@ def _journal(work_dir: Path, settings: ModelSettings, asked: KitSettings) -> Pat
     """
     if os.environ.get(VARIABLE):
         return None
-    facts = [settings.to_dict(), settings.slug(), asked.prompts, asked.max_new_tokens, source_digest()]
+    facts = [settings.slug(), asked.prompts, asked.max_new_tokens, source_digest()]
     folder = work_dir / MODEL_NAME / f"journal-{entry_key('vlmevalkit', *facts)[:12]}"
     os.environ[VARIABLE] = str(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Our VLMEvalKit datasets: the same rows, prompts, rounds and metrics as the lmms-eval tasks."""
+"""Our VLMEvalKit datasets, with the rows, prompts, rounds and metrics of our lmms-eval tasks, and VQAv2, which the kit lacks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any, ClassVar
 
 import pandas as pd
 from vlmeval.dataset.image_base import ImageBaseDataset
-from vlmeval.smp import dump, get_intermediate_file_path, load
+from vlmeval.dataset.image_vqa import ImageVQADataset
+from vlmeval.smp import LMUDataRoot, dump, get_intermediate_file_path, load
 
 from dynllava_plugin.easy_vqa.writing import SHORT_ANSWER
+from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.benchmarks import find_benchmark
 from dynllava_plugin.evaluation.own_sets import easy_vqa
-from dynllava_plugin.evaluation.own_sets.generation.sets import load_rows, mean_meteor
+from dynllava_plugin.evaluation.own_sets.long_answers import load_rows, mean_meteor
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor_name
 from dynllava_plugin.evaluation.vlmevalkit.model import REFERENCE, TOKEN_LIMIT, TURNS
-from dynllava_plugin.evaluation.vlmevalkit.vqav2 import VQAv2
+from dynllava_plugin.files import write_bytes, write_text
 
 SHORT_ANSWER_TOKENS = 16
+VQAV2 = "VQAv2_VAL"
 
 
 class OwnSet(ImageBaseDataset):
@@ -108,6 +111,69 @@ class GenerationSet(OwnSet):
     def metrics(self, data: pd.DataFrame) -> dict[str, float]:
         references = [[answer for _, answer in json.loads(turns)] for turns in data["turns"]]
         return _of_long_answers(data, list(zip(references, map(json.loads, data["prediction"]), strict=True)))
+
+
+class VQAv2(ImageVQADataset):
+    """214,354 questions with ten answers each: short answers, VQA's soft score in percent (the kit's own).
+
+    The first use writes ``$LMUData/VQAv2_VAL.tsv`` and the images from lmms-eval's copy on the hub, so that
+    both harnesses ask the same questions of the same images.
+    """
+
+    DATASET_URL: ClassVar[dict[str, str]] = {VQAV2: ""}
+    DATASET_MD5: ClassVar[dict[str, str]] = {}
+
+    def load_data(self, dataset: str) -> pd.DataFrame:
+        """Return a frame with columns index, question, answer (ten answers' list as text), image_path (absolute) or image (base64).
+
+        Raises
+        ------
+        UserError
+            For a user's own file without a column of images.
+        """
+        root = Path(LMUDataRoot())
+        path = root / f"{dataset}.tsv"
+        if not path.is_file():
+            write_text(path, _from_hub(root / "images" / dataset).to_csv(sep="\t", index=False))
+        data = pd.read_csv(path, sep="\t", dtype={"question": str, "answer": str}, keep_default_na=False)
+        if missing := [name for name in ("index", "question", "answer") if name not in data]:
+            raise UserError(f"{path}: it has no column {missing[0]}")
+        if "image" in data:  # as the kit's own files have it
+            return data
+        if "image_path" not in data:
+            raise UserError(f"{path}: it has neither a column image (base64) nor image_path")
+        data["image_path"] = [str(root / "images" / dataset / name) for name in data["image_path"]]
+        return data
+
+
+def _from_hub(folder: Path) -> pd.DataFrame:
+    """The rows, after writing each image once to `folder`."""
+    from datasets import Image, load_dataset
+
+    repo = find_benchmark("VQAv2").repo
+    try:
+        rows = load_dataset(repo, split="validation")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{VQAV2}: {repo} isn't here and can't be downloaded ({type(error).__name__}); put its files into "
+            f"./{repo}, or {VQAV2}.tsv into $LMUData"
+        ) from None
+    table: list[dict[str, Any]] = []
+    for row in rows.cast_column("image", Image(decode=False)):
+        # COCO's files; other formats keep their ending.
+        name = f"{row['image_id']:012d}{Path(row['image']['path'] or '.jpg').suffix or '.jpg'}"
+        if not (folder / name).is_file():
+            write_bytes(folder / name, row["image"]["bytes"])
+        answers = [answer["answer"] for answer in row["answers"]]
+        table.append(
+            {
+                "index": row["question_id"],
+                "image_path": name,
+                "question": row["question"],
+                "answer": str(answers),
+            }
+        )
+    return pd.DataFrame(table)
 
 
 def _of_long_answers(data: pd.DataFrame, answers: list[tuple[list[str], list[str]]]) -> dict[str, float]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pandas as pd
 
-from dynllava_plugin.evaluation.judging import TIMEOUT, Patience, llava_scores, mm_vet_score
+from dynllava_plugin.evaluation.judges import TIMEOUT, Patience, llava_scores, mm_vet_score
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.results import failure
 
@@ -50,6 +50,22 @@ def without_judge(patches: Patches, datasets: Iterable[str]) -> None:
         for dataset in kit.DATASET_CLASSES:
             if name in getattr(dataset, "DATASET_URL", {}):
                 patches.put(dataset, "evaluate", lambda before: staticmethod(no_score))
+
+
+def match_by_rules(patches: Patches, kit: ModuleType, datasets: Collection[str]) -> None:
+    """Match the answers to `datasets` by rules, also where a judge scores what is asked beside them.
+
+    The kit would ask it which option an answer means, and draw one where it gets no reply.
+    """
+
+    def choosing(choose: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def chosen(dataset: str, *args: Any) -> dict[str, Any]:
+            found = choose(dataset, *args)
+            return {**found, "model": "exact_matching"} if dataset in datasets else found
+
+        return chosen
+
+    patches.put(kit, "get_judge_kwargs", choosing)
 
 
 def _provide_log_module() -> None:

@@ -123,6 +123,7 @@ class DynamicLlava(BaseModel):
                 self._ahead.put(item, record)
             ready = self._ahead.take(message)
             assert ready is not None
+        self._journal.count(1)  # a row, however many answers and scores it takes
         answers, score = ready
         whole = answers[0] if len(answers) == 1 else joined(answers)
         self.record.note_answers(name, [whole])
@@ -279,6 +280,6 @@ def _text_item(message: Message) -> dict[str, Any]:
 
 
 def _entry(request: Request, how: Any) -> str:
-    return entry_key(
-        "vlmevalkit", request.name, request.prompt, request.continuation, request.output_spans, how
-    )
+    # With the images' whole paths: those of two folders may have one name, and be asked the same.
+    asked = (request.images, request.prompt, request.continuation, request.output_spans)
+    return entry_key("vlmevalkit", request.name, *asked, how)

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dynllava_plugin.evaluation.results.manifest import read_json
-from dynllava_plugin.evaluation.results.results import failed_samples
-from dynllava_plugin.files import saved_json, write_json
+from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.results.results import failed_samples, renamed
+from dynllava_plugin.files import read_json, saved_json, write_json
 
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
 _NO_SCORE_WANTED = (
@@ -98,6 +98,8 @@ def check_run(
             failures.append(f"{dataset}: {reason}")
         elif not reason and not entry.get("metrics"):
             failures.append(f"{dataset}: VLMEvalKit scored nothing")
+        elif not reason and (problem := renamed(VLMEVALKIT, dataset, entry["metrics"])):
+            failures.append(problem)
     return failures
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.checkpoints.sources import read_json
+from dynllava_plugin.files import read_json
 from dynllava_plugin.model.checkpoints.weights import PREDICTORS, read_weights
 
 CONFIG = "adapter_config.json"

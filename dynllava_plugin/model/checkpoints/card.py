@@ -10,8 +10,8 @@ from typing import Any
 import huggingface_hub
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import read_json
 from dynllava_plugin.markup import MARKDOWN
-from dynllava_plugin.model.checkpoints.sources import read_json
 
 PAPER = "https://arxiv.org/abs/2412.00876"
 # Of a trained model's folder: what others need. Logs, checkpoints to go on from and pickles stay.

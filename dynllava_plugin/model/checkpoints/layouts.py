@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError, one_line
-from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.files import read_json
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 from dynllava_plugin.model.configuration import PREFIX, text_config_class
 from dynllava_plugin.model.families import FAMILIES
 from dynllava_plugin.model.families.llava import DynamicLlavaConfig

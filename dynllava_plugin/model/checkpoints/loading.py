@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.files import read_json
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter, merge_adapter
 from dynllava_plugin.model.checkpoints.building import build, empty_model
 from dynllava_plugin.model.checkpoints.layouts import (
@@ -24,7 +25,7 @@ from dynllava_plugin.model.checkpoints.layouts import (
 )
 from dynllava_plugin.model.checkpoints.placement import find_device, find_dtype, find_quantization
 from dynllava_plugin.model.checkpoints.processors import read_processor, read_tokenizer
-from dynllava_plugin.model.checkpoints.sources import HUB_ID, find_checkpoint, read_json
+from dynllava_plugin.model.checkpoints.sources import HUB_ID, find_checkpoint
 from dynllava_plugin.model.checkpoints.weights import (
     PROMPT_PREDICTOR,
     VISION,

@@ -9,9 +9,10 @@ from transformers import AddedToken, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.clip import CLIPImageProcessor
 
 from dynllava_plugin.errors import UserError, one_line
+from dynllava_plugin.files import read_json
 from dynllava_plugin.model.checkpoints.adapters import base_of, is_adapter
 from dynllava_plugin.model.checkpoints.layouts import FAMILY, LLAVA_HF, OWN, is_clip_l_336, vision_folder
-from dynllava_plugin.model.checkpoints.sources import find_checkpoint, read_json
+from dynllava_plugin.model.checkpoints.sources import find_checkpoint
 from dynllava_plugin.model.checkpoints.tokenizers import original_spacing, read_original_tokenizer
 from dynllava_plugin.model.families.projectors import packed_side
 from dynllava_plugin.model.processing import DynamicLlavaProcessor

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from dynllava_plugin.errors import UserError
 
@@ -52,16 +50,3 @@ def _download(hub_id: str, weights: bool) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{hub_id}: can't be fetched from the hub ({reason}); give a local folder") from None
     return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; `UserError` with the file's name where it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values

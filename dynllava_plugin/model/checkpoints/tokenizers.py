@@ -13,7 +13,7 @@ import sentencepiece
 from transformers import AddedToken, LlamaTokenizer
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.model.checkpoints.sources import read_json
+from dynllava_plugin.files import read_json
 
 
 def read_original_tokenizer(directory: Path) -> LlamaTokenizer:

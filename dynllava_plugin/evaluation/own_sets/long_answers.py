@@ -1,4 +1,4 @@
-"""The built generation sets: written once, read by both harnesses, row by row the same."""
+"""The paper's generation sets as `build-lvis` built them: read by both harnesses, row by row the same."""
 
 from __future__ import annotations
 
@@ -9,32 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.evaluation.own_sets.generation.conversations import Conversation
 from dynllava_plugin.evaluation.own_sets.text_metrics import meteor
-from dynllava_plugin.files import json_lines, saved_json, write_json, write_text
+from dynllava_plugin.files import json_lines, saved_json
 
 DATA_VARIABLE, IMAGES_VARIABLE = "DYNLLAVA_GENERATION", "DYNLLAVA_IMAGES"
 _DEFAULT = Path("data/generation")
-
-
-def write_set(
-    folder: Path, name: str, chosen: Sequence[Conversation], images: Path | None, facts: dict[str, Any]
-) -> None:
-    """Write ``<name>.jsonl`` and what it was made from, ``<name>.json``.
-
-    Raises
-    ------
-    UserError
-        If the folder can't be written.
-    """
-    rows = [{"id": item.id, "image": item.image, "turns": list(item.turns)} for item in chosen]
-    try:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / f"{name}.jsonl", lines)
-        place = os.path.relpath(images.resolve(), folder.resolve()) if images else None
-        write_json(folder / f"{name}.json", {"samples": len(rows), "images": place, **facts})
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
 
 
 def data_folder() -> Path:
