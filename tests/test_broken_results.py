@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pandas as pd
 import pytest
 
 from dynllava_plugin.cli import main
+from dynllava_plugin.evaluation.lmms_eval import command
+from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results import results as results_module
 from dynllava_plugin.evaluation.results.results import prediction_rows, read_results
 from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run
@@ -191,6 +194,24 @@ def test_the_kit_s_own_command_fails_for_a_figure_under_another_name(results: Pa
     path.write_text(path.read_text().replace("Overall|acc", "Overall|score"))
     (failure,) = check_run(path.parent, "dynllava", ["MMVet", "LLaVABench"], 0.0)
     assert failure.startswith("MMVet: vlmevalkit reports no Category=Overall|acc, but ")
+
+
+@pytest.mark.parametrize(("limit", "code"), [(None, 1), (4, 0)])
+def test_lmms_eval_s_own_command_fails_for_a_figure_under_another_name(
+    results: Path, limit: int | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not under a limit, which may leave none of the questions that are counted."""
+    (path,) = results.glob(LMMS)
+    content = json.loads(path.read_text().replace("gpt_eval_score", "mmvet_score"))
+    content |= {
+        "date": path.name.removesuffix("_results.json"),
+        "configs": content["results"],
+    }  # the file's are cut
+    runs = command._Runs([], None, Patches())
+    asked = Namespace(tasks="mmvet", predict_only=False, limit=limit, output_path=str(path.parent))
+    runs._check(asked, content, None, {})
+    said = "error: task mmvet: lmms-eval reports no gpt_eval_score, but mmvet_score,none"
+    assert runs.exit_code() == code and (said in capsys.readouterr().err) == bool(code)
 
 
 def test_a_dataset_that_the_kit_could_not_score_is_no_unasked_one(results: Path) -> None:

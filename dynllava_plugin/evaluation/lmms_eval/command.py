@@ -230,9 +230,8 @@ class _Runs:
             figures = scored.get(task, {})
             if not any("," in key and "_stderr" not in key for key in figures):
                 self.fail(f"task {task}: no result")
-            elif not args.limit and (
-                task not in self._judged or judge
-            ):  # a limit may leave none of what is counted
+            # A limit may leave none of the questions that are counted.
+            elif not args.limit and (task not in self._judged or judge):
                 if problem := renamed(LMMS_EVAL, task, figures):
                     self.fail(f"task {problem}")
         date = str(results.get("date")).replace(":", "-")
