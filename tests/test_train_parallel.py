@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,24 @@ def assert_the_same(folder: Path, reference: Path) -> None:
         torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-4, msg=name)
 
 
-def test_ddp(flags, alone, tmp_path):
-    two(flags, tmp_path / "out", "--use_cpu")
-    assert_the_same(tmp_path / "out", alone)
+def stop_half_way(folder: Path) -> None:
+    """Leave of a finished run what it had behind its second step."""
+    shutil.rmtree(folder / "checkpoint-4")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+
+
+def test_ddp_and_one_process_goes_on_from_where_two_stopped(flags, alone, tmp_path):
+    folder = tmp_path / "out"
+    two(flags, folder, "--use_cpu", "--save_steps", "2")
+    assert_the_same(folder, alone)
+    stop_half_way(folder)
+    one = [*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
+    (done,) = run(Job(one, tmp_path / "one.log"))
+    assert done.status == 0 and f"going on from {folder / 'checkpoint-2'}" in done.output, done.output
+    assert_the_same(folder, alone)
 
 
 def test_image_mode_under_ddp_waits_for_no_predictor_that_never_runs(flags, tmp_path):
@@ -113,8 +129,12 @@ FSDP2 = {
 
 
 def test_fsdp2(flags, alone, tmp_path):
-    clipping = ["--max_grad_norm", "1e6"]  # nothing is
-    two(flags, tmp_path / "out", "--use_cpu", *clipping, before=allow_fsdp_on_cpu, **FSDP2)
+    more = ["--use_cpu", "--save_steps", "2", "--max_grad_norm", "1e6"]  # nothing is clipped
+    two(flags, tmp_path / "out", *more, before=allow_fsdp_on_cpu, **FSDP2)
+    assert_the_same(tmp_path / "out", alone)
+    stop_half_way(tmp_path / "out")
+    two(flags, tmp_path / "out", *more, before=allow_fsdp_on_cpu, **FSDP2)
+    assert "going on from" in (tmp_path / "out.log-0").read_text()
     assert_the_same(tmp_path / "out", alone)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sharding"] == "FSDP"
 
