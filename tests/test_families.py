@@ -169,8 +169,18 @@ def test_batch_single_cached_uncached_and_scored_agree(family, text, shapes):
 @pytest.mark.parametrize(
     "text", ["image_text,keep=0.4", "fastv,k=2,keep=0.3", "divprune,keep=0.4,positions=original"]
 )
-@torch.no_grad()
 def test_cached_decoding_is_what_the_masking_oracle_says(family, text):
+    assert_as_the_oracle_says(family, text)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_images_that_turn_keep_their_positions_before_the_llm(family):
+    """What is packed elsewhere would put a question before its image here: an image of N tokens counts for its longer side."""
+    assert_as_the_oracle_says(family, "divprune,keep=0.2,positions=packed")
+
+
+@torch.no_grad()
+def assert_as_the_oracle_says(family, text):
     """Decisions as the model tells them, logits as a stock model with masks gives them, one sample, no cache."""
     model, stock = model_of(family), stock_of(family)
     model.set_sparsity(policy=text)

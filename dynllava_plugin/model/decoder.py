@@ -219,7 +219,9 @@ class SparseDecoder(nn.Module):
         present, counts = present_tokens(decision, tokens, last_only)
         if counts is None:
             counts = present.sum(1).tolist()
-        if layer == 0 and policy.packed_positions and tokens.layout.image_lengths:
+        # Images that turn on three axes keep their places: behind one, positions go on from its longer side, not its tokens.
+        counted = tokens.position_ids is tokens.text_positions
+        if layer == 0 and policy.packed_positions and counted and tokens.layout.image_lengths:
             gone = tokens.valid & ~decision.keep
             tokens = tokens.behind(gone.cumsum(1))
             if cache is not None:

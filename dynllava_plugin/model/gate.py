@@ -61,10 +61,9 @@ class Tokens:
         return torch.where(self.valid, columns, -1)
 
     def behind(self, gone: torch.Tensor) -> Tokens:
-        """Return the tokens with position ids less by `gone` int64 [B, 1 or L]."""
-        positions, same = self.position_ids - gone, self.text_positions is self.position_ids
-        text = positions if same else self.text_positions - gone
-        return replace(self, position_ids=positions, text_positions=text)
+        """Return the tokens, whose positions are their places in the text, with those less by `gone` int64 [B, 1 or L]."""
+        positions = self.position_ids - gone
+        return replace(self, position_ids=positions, text_positions=positions)
 
     def first(self, order: torch.Tensor, lengths: torch.Tensor) -> Tokens:
         """Return the tokens at `order` int64 [B, n], of which the first `lengths` int64 [B] are real; without a layout."""

@@ -128,7 +128,7 @@ class SparseGeneration(nn.Module):
         llm = self.model.language_model
         text, turned = token_positions(None, position_ids, valid, cache)
         if cache.moved_up is not None:
-            text, turned = text - cache.moved_up, turned - cache.moved_up
+            text = turned = text - cache.moved_up
 
         def step(  # the cache is an argument: one that its cache holds on to would keep it alive
             cache: StaticCache,

@@ -280,7 +280,8 @@ class InputPolicy(ImagePolicy):
     """An image policy that acts before the LLM.
 
     `positions` is "packed", as in the methods' LLaVA code, where the LLM is given a shorter prompt, or "original":
-    every token keeps the position id it has with the whole image.
+    every token keeps the position id it has with the whole image. Where positions turn on three axes (Qwen) an image's length
+    is no number of tokens, and both are "original".
     """
 
     at_input: ClassVar[bool] = True

@@ -18,9 +18,15 @@ def stock_of(family: str) -> Any:
     return stock_model(family)
 
 
-@lru_cache
 def model_of(family: str, attention: str = "sdpa") -> Any:
-    """In eval mode; its text predictor keeps about half of random text."""
+    """In eval mode, with the settings it was built with; its text predictor keeps about half of random text."""
+    model, settings = _built(family, attention)
+    model.config.text_config.sparsity = settings
+    return model
+
+
+@lru_cache
+def _built(family: str, attention: str) -> tuple[Any, Any]:
     stock = stock_of(family)
     kind = CLASSES[stock.config.model_type]
     config = kind.config_class.from_dict(stock.config.to_dict())
@@ -41,7 +47,7 @@ def model_of(family: str, attention: str = "sdpa") -> Any:
         model(ids, prompt_length=8, use_cache=False)
         hook.remove()
         llm.text_predictor.head[-1].bias[1] += (seen[0][..., 0] - seen[0][..., 1]).median()
-    return model
+    return model, model.config.sparsity
 
 
 def answers_of(family: str, batch: int, steps: int, seed: int) -> torch.Tensor:
