@@ -75,7 +75,7 @@ def test_shared_prompts_answer_as_whole_ones(case, seed, scenes):
     with torch.no_grad():
         logits, tokens, cache = generated(**batch)
         inputs = shared_of(samples, about, batch, least_saved=0)
-        assert inputs["past_key_values"].get_seq_length() < inputs["input_ids"].shape[1]
+        assert inputs["cache"].get_seq_length() < inputs["input_ids"].shape[1]
         assert torch.equal(inputs["attention_mask"].sum(1), batch["attention_mask"].sum(1))
         assert torch.equal(inputs["input_ids"] != PAD, inputs["attention_mask"].bool())
         shared_logits, shared_tokens, shared_cache = generated(**inputs)
@@ -134,10 +134,10 @@ def test_the_split_that_saves_more_is_taken():
     rng = random.Random(1)
     samples, about = questions(rng, [(1, [2, 3]), (1, [4, 2])])
     samples = system_prompt(samples, 4, rng)
-    columns = shared_of(samples, about, batch_of(samples))["past_key_values"].get_seq_length()
+    columns = shared_of(samples, about, batch_of(samples))["cache"].get_seq_length()
     assert columns >= 5 + 16  # with the image
     samples = system_prompt(samples, 60, rng)
-    different = shared_of(samples, range(4), batch_of(samples))["past_key_values"].get_seq_length()
+    different = shared_of(samples, range(4), batch_of(samples))["cache"].get_seq_length()
     assert 65 <= different < 65 + 16  # without
 
 

@@ -156,7 +156,7 @@ class Prompts:
 
     def prefill(self, cache: SparseContextCache) -> Any:
         """Return the model's output on the prompts, logits of the last token only."""
-        return self.subject.model(**self.inputs(), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return self.subject.model(**self.inputs(), cache=cache, use_cache=True, logits_to_keep=1)
 
     def feed(self, cache: SparseContextCache, first: int, last: int) -> None:
         """Feed answer tokens first..last-1 behind `cache`, many at once: the same decisions as one by one."""
@@ -164,13 +164,13 @@ class Prompts:
             ids = self.answers[:, start : min(start + FILL_CHUNK, last)]
             mask = self.mask_with(start + ids.shape[1])
             self.subject.model(
-                ids, attention_mask=mask, past_key_values=cache, prompt_length=self.width, logits_to_keep=1
+                ids, attention_mask=mask, cache=cache, prompt_length=self.width, logits_to_keep=1
             )
 
     def step(self, cache: SparseContextCache, column: int) -> Any:
         """Take one decode step, of answer token number `column`, and return the model's output."""
         token = self.answers[:, column : column + 1]
-        return self.subject.model(token, past_key_values=cache, logits_to_keep=1)
+        return self.subject.model(token, cache=cache, logits_to_keep=1)
 
     @torch.no_grad()
     def calibrate(self) -> float:

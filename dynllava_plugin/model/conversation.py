@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 
 _ANSWER = "zq7answer7qz"  # stands for an answer where the template shows what follows one
 
@@ -48,10 +48,10 @@ class Conversation:
             **{**inputs, "attention_mask": torch.ones_like(ids)},
             **{**self.settings, **settings},
             policy=self.policy,
-            past_key_values=self.cache,
+            cache=self.cache,
             return_dict_in_generate=True,
         )
-        self.cache, self.ids, self._question = output.past_key_values, output.sequences, question
+        self.cache, self.ids, self._question = getattr(output, CACHE_NAME), output.sequences, question
         self._end_answer()
         self.spans.append((ids.shape[1], self.ids.shape[1]))
         answer = self.processor.tokenizer.decode(self.ids[0, ids.shape[1] :], skip_special_tokens=True)
@@ -68,7 +68,7 @@ class Conversation:
             self.model(
                 self.ids[:, -1:],
                 attention_mask=torch.ones_like(self.ids),
-                past_key_values=self.cache,
+                cache=self.cache,
                 logits_to_keep=1,
             )
 

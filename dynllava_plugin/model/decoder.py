@@ -34,7 +34,7 @@ from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput, Trainin
 from dynllava_plugin.model.token_layout import position_offset, read_layout, valid_columns
 from dynllava_plugin.model.training import mask_images, mask_texts
 from dynllava_plugin.policies import Gate, Policy, TokenLayout, policy_of
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import training_context
 from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor
@@ -78,6 +78,7 @@ class SparseDecoder(nn.Module):
         use_cache: bool | None = None,
         tokens: Tokens | None = None,
         last_only: bool = False,
+        cache: SparseContextCache | None = None,
         **kwargs: Any,
     ) -> SparseDecoderOutput:
         """Run a segment, ask its gate, pack what goes on, until the layers are through; return what is left at inference.
@@ -89,7 +90,7 @@ class SparseDecoder(nn.Module):
         """
         use_sparse_attention(self.config)
         policy = self.policy
-        cache = self._cache_for(past_key_values, use_cache, policy)
+        cache = self._cache_for(past_key_values if cache is None else cache, use_cache, policy)
         seen = cache.seen if cache is not None else 0
         if tokens is None:
             embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -138,9 +139,9 @@ class SparseDecoder(nn.Module):
             cache.commit(valid, decision.text_keep, decision.image_keep)
         return SparseDecoderOutput(
             last_hidden_state=self.norm(tokens.hidden),
-            past_key_values=cache,
             token_index=tokens.token_index,
             decision=decision,
+            **{CACHE_NAME: cache},
         )
 
     def forward_training(
@@ -265,7 +266,7 @@ class SparseDecoder(nn.Module):
             entered = hidden
             hidden = layer(
                 hidden, attention_mask=mask, position_ids=None, position_embeddings=rotary,
-                past_key_values=call.cache, sparse=call,
+                sparse=call, **{CACHE_NAME: call.cache},
             )  # fmt: skip
             if deepstack:
                 hidden, deepstack = hidden + deepstack[0], deepstack[1:]

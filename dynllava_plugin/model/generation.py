@@ -15,7 +15,7 @@ from dynllava_plugin.model.static_decoding import StaticCache, captures, static_
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import token_positions
 from dynllava_plugin.policies import Policy
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 
 _SAID: set[str] = set()  # policies whose steps can't be captured, of which that was said
 _ASSISTED = "guessed tokens are taken back, but what they let the cache drop can't be"
@@ -72,18 +72,20 @@ class SparseGeneration(nn.Module):
             generation_config = copy.deepcopy(generation_config)
             generation_config.cache_implementation = None  # the cache is made here, not by transformers
             kwargs["generation_config"] = generation_config
-        if implementation is not None and kwargs.get("past_key_values") is not None:
+        given = kwargs.pop("past_key_values", None)
+        given = kwargs.pop("cache", given)
+        if implementation is not None and given is not None:
             raise UserError(
                 "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
             )
         llm = self.model.language_model
-        if kwargs.get("past_key_values") is not None:  # before a family's positions look into it
-            llm.check_cache(kwargs["past_key_values"], llm.policy)
+        if given is not None:  # before a family's positions look into it
+            llm.check_cache(given, llm.policy)
         elif use_cache is not False:
             compiling = kwargs.pop("compile_config", None)
-            kwargs["past_key_values"] = self.new_cache(
-                implementation, compiling.to_dict() if compiling is not None else None
-            )
+            given = self.new_cache(implementation, compiling.to_dict() if compiling is not None else None)
+        if given is not None:
+            kwargs[CACHE_NAME] = given
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
@@ -145,7 +147,7 @@ class SparseGeneration(nn.Module):
         turned = turned.expand(*turned.shape[:-2], *batch)
         inputs = input_ids, valid, turned.contiguous(), text.expand(batch).contiguous()
         logits, keep = cache.run(step, policy, *inputs)
-        return DynamicLlavaOutput(logits=logits, past_key_values=cache, text_keep=keep)
+        return DynamicLlavaOutput(logits=logits, text_keep=keep, **{CACHE_NAME: cache})
 
 
 def default_cache(device: torch.device, policy: Policy) -> str:

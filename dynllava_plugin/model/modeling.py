@@ -33,7 +33,7 @@ from dynllava_plugin.model.token_layout import (
 from dynllava_plugin.model.training import SparseTraining, labels_at
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.policies.base import IMAGE
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
@@ -95,6 +95,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         mm_token_type_ids: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        cache: SparseContextCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return one call's logits, losses and decisions: training in `train()` mode, prefill or decoding in `eval()` mode.
@@ -128,7 +129,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         }  # fmt: skip
         llm = self._llm
         policy = llm.policy
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is not None:
             llm.check_cache(cache, policy)
             if isinstance(cache, StaticCache) and cache.is_step(input_ids, prompt_length):
@@ -155,9 +156,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         captured = None
         if only_last and isinstance(cache, StaticCache) and not cache.seen and not torch.is_grad_enabled():
             captured = self.static_prefill.run(llm, policy, tokens, cache)
-        outputs = captured or llm(
-            past_key_values=cache, use_cache=use_cache, tokens=tokens, last_only=only_last
-        )
+        outputs = captured or llm(cache=cache, use_cache=use_cache, tokens=tokens, last_only=only_last)
         hidden, decided = outputs.last_hidden_state, outputs.decision
         assert hidden is not None and decided is not None
         if not isinstance(logits_to_keep, int):
@@ -171,7 +170,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if labels is not None:
             loss = lm_loss(logits, labels_at(labels, outputs.token_index), num_items_in_batch)
         return DynamicLlavaOutput(
-            loss=loss, lm_loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+            loss=loss, lm_loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             image_hidden_states=features, token_index=outputs.token_index, image_keep=decided.image_keep,
             text_keep=decided.text_keep, image_score=decided.image_score, text_score=decided.text_score,
         )  # fmt: skip

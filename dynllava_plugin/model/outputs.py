@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -65,6 +66,7 @@ class DynamicLlavaOutput(LlavaCausalLMOutputWithPast):
     at inference how much each token spoke for staying, on the policy's own scale; None where it has none.
     """
 
+    image_hidden_states: Any = None  # each image's features, as placed
     lm_loss: torch.Tensor | None = None
     image_keep_loss: torch.Tensor | None = None
     text_keep_loss: torch.Tensor | None = None

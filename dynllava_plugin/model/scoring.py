@@ -11,6 +11,7 @@ from torch import nn
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.gate import packed_columns
 from dynllava_plugin.model.training import IGNORE_INDEX, labels_at
+from dynllava_plugin.sparsity.cache import CACHE_NAME
 from dynllava_plugin.sparsity.objective import label_log_probs
 from dynllava_plugin.sparsity.selection import last_answer
 
@@ -151,6 +152,6 @@ def score_step_by_step(
         mask = torch.cat([mask, (counts > step).long()[:, None]], 1)
         if step + 1 < int(counts.max()):
             token = input_ids.gather(1, where[:, None])
-            out = model(token, attention_mask=mask, past_key_values=out.past_key_values)
+            out = model(token, attention_mask=mask, cache=getattr(out, CACHE_NAME))
             logits = out.logits[:, -1]
     return found

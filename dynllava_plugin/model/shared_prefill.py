@@ -37,7 +37,7 @@ def share_prefill(
     order. At least `least_saved` of the batch's tokens, layer by layer, must be saved.
 
     What is returned are ``input_ids`` and ``attention_mask`` [B, L'], a beginning's padding before it and the rest's padding behind
-    it, ``past_key_values`` with B samples and their beginnings in it, and ``mm_encoder_outputs`` of the images behind them. Answers
+    it, ``cache`` with B samples and their beginnings in it, and ``mm_encoder_outputs`` of the images behind them. Answers
     equal those of whole prompts up to the rounding of another matrix shape, as those of another batch size do. Sharing is impossible
     where a prompt has no image or ends with one, or with a policy that `reads_question`.
     """
@@ -66,7 +66,7 @@ def share_prefill(
     model(
         input_ids=new_ids[split.chosen, :width],
         attention_mask=mask[split.chosen, :width],
-        past_key_values=cache,
+        cache=cache,
         mm_encoder_outputs=encode(split.chosen) if images_first else None,
         logits_to_keep=1,
     )
@@ -75,7 +75,7 @@ def share_prefill(
     return {
         "input_ids": new_ids,
         "attention_mask": mask,
-        "past_key_values": cache,
+        "cache": cache,
         "mm_encoder_outputs": rest,
     }
 

@@ -25,7 +25,7 @@ from dynllava_plugin.model.outputs import Decision, SparseDecoderOutput
 from dynllava_plugin.model.static_decoding import Graph, StaticCache, captures
 from dynllava_plugin.model.token_layout import position_offset
 from dynllava_plugin.policies import Policy, TokenLayout
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 from dynllava_plugin.sparsity.selection import pick
 from dynllava_plugin.sparsity.tracks import packing_order
 
@@ -118,7 +118,7 @@ class StaticPrefill:
         index = tokens.token_index.amax(1, keepdim=True)
         decision = Decision(tokens.valid, image_keep=image_keep, image_score=image_score)
         return SparseDecoderOutput(
-            last_hidden_state=last, past_key_values=cache, token_index=index, decision=decision
+            last_hidden_state=last, token_index=index, decision=decision, **{CACHE_NAME: cache}
         )
 
     def _graph(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynllava_plugin.sparsity.tracks import (
     GROWTH_STEP,
@@ -34,6 +35,8 @@ from dynllava_plugin.sparsity.tracks import (
 )
 
 RESERVE = 4096  # slots beyond those asked for
+# What transformers' layers, outputs and `generate` call a KV cache: renamed in 5.24.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RaggedLayer(CacheLayerMixin):

@@ -16,6 +16,7 @@ from dynllava_plugin.evaluation.results.record import prefill_costs
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.sparsity.cache import CACHE_NAME
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,12 @@ def _held(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, An
     for step, token in enumerate(answer[:-1]):
         mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
         ids = torch.tensor([[token]], device=model.device)
-        out = model(ids, attention_mask=mask, past_key_values=out.past_key_values, logits_to_keep=1)
+        out = model(ids, attention_mask=mask, cache=getattr(out, CACHE_NAME), logits_to_keep=1)
         if out.text_keep is None or bool(out.text_keep[0, -1]):
             columns.append(width + step)
     share = np.zeros(width + len(answer), dtype=np.float32)
     heads = 0
-    for layer in out.past_key_values.layers:
+    for layer in getattr(out, CACHE_NAME).layers:
         numbers = getattr(layer, "number", None)
         if numbers is not None:
             for head in numbers[0, :, : int(layer.track.lengths[0])].cpu().tolist():

@@ -16,6 +16,7 @@ from dynllava_plugin.evaluation.engine.requests import Generation
 from dynllava_plugin.flops import CachedDecoder, OutputCost, output_cost
 from dynllava_plugin.model.shared_prefill import share_prefill
 from dynllava_plugin.policies import Policy
+from dynllava_plugin.sparsity.cache import CACHE_NAME
 
 
 class Calls:
@@ -107,7 +108,7 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
         [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)], skip_special_tokens=True
     )
     steps = tokens.shape[1] - 1  # the last token is never fed back
-    histories = read_histories(output.past_key_values, steps, earlier) if one_history else None
+    histories = read_histories(getattr(output, CACHE_NAME), steps, earlier) if one_history else None
     answers = []
     for row, text in enumerate(texts):
         counts_of = {
@@ -119,7 +120,7 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
             kept = _UNKNOWN
         elif calls.policy.sequential:
             # Its cache lets tokens go, prompt and output alike: lengths don't tell what came in.
-            noted = output.past_key_values.images_kept
+            noted = getattr(output, CACHE_NAME).images_kept
             kept = {**_UNKNOWN, "kept_image_tokens": image_tokens[row] if noted is None else int(noted[row])}
         else:
             kept = _kept(calls, histories[row], **counts_of)

@@ -9,7 +9,7 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.modeling import SparseVLM
-from dynllava_plugin.sparsity.cache import SparseContextCache
+from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 
 
 class TurnedPositions(SparseVLM):
@@ -51,7 +51,7 @@ class TurnedPositions(SparseVLM):
 
         On padding behind a prompt stands its last position, from which `generate` counts on.
         """
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE_NAME)
         mask, grid = model_kwargs["attention_mask"], model_kwargs.get("image_grid_thw")
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
         ids = model_kwargs.get("input_ids", inputs_tensor)
