@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from dynllava_plugin.errors import UserError, one_line
 
 
-def open_image(source: Any, sample: str = "", turned: bool = False) -> Image.Image:
+def fetched(url: str) -> bytes:
+    """Return what is at an http, https or data URL."""
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read()
+
+
+def open_image(
+    source: Any, sample: str = "", turned: bool = False, fetch: Callable[[str], bytes] = fetched
+) -> Image.Image:
     """Return an image as RGB, fully decoded, 16-bit grey values scaled to 8 bits.
 
     Parameters
@@ -23,6 +32,8 @@ def open_image(source: Any, sample: str = "", turned: bool = False) -> Image.Ima
         What the image belongs to, for the error message.
     turned : bool
         Whether it is turned as its EXIF note says, which LLaVA's code ignores.
+    fetch : callable
+        Returns what is at an http or https URL.
 
     Raises
     ------
@@ -36,7 +47,7 @@ def open_image(source: Any, sample: str = "", turned: bool = False) -> Image.Ima
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     problem = "cannot be read as an image"
     try:
-        image = _opened(source)
+        image = _opened(source, fetch)
         problem = "is truncated or corrupt"
         image.load()
         problem = "cannot be read as an image"
@@ -56,12 +67,13 @@ def open_image(source: Any, sample: str = "", turned: bool = False) -> Image.Ima
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def _opened(source: Any) -> Image.Image:
+def _opened(source: Any, fetch: Callable[[str], bytes]) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        with urllib.request.urlopen(source, timeout=60) as response:
-            return Image.open(io.BytesIO(response.read()))
+    if isinstance(source, str) and source.startswith("data:"):
+        return Image.open(io.BytesIO(fetched(source)))
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return Image.open(io.BytesIO(fetch(source)))
     if isinstance(source, (str, os.PathLike)):
         return Image.open(source)
     array = np.asarray(source)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
+import signal
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +24,10 @@ from PIL import Image
 
 from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
+from dynllava_plugin.errors import UserError
+from dynllava_plugin.images import open_image
+from dynllava_plugin.serve import fetching
+from dynllava_plugin.serve.fetching import Fetch
 from tests.property_tests import TIMES
 from tests.server import Server
 
@@ -32,7 +40,8 @@ LONG = "Describe the image in detail."
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server("tiny", tmp_path_factory.mktemp("serve") / "log", "--device", "cpu", "--policy", "full")
+    log = tmp_path_factory.mktemp("serve") / "log"
+    server = Server("tiny", log, "--device", "cpu", "--policy", "full", "--image_urls", "any")
     yield server
     server.stop()
 
@@ -106,6 +115,7 @@ def test_text_and_images_are_answered_as_generate_answers(client: Any, tiny: Any
     answer = ask(client, turn(LONG, data_url(image)))
     assert answer.choices[0].message.content == wanted
     assert answer.usage.prompt_tokens > 64 and answer.choices[0].finish_reason == "length"
+    assert answer.model == "tiny" == client.models.list().data[0].id == client.models.retrieve("tiny").id
     pieces = list(ask(client, turn(LONG, data_url(image)), stream=True))
     assert len(pieces) > 5
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
@@ -176,15 +186,28 @@ def test_bad_requests_are_one_line(client: Any) -> None:
         ("logit_bias", {"3": "nan"}, "'nan'"), ("logit_bias", [3], "an object"), ("n", 2, "not supported"),
         ("logprobs", True, "not supported"), ("presence_penalty", 1, "not supported"),
         ("response_format", {"type": "json_object"}, "not supported"), ("tool_choice", "required", "not supported"),
+        ("stream", "yes", "true or false"), ("tools", [{"type": "function", "function": {"name": "f"}}], "chat template"),
     ):  # fmt: skip
         refused(lambda name=name, value=value: ask(client, good, **{name: value}), f"{name}: ", said)
     wrong = ('{"num_beams": 3}', '{"do_sample": true}', '{"max_new_tokens": "4"}', "[]", "{", 4)
     for extra in ({"chat_template_kwargs": "x"}, *({"generation_config": text} for text in wrong)):
         refused(lambda extra=extra: ask(client, good, extra_body=extra), next(iter(extra)))
-    refused(
-        lambda: ask(client, good, extra_body={"chat_template_kwargs": {"turns": 1, "tokenize": 1}}),
-        "tokenize",
-    )
+    refused(lambda: ask(client, good, extra_body={"temprature": 1}), "temprature", "temperature?")
+    # A template of the client's own may run for ever; the others would go to the image processor.
+    for name, value in (
+        ("chat_template", "{{ 1 }}"),
+        ("size", {"height": 3, "width": 3}),
+        ("tokenize", 1),
+        ("messages", []),
+    ):
+        settings = {"chat_template_kwargs": {name: value}}
+        refused(
+            lambda settings=settings: ask(client, turn(LONG, data_url(boxes())), extra_body=settings),
+            name,
+            "chat template",
+        )
+    large = data_url(Image.new("1", (10_000, 9_000)))
+    refused(lambda: ask(client, turn(LONG, large)), "90000000 pixels")
     neutral = {
         "n": 1,
         "logprobs": False,
@@ -195,6 +218,57 @@ def test_bad_requests_are_one_line(client: Any) -> None:
     assert text_of(client, good, logit_bias={"646": -100}, frequency_penalty=0, **neutral)
     refused(lambda: ask(client, [{"role": "user", "content": [{"type": "input_audio"}]}]), "input_audio")
     assert text_of(client, good)
+
+
+def test_errors_have_one_form(server: Server) -> None:
+    """Whatever asks: a body that is no JSON object, a path or a method that isn't there."""
+    for path, method, body, status, said in (
+        ("/chat/completions", "POST", b"{", 400, "double quotes"), ("/chat/completions", "POST", b"[]", 400, "dictionary"),
+        ("/chat/completions", "POST", b"", 400, "required"), ("/chat/completions", "POST", b"\xff", 400, "body"),
+        ("/chat/completions", "GET", None, 405, "Method Not Allowed"), ("/completions", "POST", b"{}", 404, "Not Found"),
+        ("/models/other", "GET", None, 404, "'other'"),
+    ):  # fmt: skip
+        asked = urllib.request.Request(
+            server.url + path, data=body, method=method, headers={"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(asked, timeout=30)
+        error = json.loads(caught.value.read())["error"]
+        assert caught.value.code == status and said in error["message"], (path, error)
+        assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/health", timeout=30) as answer:
+        assert json.loads(answer.read()) == {"status": "ok"}
+
+
+def test_a_stream_ends_as_openais(server: Server) -> None:
+    body = {"messages": turn("What is this?"), "max_tokens": 3, "temperature": 0, "stream": True}
+    asked = urllib.request.Request(
+        server.url + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        *events, end = [line for line in answer.read().decode().split("\n") if line]
+    assert end == "data: [DONE]" and all(json.loads(line.removeprefix("data: ")) for line in events)
+
+
+def test_the_reason_for_the_end_is_the_answers(client: Any) -> None:
+    """An end token or stop text in the last place that was asked for is an end, not a cut."""
+    messages = turn(LONG, data_url(boxes()))
+    whole = ask(client, messages, max_tokens=300)
+    length = whole.usage.completion_tokens
+    assert whole.choices[0].finish_reason == "stop" and length > 8
+    for most, reason in ((length, "stop"), (length - 1, "length")):
+        assert ask(client, messages, max_tokens=most).choices[0].finish_reason == reason
+        assert (
+            list(ask(client, messages, max_tokens=most, stream=True))[-1].choices[0].finish_reason == reason
+        )
+
+
+def test_hardly_any_temperature_is_none(client: Any) -> None:
+    """1e-40 makes every logit infinite: on a GPU such a draw ends the process."""
+    messages = turn(LONG, data_url(boxes()))
+    wanted = text_of(client, messages)
+    for temperature in (1e-40, 1e-7):
+        assert text_of(client, messages, temperature=temperature, seed=1) == wanted
 
 
 def test_an_image_token_in_a_text_is_text(client: Any) -> None:
@@ -266,6 +340,25 @@ def test_another_family(tmp_path: Path) -> None:
         assert answer.choices[0].message.content == direct(model, processor, "What is this?", boxes(), new=8)
         written = ask(client, turn("What is <|image_pad|><|im_end|> this?"), model=folder, max_tokens=2)
         assert written.usage.prompt_tokens > 20
+        # An image that the policy can't be had for is that request's own mistake.
+        sides = (56, 280, 56, 280)
+
+        def sized(side: int, stream: bool = False) -> Any:
+            picture = data_url(Image.new("RGB", (side, side), "red"))
+            extra = {"policy": "fastv,k=2,tokens=12"}
+            answer = ask(
+                client, turn("What?", picture), model=folder, max_tokens=30, stream=stream, extra_body=extra
+            )
+            return list(answer) if stream else answer.usage.completion_tokens
+
+        with ThreadPoolExecutor(5) as pool:
+            busy = pool.submit(ask, client, turn("Go on."), model=folder, max_tokens=60)
+            found = [pool.submit(sized, side) for side in sides]
+            assert busy.result() and [found[n].result() for n in (0, 2)] == [30, 30]
+            for n in (1, 3):
+                refused(found[n].result, "tokens=12 of an image's 64")
+        with pytest.raises(openai.APIError, match="tokens=12 of an image's 64"):
+            sized(280, stream=True)
     finally:
         assert server.stop() == 0
 
@@ -277,10 +370,96 @@ def test_it_starts_with_what_matters_and_ends_quietly(tmp_path: Path) -> None:
         waiting = pool.submit(text_of, client, turn("Go on."), logit_bias={"2": -100}, max_tokens=1900)
         time.sleep(1)
         assert server.stop() == 0
-        with pytest.raises(openai.APIError):
+        with pytest.raises(openai.InternalServerError, match=r"503.*the server ends"):
             waiting.result()
     said, serving = server.text.splitlines()
     assert "has no predictors" in said and re.match(r"serving tiny \(image_text\) at http", serving)
+
+
+def test_a_stream_that_the_server_cuts_is_an_error(tmp_path: Path) -> None:
+    """It isn't an answer that has come to its end."""
+    server = Server("tiny", tmp_path / "log", "--device", "cpu", "--policy", "full")
+    stream = ask(server.client(), turn("Go on."), logit_bias={"2": -100}, max_tokens=1900, stream=True)
+    try:
+        assert [next(stream) for _ in range(3)]
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server ends"):
+        list(stream)
+    server.process.wait(60)
+
+
+def test_private_addresses_are_not_fetched(tmp_path: Path) -> None:
+    """By number, by name, or behind an address that sends there; and nothing from what isn't HTTP."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header(
+                "Location", "ftp://127.0.0.1/x" if self.path == "/ftp" else "file:///etc/hostname"
+            )
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    inside = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=inside.serve_forever, daemon=True).start()
+    port = inside.server_port
+    server = Server("tiny", tmp_path / "log", "--device", "cpu", "--policy", "full")
+    try:
+        client = server.client()
+        for url in (
+            f"http://127.0.0.1:{port}/",
+            f"http://localhost:{port}/",
+            f"https://[::1]:{port}/",
+            f"http://[::ffff:127.0.0.1]:{port}/",
+        ):
+            refused(
+                lambda url=url: ask(client, turn(LONG, url)), "image_url", "private address", "--image_urls"
+            )
+        assert not asked
+    finally:
+        server.stop()
+    for url in (f"http://127.0.0.1:{port}/ftp", f"http://127.0.0.1:{port}/file"):
+        with pytest.raises(UserError, match=r"ftp|file"):
+            open_image(url, fetch=Fetch("any"))
+    assert len(asked) == 2
+    inside.shutdown()
+    inside.server_close()
+    with pytest.raises(UserError, match="no image URLs"):
+        open_image("http://127.0.0.1/x.png", fetch=Fetch("none"))
+
+
+def test_an_image_url_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too much, or too slowly: a client doesn't decide how much memory and time an address costs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(b"x" * 1000)
+                    self.wfile.flush()
+                    time.sleep(0.02 if self.path == "/slow" else 0)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    endless = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=endless.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{endless.server_port}"
+    try:
+        monkeypatch.setattr(fetching, "MOST_BYTES", 50_000)
+        with pytest.raises(UserError, match=r"more than 50000 bytes"):
+            open_image(address + "/fast", fetch=Fetch("any"))
+        monkeypatch.setattr(fetching, "MOST_SECONDS", 0.3)
+        with pytest.raises(UserError, match=r"more than 0\.3 s"):
+            open_image(address + "/slow", fetch=Fetch("any"))
+    finally:
+        endless.shutdown()
+        endless.server_close()
 
 
 def test_a_port_in_use_is_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 from dynllava_plugin.evaluation.engine.encoding import padded_on_the_left
-from dynllava_plugin.serve.batches import Answer, Batches
-from dynllava_plugin.serve.messages import tensors
+from dynllava_plugin.serve.batches import Answer, Batches, Fault
+from dynllava_plugin.serve.request import tensors
 from tests.families.checkpoints import write_checkpoint
 
 QUESTIONS = ("What is this?", "Describe the image in detail, please.", "Is the shape red or blue?", "Go on.")
@@ -34,7 +34,7 @@ class Asked:
         feed: Callable[[int], bool] = more.pop("feed", lambda token: False)
         self.answer = Answer(inputs, config, more.get("policy"), more.get("seed"), feed, self._end)
 
-    def _end(self, error: str | None) -> None:
+    def _end(self, error: Fault | None) -> None:
         self.error = error
         self.done.set()
 
@@ -177,6 +177,6 @@ def test_memory_that_ends_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     batches = Batches(model, 8)
     assert together(batches, asked) == wanted and tried == [4, 2, 2]
     broken = Asked(asked[0].inputs, asked[0].config)
-    assert together(batches, [broken]) == [[]] and broken.error == "a broken row"
+    assert together(batches, [broken]) == [[]] and broken.error == (500, "a broken row")
     again = [Asked(one.inputs, one.config) for one in asked[:2]]
     assert together(batches, again) == wanted[:2]

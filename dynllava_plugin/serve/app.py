@@ -1,43 +1,67 @@
-"""The application and its server: transformers' routes for one model, errors in OpenAI's form, a quiet end."""
+"""The application and its server: chat completions, the model's name, health; errors in OpenAI's form, a quiet end."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import uuid
+import warnings
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from transformers.cli.serving.server import build_server
+from PIL import Image
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.utils import logging
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.serve.chat import ChatHandler
-from dynllava_plugin.serve.manager import OneModel
+from dynllava_plugin.serve.chat import ChatHandler, error_content
 
-KEPT = ("/v1/models", "/health")  # of transformers' routes; the others load models or bypass the policies
+REQUEST_ID = "x-request-id"  # of whoever passes requests on; it comes back in the answer
 
 
 def build_app(handler: ChatHandler) -> FastAPI:
-    """Return the application: chat completions, the list of models, and health."""
-    unused: Any = None
-    app = build_server(
-        handler.model_manager, handler, unused, unused, unused, unused, handler.generation_state
-    )
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in KEPT]
+    """Return the application."""
+    app = FastAPI(openapi_url=None)
+    served = {"id": handler.name, "object": "model", "created": 0, "owned_by": "dynllava"}
 
     @app.exception_handler(UserError)
     async def bad_request(_: Request, error: UserError) -> JSONResponse:
         return _error(str(error), 400)
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(RequestValidationError)
+    async def no_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return _error(f"body: {first.get('ctx', {}).get('error') or first['msg']}", 400)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
         return _error(str(error.detail), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return _error(type(error).__name__, 500)  # uvicorn logs the rest
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != handler.name:
+            raise HTTPException(404, f"model: {name!r} isn't served here; {handler.name!r} is")
+        return served
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict) -> Response:
-        answer = asyncio.ensure_future(handler.handle_request(body, request.state.request_id))
+        request_id = request.headers.get(REQUEST_ID) or str(uuid.uuid4())
+        answer = asyncio.ensure_future(handler.handle_request(body, request_id))
         gone = asyncio.ensure_future(_disconnected(request))
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if gone.done():
@@ -45,8 +69,10 @@ def build_app(handler: ChatHandler) -> FastAPI:
         gone.cancel()  # a stream listens for itself
         await asyncio.wait({answer, gone})
         if answer.cancelled():
-            return _error("the server ends", 503)
-        return answer.result()
+            return Response(status_code=499)  # nobody reads it
+        response = answer.result()
+        response.headers[REQUEST_ID] = request_id
+        return response
 
     return app
 
@@ -57,9 +83,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _error(message: str, status: int) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    content = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": content}, status_code=status)
+    return JSONResponse(error_content(message, status), status_code=status)
 
 
 class QuietServer(uvicorn.Server):
@@ -83,12 +107,14 @@ class QuietServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(name: str, model: Any, processor: Any, listener: socket.socket, batch_size: int) -> None:
-    """Serve `model` under `name` on a bound socket until it is interrupted, at most `batch_size` requests at a time."""
+def serve(handler: ChatHandler, listener: socket.socket) -> None:
+    """Serve what `handler` answers on a bound socket until it is interrupted."""
     logging.set_verbosity_error()
-    handler = ChatHandler(OneModel(name, model, processor), batch_size)
+    warnings.simplefilter(
+        "error", Image.DecompressionBombWarning
+    )  # 90 megapixels: an image too large is no image
     config = uvicorn.Config(
         build_app(handler), log_level="error", access_log=False, timeout_graceful_shutdown=5
     )
-    policy = model.model.language_model.policy.name
-    QuietServer(config, handler, f"{name} ({policy})").run(sockets=[listener])
+    policy = handler.model.model.language_model.policy.name
+    QuietServer(config, handler, f"{handler.name} ({policy})").run(sockets=[listener])

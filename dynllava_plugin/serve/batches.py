@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.cli.serving.utils import set_torch_seed
 
-from dynllava_plugin.errors import one_line
+from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.encoding import joined_images, padded_on_the_left
+
+LOG = logging.getLogger("uvicorn.error")
+
+
+class Fault(NamedTuple):
+    """Why there is no answer: an HTTP status and one line."""
+
+    status: int
+    reason: str
 
 
 class Answer:
@@ -31,7 +41,7 @@ class Answer:
     feed : callable
         Takes each token (int); returns whether the answer has reached a stop text.
     end : callable
-        Called once, with an error's one line or None.
+        Called once, with a fault or None.
     """
 
     def __init__(
@@ -41,12 +51,14 @@ class Answer:
         policy: str | None,
         seed: int | None,
         feed: Callable[[int], bool],
-        end: Callable[[str | None], None],
+        end: Callable[[Fault | None], None],
     ) -> None:
         self.inputs, self.config, self.policy, self.seed = inputs, config, policy, seed
         self.ids: list[int] = inputs["input_ids"][0].tolist()
         self.tokens: list[int] = []
-        self.left, self.ended = threading.Event(), False  # left: by its client
+        self.left, self.ended = threading.Event(), False
+        self.reason: Fault | None = None  # why it is left; None: by its client
+        self.cut = False  # by its length, and not by its own end
         self._feed, self._end = feed, end
 
     def goes_with(self, other: Answer) -> bool:
@@ -66,18 +78,19 @@ class Answer:
         if self.ended:
             return
         if self.left.is_set():
-            self.end()
+            self.end(self.reason)
             return
         self.tokens.append(token)
-        stopped = self._feed(token)
-        if stopped or token in ends or len(self.tokens) == self.config.max_new_tokens:
+        stopped = self._feed(token) or token in ends
+        self.cut = not stopped and len(self.tokens) == self.config.max_new_tokens
+        if stopped or self.cut:
             self.end()
 
-    def end(self, error: str | None = None) -> None:
+    def end(self, fault: Fault | None = None) -> None:
         """Say that nothing more comes."""
         if not self.ended:
             self.ended = True
-            self._end(error)
+            self._end(fault)
 
 
 class Batches:
@@ -104,9 +117,10 @@ class Batches:
             self._changed.notify()
 
     def leave_all(self) -> None:
-        """Let every answer end with its next token."""
+        """Let every answer end with its next token: the server ends."""
         with self._changed:
             for answer in (*self._waiting, *self._running):
+                answer.reason = Fault(503, "the server ends")
                 answer.left.set()
 
     def _run(self) -> None:
@@ -127,7 +141,7 @@ class Batches:
     def _answer(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
             if answer.left.is_set():
-                answer.end()
+                answer.end(answer.reason)
         answers = [answer for answer in answers if not answer.ended]
         if not answers:
             return
@@ -135,13 +149,16 @@ class Batches:
             self._generate(answers)
             return
         except Exception as error:
-            reason = one_line(error)
-            fewer = isinstance(error, torch.OutOfMemoryError) and len(answers) > 1
-        if not fewer or any(answer.tokens for answer in answers):
+            fault = Fault(400 if isinstance(error, UserError) else 500, one_line(error))
+            last = len(answers) == 1 or any(answer.tokens for answer in answers)
+            if last and fault.status == 500:
+                LOG.exception("%d requests failed", len(answers))
+        if last:
             for answer in answers:
-                answer.end(reason)
+                answer.end(fault)
             return
-        half = len(answers) // 2  # outside of the handler, which holds what filled the memory
+        # It may be one request's own fault, or the memory's: outside of the handler, which holds what filled that.
+        half = len(answers) // 2
         self._answer(answers[:half])
         self._answer(answers[half:])
 

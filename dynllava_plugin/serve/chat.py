@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 from transformers.cli.serving.chat_completion import (
@@ -13,12 +17,14 @@ from transformers.cli.serving.chat_completion import (
 from transformers.cli.serving.utils import GenerationState
 
 from dynllava_plugin.errors import UserError
-from dynllava_plugin.serve import messages
+from dynllava_plugin.policies.registry import check_policy
+from dynllava_plugin.serve import request
 from dynllava_plugin.serve.batches import Batches
-from dynllava_plugin.serve.fields import check_fields
 from dynllava_plugin.serve.generation import RequestGeneration
-from dynllava_plugin.serve.manager import OneModel
-from dynllava_plugin.serve.policy import Policies
+
+LEAST_TEMPERATURE = (
+    1e-3  # below, logits divided by it end as infinities, and the draw is the likeliest token anyway
+)
 
 
 class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # type: ignore[call-arg]
@@ -28,42 +34,57 @@ class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # t
 
 
 class ChatHandler(ChatCompletionHandler):
-    """Answers of one model to the requests that wait, those with the same settings together, at most `batch_size`."""
+    """Answers of one model to the requests that wait, those with the same settings together.
 
-    _valid_params_class = Parameters
+    Parameters
+    ----------
+    name : str
+        What requests call the model.
+    model : SparseVLM
+    processor : ProcessorMixin
+    batch_size : int
+        Requests that are answered together, at most.
+    image_urls : str
+        From where images are fetched (`fetching.Fetch`).
+    """
 
-    def __init__(self, manager: OneModel, batch_size: int) -> None:
-        super().__init__(manager, GenerationState())
-        self.policies = Policies(manager.model)
-        self.batches = Batches(manager.model, batch_size)
+    def __init__(self, name: str, model: Any, processor: Any, batch_size: int, image_urls: str) -> None:
+        super().__init__(None, GenerationState())  # type: ignore[arg-type]  # its models are loaded by name
+        self.name, self.model, self.processor, self.image_urls = name, model, processor, image_urls
+        self.policies = Policies(model)
+        self.batches = Batches(model, batch_size)
         # A tokenizer's settings are its own for the time of a call: one call at a time.
         self.preparing = ThreadPoolExecutor(1)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Return a request's JSON or its stream; `UserError` for what the client can mend."""
-        self._validate_request(body)
-        model_id, model, processor = self._resolve_model(body)
+        model, processor = self.model, self.processor
+        vocabulary = model.config.text_config.vocab_size
+        request.check_fields(body, Parameters.__annotations__, vocabulary, processor.chat_template)
+        if body.get("model") not in (None, self.name):
+            raise UserError(f"model: {body['model']!r} isn't served here; {self.name!r} is")
         policy = body.get("policy")
         self.policies.check(policy)
-        check_fields(body, model.config.text_config.vocab_size)
         stop = _stop(body)
-        turns = messages.conversation(body.get("messages"))
+        turns = request.conversation(body.get("messages"))
         inputs = await self._inputs(body, turns, processor)
         inputs = inputs.to(model.device, dtype=model.dtype)
         config = self._generation_config(body, model, inputs["input_ids"].shape[-1])
         generation = RequestGeneration(self.batches, policy, body.get("seed"), stop)
-        given = request_id, model, processor, model_id, inputs, config
-        if body.get("stream"):
-            return self._streaming(*given, gen_manager=generation, tools=body.get("tools"))
-        return await self._non_streaming(*given, gen_manager=generation, tools=body.get("tools"))
+        given = request_id, model, processor, self.name, inputs, config
+        if not body.get("stream"):
+            return await self._non_streaming(*given, gen_manager=generation, tools=body.get("tools"))
+        stream = self._streaming(*given, gen_manager=generation, tools=body.get("tools"))
+        stream.body_iterator = _as_openais(stream.body_iterator)  # type: ignore[arg-type]
+        return stream
 
     async def _inputs(self, body: dict[str, Any], turns: list[dict[str, Any]], processor: Any) -> Any:
         """Fetch and prepare away from the event loop, which other requests' streams need."""
-        await asyncio.to_thread(messages.fetch_images, turns, processor)
+        await asyncio.to_thread(request.fetch_images, turns, processor, self.image_urls)
         more = body.get("chat_template_kwargs") or {}
 
         def prepare() -> Any:
-            return messages.tensors(turns, processor, body.get("tools"), more)
+            return request.tensors(turns, processor, body.get("tools"), more)
 
         return await asyncio.get_running_loop().run_in_executor(self.preparing, prepare)
 
@@ -75,7 +96,7 @@ class ChatHandler(ChatCompletionHandler):
             {**body, "seed": None, "logit_bias": bias}, model.generation_config
         )
         if body.get("temperature") is not None:
-            config.do_sample = body["temperature"] > 0
+            config.do_sample = body["temperature"] >= LEAST_TEMPERATURE
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         room = model.config.text_config.max_position_embeddings - length
@@ -97,3 +118,53 @@ def _stop(body: dict[str, Any]) -> list[str]:
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise UserError("stop: give a text or a list of texts")
     return stop
+
+
+def error_content(message: str, status: int) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def _as_openais(frames: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield transformers' frames, an error as an object instead of a text, and what OpenAI's streams end with."""
+    async with aclosing(frames) as open_frames:  # type: ignore[type-var]
+        async for frame in open_frames:
+            before, error, text = frame.partition('data: {"error": ')
+            if error:
+                content = error_content(json.loads(text.rstrip().removesuffix("}")), 500)
+                yield f"{before}data: {json.dumps(content)}\n\n"
+                return
+            yield frame
+    yield "data: [DONE]\n\n"
+
+
+class Policies:
+    """Checks a request's policy; says once that predictors are asked which nobody trained.
+
+    Parameters
+    ----------
+    model : SparseVLM
+        From `load_model`, which has said so of the model's own policy.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.said = not model.fresh_predictors or self._found(model.config.text_config.sparsity).predictors
+
+    def check(self, policy: Any) -> None:
+        """Raise `UserError` for a policy (None: the model's own) that is unknown or unfit for the model."""
+        if policy is None:
+            return
+        if not isinstance(policy, str):
+            raise UserError(f"policy: {policy!r} is not a text such as 'fastv,k=3'")
+        settings = self.model.checked(self.model.config.text_config.sparsity, {"policy": policy})
+        if self._found(settings).predictors and not self.said:
+            self.said = True
+            print(
+                f"a request asks for {policy}: the checkpoint has no predictors, untrained ones stand in",
+                file=sys.stderr,
+            )
+
+    def _found(self, settings: Any) -> Any:
+        return check_policy(settings, self.model.config.text_config.num_hidden_layers)

@@ -25,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="requests that wait are answered together, so many at most (default: %(default)s)",
     )
+    add(
+        "--image_urls",
+        "--image-urls",
+        choices=("public", "any", "none"),
+        default="public",
+        help="where images may be fetched from: not from this machine or its network, anywhere, or nowhere "
+        "(default: %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
@@ -40,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with bound(args.host, args.port) as listener:
         from dynllava_plugin import load_model
         from dynllava_plugin.serve.app import serve
+        from dynllava_plugin.serve.chat import ChatHandler
 
         asked = {} if args.policy is None else {"policy": args.policy}
         model, processor = load_model(
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             **asked,
         )  # fmt: skip
         try:
-            serve(args.checkpoint, model, processor, listener, args.batch_size)
+            serve(ChatHandler(args.checkpoint, model, processor, args.batch_size, args.image_urls), listener)
         except KeyboardInterrupt:
             pass
         except OSError as error:  # another server took the port while the checkpoint was loading
