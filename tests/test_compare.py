@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -35,8 +36,9 @@ from dynllava_plugin.compare.subjects import DEFAULT_POLICIES, KEEP, TOKENS, Sub
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.results.journal import Journal
 from dynllava_plugin.files import write_figure
-from dynllava_plugin.policies import policy_of
+from dynllava_plugin.policies import policy_of, registry
 from dynllava_plugin.policies.contexts import context_of
+from dynllava_plugin.policies.registry import POLICIES
 from dynllava_plugin.sparsity.config import SparsityConfig
 from tests.families.checkpoints import write_checkpoint
 from tests.property_tests import examples
@@ -112,6 +114,39 @@ def test_an_aggregation_that_keeps_count_begins_anew_at_every_call(tmp_path: Pat
     aggregate = partial(forgetful(ocrbench_aggregate_accuracy), args=Namespace(output_path=str(tmp_path)))
     assert aggregate(rows) == aggregate(rows) == 5 / 1000
     assert resampled(rows, aggregate, "OCRBench", 50).mean() == pytest.approx(0.005, abs=0.001)
+
+
+def test_a_policy_that_was_rewritten_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures, times and half-asked benchmarks belong to the rule as it was; those of other policies stay."""
+    file = tmp_path / "middle.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from dynllava_plugin.policies.base import ImagePolicy\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Middle(ImagePolicy):\n"
+        "    name = 'middle'\n"
+        "    layer: int = 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(POLICIES, "middle", importlib.import_module("middle").Middle)
+    store = Store(tmp_path / "runs", {"checkpoint": "tiny"})
+    mine, scheduled, other = (
+        Subject(text, None, text) for text in ("middle", "schedule,steps=2:middle:0.5", "fastv")
+    )
+    for subject in (mine, scheduled, other):
+        store.write("gqa", subject, {"figures": []}, limit=3)
+        assert store.read("gqa", subject, limit=3)
+    journal = store.journal("gqa", mine, limit=3)
+    file.write_text(file.read_text() + "    # another rule\n")
+    assert not store.read("gqa", mine, limit=3) and not store.read("gqa", scheduled, limit=3)
+    assert store.read("gqa", other, limit=3) and store.journal("gqa", mine, limit=3) != journal
+    assert [subject for subject, _ in store.everything("gqa")] == [other]
+    store.write("gqa", mine, {"figures": []}, limit=3)
+    monkeypatch.delitem(POLICIES, "middle")  # and one that is no more is no row
+    registry._policy.cache_clear()
+    assert [subject for subject, _ in store.everything("gqa")] == [other]
 
 
 def test_paired_differences_are_narrower_than_single_intervals():

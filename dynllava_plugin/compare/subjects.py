@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy
-from dynllava_plugin.policies.base import CACHE, OUTPUT
+from dynllava_plugin.policies.base import CACHE, OUTPUT, Part
 from dynllava_plugin.policies.registry import (
     POLICIES,
     arguments_of,
@@ -52,6 +55,18 @@ class Subject:
     def learned(self) -> bool:
         """Return whether it asks trained predictors."""
         return bool(policy_of(self.settings(SparsityConfig())).predictors)
+
+    @property
+    def code(self) -> str:
+        """Return a digest of the files that its rule is written in: a figure belongs to the rule as it was."""
+        parts = policy_of(self.settings(SparsityConfig())).parts
+        methods = [method for part in parts for method in (part, *getattr(part, "steps", ()))]
+        classes = {one for method in methods for one in type(method).__mro__ if issubclass(one, Part)}
+        files = sorted({inspect.getfile(one) for one in classes if one.__module__ != Part.__module__})
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(Path(file).read_bytes())
+        return digest.hexdigest()[:16]
 
     def settings(self, sparsity: SparsityConfig) -> SparsityConfig:
         """Return the checkpoint's settings with this policy."""
