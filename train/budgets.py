@@ -189,12 +189,16 @@ def summarise(table: pd.DataFrame, output: Path) -> None:
         axis.errorbar(
             ordered["tokens"], ordered["mean"], ordered["std"].fillna(0), marker=mark, label=kind, **bars
         )
+        rows = table[(table[run] == last).all(axis=1) & (table["trained"] == kind)]
+        color = axis.get_lines()[-1].get_color()
+        axis.scatter(rows["tokens"], rows["accuracy"], s=8, color=color, alpha=0.5, zorder=3)
     axis.set_xlabel("image tokens, mean over layers")
     axis.set_ylabel("accuracy [%]")
     seeds = int(shown["count"].max())
-    spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    spread = f"mean and standard deviation of {seeds} seeds (dots)" if seeds > 1 else "one seed"
     axis.set_title(
-        f"{last['benchmark']}, {last['questions']} questions, {last['steps']} steps, {spread}", fontsize=10
+        f"{last['model']}, {last['benchmark']}, {last['questions']} questions, {last['steps']} steps\n{spread}",
+        fontsize=10,
     )
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -112,7 +112,8 @@ def _write(
                 style = {"style": "o--", "ms": 7, "mfc": "none"}
             lines[name].dropna().plot(ax=axis, color=colors[name], label=name, **style, **settings)
         if axis.get_yscale() != "log":
-            axis.set_ylim(0)  # behind the lines: set with the first, it would cut off higher ones
+            # Behind the lines: set with the first, it would cut off higher ones.
+            axis.set_ylim(0, 1.05 * lines.max().max())
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_xscale() == "log":  # ticks where something was measured, and nowhere else

@@ -110,9 +110,8 @@ class QuietServer(uvicorn.Server):
 def serve(handler: ChatHandler, listener: socket.socket) -> None:
     """Serve what `handler` answers on a bound socket until it is interrupted."""
     logging.set_verbosity_error()
-    warnings.simplefilter(
-        "error", Image.DecompressionBombWarning
-    )  # 90 megapixels: an image too large is no image
+    # From 90 megapixels on an image is refused.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
     config = uvicorn.Config(
         build_app(handler), log_level="error", access_log=False, timeout_graceful_shutdown=5
     )

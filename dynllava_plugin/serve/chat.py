@@ -22,9 +22,8 @@ from dynllava_plugin.serve import request
 from dynllava_plugin.serve.batches import Batches
 from dynllava_plugin.serve.generation import RequestGeneration
 
-LEAST_TEMPERATURE = (
-    1e-3  # below, logits divided by it end as infinities, and the draw is the likeliest token anyway
-)
+# Below, logits divided by it end as infinities, and the draw is the likeliest token anyway.
+LEAST_TEMPERATURE = 1e-3
 
 
 class Parameters(TransformersCompletionCreateParamsStreaming, total=False):  # type: ignore[call-arg]

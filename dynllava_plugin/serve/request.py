@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.processing_utils import _get_template_variables
 
-from dynllava_plugin.errors import UserError, nearest
+from dynllava_plugin.errors import UserError, nearest, one_line
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.serve.fetching import Fetch
@@ -198,7 +198,7 @@ def tensors(turns: list[dict[str, Any]], processor: Any, tools: Any, template: d
     except UserError:
         raise
     except Exception as error:  # templates raise jinja2's errors, with their own words
-        raise UserError(f"messages: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"messages: {one_line(error, 200)}") from None
 
 
 def _writes_bos(processor: Any, turns: list[dict[str, Any]]) -> bool:
