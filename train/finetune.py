@@ -232,9 +232,8 @@ def build_model(
     with whole_weights():
         model, processor = load_to_train(
             model_args.model_name_or_path,
-            device=args.device
-            if adapter_args.quantization
-            else "cpu",  # quantised weights stay where they are made
+            # Quantised weights stay where they are made.
+            device=args.device if adapter_args.quantization else "cpu",
             dtype=dtype if lean else torch.float32,
             quantization=adapter_args.quantization,
             **model_args.sparsity(),
@@ -248,9 +247,8 @@ def build_model(
     settings, llm = model.config.sparsity, model.model.language_model
     if model.fresh_predictors:
         say(args, f"{model_args.model_name_or_path} has no predictors: they start fresh")
-        if (
-            settings.mode == "image"
-        ):  # else an untrained one would be saved beside them, as if it were trained
+        # Else an untrained one would be saved beside them, as if it were trained.
+        if settings.mode == "image":
             llm.text_predictor, settings.text_predictor = None, False
     if settings.drops_prompt:
         settings.question_marks = question_marks(encoder_of(model, processor))

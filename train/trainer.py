@@ -122,9 +122,8 @@ class DynamicLlavaTrainer(Trainer):
         totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
         _, self._batch_samples, self._micro_batches, stopping = totals
         self.stopping = bool(stopping)
-        return batches, totals[0].clamp(
-            min=1
-        )  # none, where every sample has something that LLaVA can't label
+        # No label at all, where every sample has something that LLaVA can't label.
+        return batches, totals[0].clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
