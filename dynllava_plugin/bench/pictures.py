@@ -58,7 +58,7 @@ class Loaded:
             policy = self.model.model.language_model.policy
             if policy not in encoded:
                 with torch.no_grad():
-                    encoded[policy] = {"image": self.model.encode_images(pixels)}
+                    encoded[policy] = {"image": self.model.encode("image", pixels)}
             return encoded[policy]
 
         more = {name: value for name, value in pixels.items() if name != "pixel_values"}

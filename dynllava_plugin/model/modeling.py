@@ -22,8 +22,10 @@ from dynllava_plugin.model.settings import SparseSettings
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
+    in_order_of_places,
     output_columns,
     place_images,
+    place_level,
     question_mask,
     read_layout,
     split_features,
@@ -38,6 +40,8 @@ from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
 FEW_TOKENS = 64
+# What stands in a prompt beside text, and the argument of `forward` that has its pixels.
+VISUALS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring):
@@ -51,17 +55,24 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
     # What `get_image_features` takes of forward's arguments, and can't do without; what says how large images are comes second.
     image_inputs: ClassVar[tuple[str, ...]]
     image_needs: ClassVar[tuple[str, ...]]
+    # `get_video_features` likewise; empty where a family has no videos.
+    video_inputs: ClassVar[tuple[str, ...]]
+    video_needs: ClassVar[tuple[str, ...]]
     fresh_predictors = False  # whether `load_model` found none in the checkpoint
     config: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "model_class"):
-            _, *taken = inspect.signature(cls.model_class.get_image_features).parameters.values()  # less self
+        for kind in VISUALS if hasattr(cls, "model_class") else ():
+            encode = getattr(cls.model_class, f"get_{kind}_features", None)
+            taken = (
+                () if encode is None else [*inspect.signature(encode).parameters.values()][1:]
+            )  # less self
             taken = [one for one in taken if one.kind is not inspect.Parameter.VAR_KEYWORD]
-            cls.image_inputs = tuple(one.name for one in taken)
-            if not hasattr(cls, "image_needs"):
-                cls.image_needs = tuple(one.name for one in taken if one.default is inspect.Parameter.empty)
+            setattr(cls, f"{kind}_inputs", tuple(one.name for one in taken))
+            if not hasattr(cls, f"{kind}_needs"):
+                needs = tuple(one.name for one in taken if one.default is inspect.Parameter.empty)
+                setattr(cls, f"{kind}_needs", needs)
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # the stock shell's parts, with our LLM
@@ -91,6 +102,10 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         num_items_in_batch: torch.Tensor | int | None = None,
         image_sizes: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        image_sizes_videos: torch.Tensor | None = None,
         batch_num_images: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
@@ -107,6 +122,10 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         with one that no place refers to: it changes nothing, and gives every parameter a gradient (of 0). Image tokens are
         known by their id, not by `mm_token_type_ids`.
 
+        A video is an image of many tokens: `config.video_token_id`, `pixel_values_videos`, `video_grid_thw` and
+        `second_per_grid_ts` are as the processor gives them, or ``{"video": ...}`` is what `get_video_features` returned; what is
+        said of image tokens here and by policies holds for a video's, over all its frames.
+
         `labels` int64 [B, L] are ignored where they are -100. The last answer (the last run of labels) is the output text, whose
         tokens may be dropped; so is what stands from column `prompt_length` on, which `generate` sets, what is True in
         `output_mask` bool [B, prompt] (at inference: earlier answers of a conversation, no context for later rounds where
@@ -118,15 +137,16 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         where that is set. `num_items_in_batch` is the divisor of lm_loss, the labels of the whole accumulated batch.
 
         Raises `UserError` for image places and images that don't match; a cache of another kind; an attention mask of
-        another length; a video; hidden states or attentions asked for; labels on image tokens or padding.
+        another length; a video in a family without; hidden states or attentions asked for; labels on image tokens or padding.
         """
-        self._refuse(kwargs)
         images = {
             "pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw,
             "batch_num_images": batch_num_images, "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "vision_feature_select_strategy": vision_feature_select_strategy, "video_grid_thw": video_grid_thw,
+            "pixel_values_videos": pixel_values_videos, "second_per_grid_ts": second_per_grid_ts,
             **{name: kwargs[name] for name in self.image_inputs if name in kwargs},
         }  # fmt: skip
+        self._refuse(images, kwargs)
         llm = self._llm
         policy = llm.policy
         cache = past_key_values if cache is None else cache
@@ -196,9 +216,10 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         """Return the position ids of a call with images that turn on several axes; None where real tokens are counted."""
         return None
 
-    def deepstack(self, encoded: Any, embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, ...]:
-        """Return what is added behind the first layers, [B, L, d] each; nothing where a family has no such thing."""
-        return ()
+    def visual_places(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return bool, of the shape of `input_ids`: where an image's or a video's tokens are."""
+        places = input_ids == self.config.image_token_id
+        return places | (input_ids == self.config.video_token_id) if self.video_inputs else places
 
     @property
     def _llm(self) -> SparseDecoder:
@@ -218,11 +239,10 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
                 "or out of the data type's range, answer nothing"
             )
 
-    def _refuse(self, kwargs: dict[str, Any]) -> None:
+    def _refuse(self, images: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Raise `UserError` for what the stock classes obey, as an argument or in a config, and this one doesn't."""
-        for name in ("pixel_values_videos", "video_grid_thw", "image_sizes_videos"):
-            if kwargs.get(name) is not None:
-                raise UserError(f"{name}: videos are not supported, images are")
+        if images["pixel_values_videos"] is not None and not self.video_inputs:
+            raise UserError("pixel_values_videos: this family has no videos, images it has")
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(self.config, name)):
                 raise UserError(
@@ -265,17 +285,16 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if seen and length == 1:  # `generate` may hand the prompt's images to every step
             layout = TokenLayout(output_mask=output[0])
             return Tokens.of(inputs_embeds, attention_mask, position_ids, valid, cache, layout), None
-        found = (encoded or {}).get("image")
-        if found is None and images.get("pixel_values") is not None:
-            found = self.encode_images(images)
+        found, places = self._encoded(images, encoded), input_ids
+        if places is None and found:
+            places = self._placeholders_among(inputs_embeds)
         features, marks, image_mask = None, None, None
-        if found is not None:
-            features, marks = split_features(found.pooler_output, inputs_embeds.shape[-1], policy)
-        if input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
-        elif found is not None:  # as the stock classes find places among embeddings
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            image_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
+        levels: list[list[torch.Tensor]] = []
+        if found:
+            features, levels = in_order_of_places(found, lambda: self._kinds(places))
+            features, marks = split_features(features, inputs_embeds.shape[-1], policy)
+        if places is not None:
+            image_mask = self.visual_places(places)
         elif IMAGE in policy.decides and not self.training:
             raise UserError(
                 f"inputs_embeds: {policy.name} would not find image tokens among them; pass input_ids and pixel_values, "
@@ -289,7 +308,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         deepstack: tuple[torch.Tensor, ...] = ()
         if features is not None:
             inputs_embeds = place_images(inputs_embeds, features, layout)
-            deepstack = self.deepstack(found, inputs_embeds, layout)
+            deepstack = tuple(place_level(inputs_embeds, level, layout) for level in levels)
         if position_ids is None and layout.image_lengths:
             position_ids = self.positions(input_ids, attention_mask, cache, images)
         return Tokens.of(
@@ -318,46 +337,77 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """Return what the family's method does, each image's features with the channels that the policy needs behind them."""
-        found = self.model.get_image_features(pixel_values, **kwargs)
+        return self._marked(self.model.get_image_features(pixel_values, **kwargs), pixel_values, kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> Any:
+        """Return what the family's method does, each video's features with the channels that the policy needs behind them."""
+        found = self.model.get_video_features(pixel_values_videos, **kwargs)
+        return self._marked(found, pixel_values_videos, kwargs)
+
+    def _marked(self, found: Any, pixels: torch.Tensor, visuals: dict[str, Any]) -> Any:
         if self._llm.policy.image_seed is not None:
-            found.pooler_output = with_checksum(
-                found.pooler_output, self.pixels_of_images(pixel_values, kwargs)
-            )
+            found.pooler_output = with_checksum(found.pooler_output, self.pixels_of_each(pixels, visuals))
         return found
 
-    def pixels_of_images(self, pixel_values: torch.Tensor, images: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """Return each image's part of `pixel_values`."""
-        return pixel_values  # type: ignore[return-value]
+    def pixels_of_each(self, pixels: torch.Tensor, visuals: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """Return each image's or each video's part of `pixels`; `visuals` are the other arguments that came with them."""
+        return pixels  # type: ignore[return-value]
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
-        """As `generate` does before its first step, through `encode_images`."""
-        images = {name: model_kwargs.pop(name) for name in self.image_inputs if name in model_kwargs}
-        if images.get("pixel_values") is not None:
-            if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        """As `generate` does before its first step, through `encode`."""
+        given = model_kwargs.get("mm_encoder_outputs") or {}
+        names = {*self.image_inputs, *self.video_inputs}
+        visuals = {name: model_kwargs.pop(name) for name in names & {*model_kwargs}}
+        for kind, pixels in VISUALS.items():
+            if visuals.get(pixels) is not None and given.get(kind) is not None:
                 raise UserError(
-                    "pixel_values: mm_encoder_outputs has these images' features already; pass one of both"
+                    f"{pixels}: mm_encoder_outputs has these {kind}s' features already; pass one of both"
                 )
-            model_kwargs["mm_encoder_outputs"] = {"image": self.encode_images(images)}
+        if found := self._encoded(visuals, given):
+            model_kwargs["mm_encoder_outputs"] = found
         return model_kwargs
 
-    def encode_images(self, images: dict[str, Any]) -> Any:
-        """Return what the family's `get_image_features` makes of forward's arguments for images.
+    def _encoded(self, visuals: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what the vision tower made of images and of videos, by kind, as far as it isn't `given`; empty without any."""
+        found = {kind: output for kind, output in (given or {}).items() if output is not None}
+        for kind, pixels in VISUALS.items():
+            if kind not in found and visuals.get(pixels) is not None:
+                found[kind] = self.encode(kind, visuals)
+        return found
+
+    def encode(self, kind: str, visuals: dict[str, Any]) -> Any:
+        """Return what the family's features method for a kind of `VISUALS` makes of forward's arguments for it.
 
         Raises `UserError` for an argument that is missing, or pixels that don't fit the others.
         """
-        given = {name: images[name] for name in self.image_inputs if images.get(name) is not None}
-        for name in self.image_needs:
+        names = getattr(self, f"{kind}_inputs")
+        given = {name: visuals[name] for name in names if visuals.get(name) is not None}
+        for name in getattr(self, f"{kind}_needs"):
             if name not in given:
                 raise UserError(f"{name}: missing; pass everything that the checkpoint's processor returns")
         try:
-            return self.get_image_features(**given, return_dict=True)
+            return getattr(self, f"get_{kind}_features")(**given, return_dict=True)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError) as error:
-            others = [name for name in given if name != "pixel_values"]
+            others = [name for name in given if name != VISUALS[kind]]
             if not others:  # nothing that pixels could disagree with
                 raise
             raise UserError(
-                f"pixel_values: do not fit {' or '.join(others)} ({one_line(error)}); pass them as the checkpoint's processor "
+                f"{VISUALS[kind]}: do not fit {' or '.join(others)} ({one_line(error)}); pass them as the checkpoint's processor "
                 "returns them"
             ) from error
+
+    def _placeholders_among(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Return int64 [B, L]: the id of the placeholder at embeddings that are one's, as the stock classes find them; else -1."""
+        found = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        tokens = [self.config.image_token_id, *([self.config.video_token_id] if self.video_inputs else ())]
+        for token in tokens:
+            placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # type: ignore[operator]
+            found[(embeds == placeholder).all(-1)] = token
+        return found
+
+    def _kinds(self, input_ids: torch.Tensor) -> list[bool]:
+        """Return for each image or video token of a call, in order, whether it is a video's."""
+        found: list[bool] = (input_ids[self.visual_places(input_ids)] == self.config.video_token_id).tolist()
+        return found

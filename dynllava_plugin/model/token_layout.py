@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -46,6 +47,39 @@ def split_features(
     if not extra:
         return list(features), None
     return [image[:, :width] for image in features], torch.cat([image[:, width:] for image in features])
+
+
+def in_order_of_places(
+    encoded: Mapping[str, Any], of_videos: Callable[[], Sequence[bool]]
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Return M images' and videos' features [N_i, d] in the order of their places, and, of each deepstack level, the same.
+
+    `encoded` has what the vision tower returned of images, of videos or of both; `of_videos` tells of each place, in order,
+    whether it is a video's, and is asked only where a call has both.
+
+    Raises `UserError` for places that aren't those of the images and videos given.
+    """
+    parts = [encoded[kind] for kind in ("image", "video") if kind in encoded]
+    features = [list(part.pooler_output) for part in parts]
+    levels = [getattr(part, "deepstack_features", None) or () for part in parts]
+    joined = [[one for level in of_parts for one in level] for of_parts in zip(*levels, strict=True)]
+    if len(parts) == 1:
+        return features[0], joined
+    kinds, order, at, taken = of_videos(), [], 0, [0, 0]
+    while at < len(kinds):
+        kind = int(kinds[at])
+        length = len(features[kind][taken[kind]]) if taken[kind] < len(features[kind]) else 0
+        if not length or set(kinds[at : at + length]) != {kinds[at]}:
+            break
+        order.append(taken[kind] + kind * len(features[0]))
+        taken[kind], at = taken[kind] + 1, at + length
+    if at != len(kinds) or taken != [len(one) for one in features]:
+        raise UserError(
+            f"input_ids: image and video tokens are not those of {len(features[0])} images and {len(features[1])} videos; give "
+            "each its places, as the checkpoint's processor does"
+        )
+    every = [*features[0], *features[1]]
+    return [every[one] for one in order], [[level[one] for one in order] for level in joined]
 
 
 def valid_columns(
@@ -170,7 +204,7 @@ def _rows_of_images(places: Sequence[int], lengths: Sequence[int]) -> list[int]:
         if len(set(lengths)) == 1:
             images = f"{len(lengths)} images of {lengths[0]} tokens"
         elif not lengths:
-            images = "no image (pixel_values)"
+            images = "no image (pixel_values) or video"
         raise UserError(
             f"input_ids: {sum(places)} image tokens for {images}; give as many <image> places as images"
             + (
@@ -201,6 +235,14 @@ def place_images(embeds: torch.Tensor, features: Sequence[torch.Tensor], layout:
     embeds = embeds.clone()
     embeds.view(-1, embeds.shape[-1])[layout.image_index] = flat  # on a CPU much faster than masked_scatter
     return embeds
+
+
+def place_level(embeds: torch.Tensor, level: Sequence[torch.Tensor], layout: TokenLayout) -> torch.Tensor:
+    """Return [B, L, d], what a deepstack level of M images [N_i, d] adds behind a layer: 0 where there is no image token."""
+    added = torch.zeros_like(embeds)
+    if layout.image_lengths:
+        added.view(-1, embeds.shape[-1])[layout.image_index] = torch.cat(tuple(level)).to(embeds)
+    return added
 
 
 def token_positions(

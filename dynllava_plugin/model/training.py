@@ -44,7 +44,7 @@ class SparseTraining(nn.Module):
         """Return logits and losses; the other arguments are `forward`'s."""
         settings = self.config.sparsity
         if labels is not None:
-            refuse_labels_of_no_text(labels, tokens.valid, self.config.image_token_id, self.placeholders)
+            refuse_labels_of_no_text(labels, tokens.valid, self.visual_places(labels), self.placeholders)  # type: ignore[operator]
         if keep_rates is None and settings.vision_keep_range is not None:
             uniform = torch.rand(len(tokens.valid), device=tokens.valid.device)
             keep_rates = keep_rates_at(uniform, *settings.vision_keep_range)
@@ -164,11 +164,10 @@ def labels_at(labels: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_labels_of_no_text(
-    labels: torch.Tensor, valid: torch.Tensor, image_token_id: int, masked: slice
+    labels: torch.Tensor, valid: torch.Tensor, visual: torch.Tensor, masked: slice
 ) -> None:
-    """Raise `UserError` for labels that are image tokens, `masked` rows or padding: their loss would be without bound."""
-    wrong = labels == image_token_id
-    wrong |= (labels >= masked.start) & (labels < masked.stop)
+    """Raise `UserError` for labels that are `visual` placeholders, `masked` rows or padding: their loss would be without bound."""
+    wrong = visual | ((labels >= masked.start) & (labels < masked.stop))
     wrong |= (labels != IGNORE_INDEX) & ~valid
     rows = wrong.any(1).tolist()
     if any(rows):

@@ -389,16 +389,19 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(blocks.numpy()).resize(size, Image.Resampling.BICUBIC)
 
 
-def conversation(question: str, images: int, answer: str | None = None) -> list[dict[str, Any]]:
-    """One turn in the form that every chat template takes, its images first."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+def conversation(
+    question: str, images: int | Sequence[str], answer: str | None = None
+) -> list[dict[str, Any]]:
+    """One turn in the form that every chat template takes, its images, or what else is named, first."""
+    kinds = ["image"] * images if isinstance(images, int) else images
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
     turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return turns
 
 
-def prompt_of(processor: Any, question: str, images: int) -> str:
+def prompt_of(processor: Any, question: str, images: int | Sequence[str]) -> str:
     """The text that the family's chat template makes of a question, up to where the answer begins."""
     turns = conversation(question, images)
     return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -407,13 +410,14 @@ def prompt_of(processor: Any, question: str, images: int) -> str:
 def sample_batch(
     family: str,
     processor: Any,
-    sizes: Sequence[Sequence[tuple[int, int]]],
+    sizes: Sequence[Sequence[tuple[int, ...]]],
     questions: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Any]:
     """What the processor returns for a batch of conversations, padded on the left.
 
-    `sizes[i]` are the (width, height) of the images of sample i, none, one or several; `questions[i]` its question.
+    `sizes[i]` are the (width, height) of the images of sample i, none, one or several, of a video (width, height, frames), where
+    the family has videos; `questions[i]` its question.
     A template that writes "<s>" itself gets no second one, as in the processor's own `apply_chat_template(tokenize=True)`.
     """
     samples = range(len(questions))
@@ -423,7 +427,7 @@ def sample_batch(
 def sample_of(
     family: str,
     processor: Any,
-    sizes: Sequence[Sequence[tuple[int, int]]],
+    sizes: Sequence[Sequence[tuple[int, ...]]],
     questions: Sequence[str],
     index: int,
     seed: int = 0,
@@ -433,14 +437,24 @@ def sample_of(
 
 
 def _process(
-    family: str, processor: Any, samples: list[tuple[int, Sequence[tuple[int, int]], str]], seed: int
+    family: str, processor: Any, samples: list[tuple[int, Sequence[tuple[int, ...]], str]], seed: int
 ) -> dict[str, Any]:
     assert processor.image_token == FAMILIES[family].image_token, f"not a processor of {family}"
-    texts = [prompt_of(processor, question, len(of)) for _, of, question in samples]
-    images = [_pictures(of, index, seed) for index, of, _ in samples]
+    texts = [
+        prompt_of(processor, question, ["image" if len(size) == 2 else "video" for size in of])
+        for _, of, question in samples
+    ]
+    images = [_pictures([size for size in of if len(size) == 2], index, seed) for index, of, _ in samples]
+    videos = [
+        _pictures([size[:2]] * size[2], 10 * index + number, seed)
+        for index, of, _ in samples
+        for number, size in enumerate(of)
+        if len(size) == 3
+    ]
     bos = processor.tokenizer.bos_token
     doubled = bos is not None and texts[0].startswith(bos)
     more: dict[str, Any] = {"images": images} if any(images) else {}
+    more |= {"videos": videos} if videos else {}
     batch = processor(
         text=texts,
         padding=True,
@@ -452,7 +466,7 @@ def _process(
     return dict(batch)
 
 
-def _pictures(sizes: Sequence[tuple[int, int]], index: int, seed: int) -> list[Image.Image]:
+def _pictures(sizes: Sequence[Any], index: int, seed: int) -> list[Image.Image]:
     """The images of sample `index`, the same ones in a batch and alone."""
     return [picture(size, 10_000 * seed + 100 * index + number) for number, size in enumerate(sizes)]
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: an image is its tiles and newline tokens; videos are refused."""
+"""LLaVA-OneVision: an image is its tiles and newline tokens."""
 
 from transformers import LlavaOnevisionConfig
 from transformers.models.llava_onevision.modeling_llava_onevision import (

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: positions on three axes; videos are refused."""
+"""Qwen2.5-VL: positions on three axes."""
 
 from typing import Any
 
