@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import time
 
@@ -90,17 +91,32 @@ def test_memory_follows_what_is_written():
     assert resident_bytes([buffer]) - before < written * 1.3
 
 
-def test_a_copied_cache_holds_the_same_and_goes_its_own_way():
+def through_a_file(cache):
+    """What `torch.save` keeps of a cache: the slots in use."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    assert file.tell() < 2**18
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
+@pytest.mark.parametrize(
+    ("policy", "kind"), [("image_text", "dynamic"), ("image_text", "static"), ("h2o,r=0.5", "dynamic")]
+)
+def test_a_copied_cache_holds_the_same_and_goes_its_own_way(policy, kind, copied):
     model, rng = random_model(), random.Random(0)
+    model.set_sparsity(policy=policy)
     batch = batch_of([random_sample(rng, 1, 4)])
-    cache = model.new_cache()
+    cache = model.new_cache(kind)
+    model(**batch, past_key_values=cache, use_cache=True)  # under autograd
     with torch.no_grad():
-        model(**batch, past_key_values=cache, use_cache=True)
-        twin = copy.deepcopy(cache)
+        model(torch.tensor([[6]]), past_key_values=cache)
+        twin = copied(cache)
         expected = model(torch.tensor([[5]]), past_key_values=cache).logits
         assert twin.get_seq_length() == cache.get_seq_length() - 1
         torch.testing.assert_close(model(torch.tensor([[5]]), past_key_values=twin).logits, expected)
-    assert twin.layers[3].track is twin.tracks[1] and twin.layers[0].track is twin.tracks[0]
+    assert twin.layers[3].track is twin.tracks[-1] and twin.layers[0].track is twin.tracks[0]
     assert twin.layers[0].keys.untyped_storage().nbytes() < 2**20
 
 

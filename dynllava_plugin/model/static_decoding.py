@@ -7,7 +7,6 @@ a buffer has to grow; elsewhere it runs as it is. With `compile_options` it goes
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -96,13 +95,9 @@ class StaticCache(SparseContextCache):
         torch._foreach_copy_(here, there)
         self.fed = fed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StaticCache:
-        """Copies what is held; a captured or compiled step belongs to the buffers it was made over."""
-        memo[id(self)] = new = copy.copy(self)
-        for name, value in vars(self).items():
-            of_this_one = name in ("_step", "_settings", "_graph")
-            setattr(new, name, None if of_this_one else copy.deepcopy(value, memo))
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a file holds; a captured or compiled step belongs to the buffers it was made over."""
+        return {**vars(self), "_step": None, "_settings": None, "_graph": None}
 
     def _pin_addresses(self) -> None:
         """Tell `torch.compile` that the buffers it writes stay where they are, as its own graphs ask for."""

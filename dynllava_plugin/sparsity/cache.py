@@ -14,7 +14,6 @@ that growing copies nothing until the reservation is used up. On other devices g
 
 from __future__ import annotations
 
-import copy
 import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -91,16 +90,16 @@ class RaggedLayer(CacheLayerMixin):
         if capacity > self.keys.shape[2]:
             self.keys, self.values = grown(self.keys, capacity), grown(self.values, capacity)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
-        """Copies what is held, not the address space behind it."""
-        memo[id(self)] = new = copy.copy(self)
-        for name, value in vars(self).items():
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a file holds: the slots in use, not the reserved space that the strides tell of."""
+        state = dict(vars(self))
+        for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                # Contiguous: a copy has the slots in use, not the reserved space that the strides tell of.
-                setattr(new, name, value.clone(memory_format=torch.contiguous_format))
-            else:
-                setattr(new, name, copy.deepcopy(value, memo))
-        return new
+                held, whole = value.detach(), value.untyped_storage().nbytes()  # no copies of a graph either
+                state[name] = (
+                    held.clone(memory_format=torch.contiguous_format) if whole > held.nbytes else held
+                )
+        return state
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the layer holds its tokens in."""
