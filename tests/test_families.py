@@ -338,8 +338,9 @@ def test_what_a_family_cannot_do_is_one_line(family):
     with pytest.raises(UserError, match=r"image tokens for no image \(pixel_values\) or video"):
         model(ids, attention_mask=batch["attention_mask"])
     if family not in VIDEOS:
-        with pytest.raises(UserError, match="pixel_values_videos: this family has no videos"):
-            model(**batch, pixel_values_videos=torch.zeros(1))
+        for call in (model, model.generate):
+            with pytest.raises(UserError, match="pixel_values_videos: this family has no videos"):
+                call(**batch, pixel_values_videos=torch.zeros(1))
     with pytest.raises(UserError, match="output_attentions: layers hold different tokens"):
         model(**batch, output_attentions=True)
     with pytest.raises(
@@ -413,6 +414,14 @@ def test_sizes_that_are_missing_or_of_other_pictures_are_one_line(family):
     other = batch[name] * 3
     with pytest.raises(UserError, match=f"pixel_values: do not fit {name}|image tokens"):
         model(**{**batch, name: other})
+    alone = {key: value for key, value in batch.items() if key not in model.image_inputs}
+    alone["mm_encoder_outputs"] = {"image": model.encode("image", batch)}
+    if "qwen" in family:  # positions are made of the sizes
+        with pytest.raises(UserError, match=f"^{name}.*: not those of the image"):
+            model.generate(**alone, max_new_tokens=1)
+        alone[name] = batch[name]
+    options = dict(do_sample=False, max_new_tokens=3)
+    assert torch.equal(model.generate(**alone, **options), model.generate(**batch, **options))
 
 
 def test_print_tells_the_policy():

@@ -120,10 +120,16 @@ def test_embeddings_instead_of_ids_as_the_stock_class_takes_them(family):
     ids = batch.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
     expected = model(ids, **batch)
+    options = dict(do_sample=False, max_new_tokens=3)
+    answer = model.generate(ids, **batch, **options)
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **batch, **options), answer)
     if family in ("qwen2_5_vl", "qwen3_vl"):
-        with pytest.raises(UserError, match=r"inputs_embeds: .*input_ids"):
-            model(inputs_embeds=embeds, **batch)
+        for call in (model, model.generate):
+            with pytest.raises(UserError, match=r"inputs_embeds: .*input_ids"):
+                call(inputs_embeds=embeds, **batch)
     else:
+        alone = model.generate(inputs_embeds=embeds, **batch, **options)
+        assert torch.equal(alone, answer[:, ids.shape[1] :])
         found = model(inputs_embeds=embeds, **batch)
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.image_keep, expected.image_keep)

@@ -65,10 +65,10 @@ class TurnedPositions(SparseVLM):
         mask = model_kwargs["attention_mask"]
         grids = {name: model_kwargs[name] for name in GRIDS if model_kwargs.get(name) is not None}
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        ids = model_kwargs.get("input_ids", inputs_tensor)
-        if grids and not ids.is_floating_point():  # cached columns are sliced away again
+        ids = model_kwargs.get("input_ids", inputs_tensor)  # empty beside inputs_embeds alone
+        if grids or model_kwargs.get("mm_encoder_outputs"):  # cached columns are sliced away again
             seen = 0 if cache is None else cache.seen
-            new = self.positions(ids[:, seen:], mask, cache, grids)
+            new = self.positions(ids[:, seen:] if ids.shape[1] else None, mask, cache, grids)
             turned = torch.nn.functional.pad(new, (seen, 0))
             turned = turned.where(mask.bool(), turned.amax((0, 2), keepdim=True))
         else:
