@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 from dynllava_plugin import DynamicLlavaForConditionalGeneration, load_model
 from dynllava_plugin.errors import UserError
@@ -36,8 +36,10 @@ def test_a_stock_folder_loads_and_what_is_saved_loads_again(family, tmp_path, ca
     again, processor = load_model(tmp_path / "own", device="cpu")
     assert not caplog.text and processor.tokenizer.padding_side == "left"
     assert torch.equal(again(**batch).logits, expected)
-    auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "own").eval()
-    assert type(auto) is type(model) and torch.equal(auto(**batch).logits, expected)
+    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto = kind.from_pretrained(tmp_path / "own").eval()
+        assert type(auto) is type(model) and torch.equal(auto(**batch).logits, expected)
+        assert model.fresh_predictors and not again.fresh_predictors and not auto.fresh_predictors
     reader = pipeline("image-text-to-text", model=str(tmp_path / "own"), device="cpu")
     turns = conversation("What color is the shape?", 1)
     turns[0]["content"][0]["image"] = picture((56, 84), 0)
@@ -54,6 +56,7 @@ def test_our_class_reads_a_stock_folder_as_it_is(family, tmp_path):
     kind = CLASSES[expected.config.model_type]
     model, report = kind.from_pretrained(stock, output_loading_info=True)
     assert all("predictor" in name for name in report["missing_keys"]) and not report["unexpected_keys"]
+    assert model.fresh_predictors
     model.eval().set_sparsity(mode="full")
     batch = sample_batch(family, AutoProcessor.from_pretrained(stock), SIZES[:1], QUESTIONS[:1])
     torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +40,7 @@ from dynllava_plugin.sparsity.config import SparsityConfig
 from dynllava_plugin.sparsity.masked_softmax import training_context
 from dynllava_plugin.sparsity.selection import ImagePredictor, TextPredictor
 
+PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|prompt_predictor|image_predictor(_\d+)?)\.")
 # What a caller asked for in this thread (or task), by the decoder's identity: a call may run another model inside.
 _OF_CALL: ContextVar[dict[int, SparsityConfig] | None] = ContextVar("sparsity_of_this_call", default=None)
 

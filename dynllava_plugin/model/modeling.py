@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from dynllava_plugin.errors import UserError, one_line
-from dynllava_plugin.model.decoder import SparseDecoder
+from dynllava_plugin.model.decoder import PREDICTORS, SparseDecoder
 from dynllava_plugin.model.gate import Tokens
 from dynllava_plugin.model.generation import SparseGeneration
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
@@ -58,7 +58,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
     # `get_video_features` likewise; empty where a family has no videos.
     video_inputs: ClassVar[tuple[str, ...]]
     video_needs: ClassVar[tuple[str, ...]]
-    fresh_predictors = False  # whether `load_model` found none in the checkpoint
+    fresh_predictors = False  # whether the checkpoint it was loaded from has none
     config: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -81,6 +81,14 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         self.post_init()  # type: ignore[operator]
         self.static_prefill = StaticPrefill()
         self.placeholders: slice = config.placeholders
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Return what the stock class's does; `fresh_predictors` then tells whether the checkpoint had none."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        predictors = {name for name, _ in model.named_parameters() if PREDICTORS.match(name)}
+        model.fresh_predictors = predictors <= info["missing_keys"]
+        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(

@@ -9,7 +9,8 @@ import torch
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.files import read_json
-from dynllava_plugin.model.checkpoints.weights import PREDICTORS, read_weights
+from dynllava_plugin.model.checkpoints.weights import read_weights
+from dynllava_plugin.model.decoder import PREDICTORS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

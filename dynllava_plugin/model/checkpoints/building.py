@@ -11,8 +11,8 @@ import torch
 from transformers.utils import logging
 
 from dynllava_plugin.errors import UserError, one_line
-from dynllava_plugin.model.checkpoints.weights import PREDICTORS
 from dynllava_plugin.model.configuration import PREFIX
+from dynllava_plugin.model.decoder import PREDICTORS
 from dynllava_plugin.model.families import FAMILIES
 
 
@@ -55,8 +55,8 @@ def build(
     *,
     may_be_absent: Callable[[str], bool] = lambda name: False,
     may_be_fresh: bool = True,
-) -> tuple[Any, bool]:
-    """Return the model of a folder on `device`, and whether its predictors are fresh.
+) -> Any:
+    """Return the model of a folder on `device`.
 
     Its weights are `tensors` under this package's names, which are not copied; a missing one that `may_be_absent`, and predictors
     that `may_be_fresh` where none is there, are drawn as transformers draws them. With a `quantization` config weights are made
@@ -79,10 +79,9 @@ def build(
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{directory}: cannot be loaded ({one_line(error)})") from None
     model._weight_conversions = []  # `save_pretrained` keeps these names
-    predictors = {name for name, _ in model.named_parameters() if PREDICTORS.match(name)}
-    fresh = may_be_fresh and predictors <= info["missing_keys"]
-    missing = info["missing_keys"] - predictors if fresh else info["missing_keys"]
-    missing = sorted(name for name in missing if not may_be_absent(name))
+    fresh = may_be_fresh and model.fresh_predictors
+    missing = sorted(name for name in info["missing_keys"] if not may_be_absent(name))
+    missing = [name for name in missing if not (fresh and PREDICTORS.match(name))]
     extra = sorted({*info["unexpected_keys"], *(set(tensors) - set(model.state_dict()))})
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -98,4 +97,4 @@ def build(
     if quantization is None:  # quantised layers are where they belong
         torch.nn.Module.to(model, device)
     model.config.name_or_path = str(directory)
-    return model.eval(), fresh
+    return model.eval()

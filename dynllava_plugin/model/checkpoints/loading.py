@@ -176,13 +176,12 @@ class _Checkpoint:
             tensors = {name: x for name, x in tensors.items() if not name.startswith(PROMPT_PREDICTOR)}
         check_depth(self.directory, tensors, self.config.text_config.num_hidden_layers)
         wanted = self._dtype(dtype, tensors)
-        model, fresh = build(
+        model = build(
             self.directory, self.config, _with_rows(tensors, self.config.text_config.vocab_size), wanted, attention, target,
             find_quantization(quantization, wanted),
             may_be_absent=self._may_be_absent, may_be_fresh=self.layout not in (OWN, PUBLISHED),
         )  # fmt: skip
         model.generation_config = self._generation_config()
-        model.fresh_predictors = fresh
         return model
 
     def _dtype(self, asked: str | torch.dtype | None, tensors: dict[str, torch.Tensor]) -> torch.dtype:

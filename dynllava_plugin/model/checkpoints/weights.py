@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dynllava_plugin.errors import UserError, one_line
+from dynllava_plugin.model.decoder import PREDICTORS
 from dynllava_plugin.sparsity.config import SparsityConfig
 
 # What this package and the published code call the same: # is a number.
@@ -68,7 +69,6 @@ RENAMES = (
 IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.position_ids$|^(text_model|text_projection|visual_projection|logit_scale)\b"
 )
-PREDICTORS = re.compile(r"^model\.language_model\.(text_predictor|prompt_predictor|image_predictor(_\d+)?)\.")
 PROMPT_PREDICTOR = "model.language_model.prompt_predictor."
 VISION = "model.vision_tower."
 _DECODER_LAYER = re.compile(r"^(?!.*(?:vision|visual)).*\blayers\.(\d+)\.")

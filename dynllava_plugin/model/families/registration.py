@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -46,6 +46,7 @@ def register_family(model: Any, stock_config: Any) -> None:
     # `AutoModel.register` wants a class that names our config.
     AutoModel._model_mapping.register(config, model.model_class)
     AutoModelForImageTextToText.register(config, model)
+    AutoModelForMultimodalLM.register(config, model)
     _rename_as(config.model_type, stock_config.model_type)
     for ours in (model, model.model_class):
         stock = next(base for base in ours.__mro__ if base.__module__.startswith("transformers.models."))
