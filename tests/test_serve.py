@@ -26,7 +26,7 @@ from dynllava_plugin import load_model
 from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.images import open_image
-from dynllava_plugin.serve import fetching
+from dynllava_plugin.serve import fetching, request
 from dynllava_plugin.serve.fetching import Fetch
 from tests.property_tests import TIMES
 from tests.server import Server
@@ -41,7 +41,8 @@ LONG = "Describe the image in detail."
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    server = Server("tiny", log, "--device", "cpu", "--policy", "full", "--image_urls", "any")
+    flags = ("--device", "cpu", "--policy", "full", "--image_urls", "any", "--max_request_mib", "1")
+    server = Server("tiny", log, *flags)
     yield server
     server.stop()
 
@@ -238,6 +239,39 @@ def test_errors_have_one_form(server: Server) -> None:
         assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
     with urllib.request.urlopen(server.url.removesuffix("/v1") + "/health", timeout=30) as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
+
+
+def test_a_request_that_is_too_large(server: Server, client: Any) -> None:
+    """Its length told or not; what is told isn't waited for, and the connection serves the next request."""
+    text = "x" * (1 << 20)
+    for messages in (turn(text), turn(LONG, "data:image/png;base64," + text)):
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(client, messages)
+        assert caught.value.status_code == 413 and caught.value.type == "invalid_request_error"
+        assert "more than 1 MiB; send smaller images" in caught.value.body["message"]
+    assert text_of(client, turn("What is this?"), max_tokens=1)
+    host, port = server.url.split("/")[2].split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    piece = f"{1 << 16:x}\r\n".encode() + b" " * (1 << 16) + b"\r\n"
+    for length, sent in (("Content-Length: 1048577", b""), ("Transfer-Encoding: chunked", 17 * piece)):
+        with socket.create_connection((host, int(port)), timeout=30) as raw:
+            raw.sendall(f"{head}{length}\r\n\r\n".encode() + sent)
+            answer = b""
+            while b"}}" not in answer:
+                more = raw.recv(1 << 16)
+                assert more, answer
+                answer += more
+            assert (
+                answer.startswith(b"HTTP/1.1 413") and b'{"error":{"message":"body: more than 1 MiB' in answer
+            )
+
+
+def test_images_that_are_too_many(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    monkeypatch.setattr(request, "MOST_PIXELS", 3 * 128 * 96)
+    picture = data_url(boxes())
+    request.fetch_images(request.conversation(turn(LONG, *[picture] * 3)), tiny[1], "none")
+    with pytest.raises(UserError, match="36864 pixels together"):
+        request.fetch_images(request.conversation(turn(LONG, *[picture] * 4)), tiny[1], "none")
 
 
 def test_a_stream_ends_as_openais(server: Server) -> None:
@@ -470,6 +504,7 @@ def test_a_port_in_use_is_one_line(server: Server, capsys: pytest.CaptureFixture
     assert error.count("\n") == 1
     assert main(["serve", "tiny", "--port", "70000"]) == 2
     assert main(["serve", "tiny", "--host", "203.0.113.7"]) == 2
+    assert main(["serve", "tiny", "--max_request_mib", "0"]) == 2
     with socket.socket() as free:  # and what's wrong with the checkpoint is the usual line
         free.bind(("127.0.0.1", 0))
     assert main(["serve", "no/such/folder", "--port", "0"]) == 2

@@ -263,7 +263,7 @@ def test_a_failing_benchmark_stops_no_other(tmp_path: Path) -> None:
     assert "no space left on the disk" in problems["full"]
     assert len(lines) == 4 and sum("FAILED" in line for line in lines) == 2 and lines[0].startswith("[1/4]")
     assert "later" not in problems["also good"]
-    assert "; about " in lines[0] and "; about " not in lines[3]
+    assert "; about " in lines[2] and "; about " not in lines[3]
     assert read_state(runs[0].folder)["state"] == "done" and read_state(runs[1].folder)["state"] == "failed"
 
 

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.utils import logging
 
 from dynllava_plugin.errors import UserError
@@ -22,9 +23,32 @@ from dynllava_plugin.serve.chat import ChatHandler, error_content
 REQUEST_ID = "x-request-id"  # of whoever passes requests on; it comes back in the answer
 
 
-def build_app(handler: ChatHandler) -> FastAPI:
-    """Return the application."""
+class BodyLimit:
+    """Refuses a body of more than `mib` MiB, unread where its length is told (Starlette's own limit answers in plain text)."""
+
+    def __init__(self, app: ASGIApp, mib: int) -> None:
+        self.app, self.mib = app, mib
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told, read = int(dict(scope.get("headers", ())).get(b"content-length", 0)), 0
+
+        async def receive_within() -> Message:
+            nonlocal read
+            message = {} if told > self.mib << 20 else await receive()
+            read += len(message.get("body", b""))
+            if max(told, read) > self.mib << 20:
+                raise HTTPException(
+                    413, f"body: more than {self.mib} MiB; send smaller images, or their URLs"
+                )
+            return message
+
+        await self.app(scope, receive_within, send)
+
+
+def build_app(handler: ChatHandler, max_request_mib: int) -> FastAPI:
+    """Return the application, which reads requests of that many MiB at most."""
     app = FastAPI(openapi_url=None)
+    app.add_middleware(BodyLimit, mib=max_request_mib)
     served = {"id": handler.name, "object": "model", "created": 0, "owned_by": "dynllava"}
 
     @app.exception_handler(UserError)
@@ -107,13 +131,12 @@ class QuietServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(handler: ChatHandler, listener: socket.socket) -> None:
+def serve(handler: ChatHandler, listener: socket.socket, max_request_mib: int) -> None:
     """Serve what `handler` answers on a bound socket until it is interrupted."""
     logging.set_verbosity_error()
     # From 90 megapixels on an image is refused.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    config = uvicorn.Config(
-        build_app(handler), log_level="error", access_log=False, timeout_graceful_shutdown=5
-    )
+    app = build_app(handler, max_request_mib)
+    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
     policy = handler.model.model.language_model.policy.name
     QuietServer(config, handler, f"{handler.name} ({policy})").run(sockets=[listener])

@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where images may be fetched from: not from this machine or its network, anywhere, or nowhere "
         "(default: %(default)s)",
     )
+    add(
+        "--max_request_mib",
+        "--max-request-mib",
+        type=int,
+        default=96,
+        help="a larger request is refused; an image of 64 MiB as a data: URL fits (default: %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's)")
@@ -43,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; the port and the packages are looked at before the checkpoint costs time."""
     check_installed("serve", "serve", *NEEDED)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size: {args.batch_size} is not a positive whole number")
+    for flag in ("batch_size", "max_request_mib"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag}: {getattr(args, flag)} is not a positive whole number")
     with bound(args.host, args.port) as listener:
         from dynllava_plugin import load_model
         from dynllava_plugin.serve.app import serve
@@ -56,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
             **asked,
         )  # fmt: skip
         try:
-            serve(ChatHandler(args.checkpoint, model, processor, args.batch_size, args.image_urls), listener)
+            handler = ChatHandler(args.checkpoint, model, processor, args.batch_size, args.image_urls)
+            serve(handler, listener, args.max_request_mib)
         except KeyboardInterrupt:
             pass
         except OSError as error:  # another server took the port while the checkpoint was loading

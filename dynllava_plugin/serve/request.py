@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from PIL import Image
 from transformers.processing_utils import _get_template_variables
 
 from dynllava_plugin.errors import UserError, nearest, one_line
@@ -13,6 +14,8 @@ from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.serve.fetching import Fetch
 
+# Of a request's images together, 1 GiB as RGB: a few hundred KiB of PNG may hold as many. Of one image PIL's own limit holds.
+MOST_PIXELS = 4 * (Image.MAX_IMAGE_PIXELS or 0)
 ROLES = ("system", "user", "assistant")
 # What a chat template is given by whoever runs it: no setting of a request's.
 GIVEN = (
@@ -163,15 +166,20 @@ def fetch_images(turns: list[dict[str, Any]], processor: Any, allowed: str) -> N
     Raises
     ------
     UserError
-        A URL that doesn't answer or may not be fetched, or is no image.
+        A URL that doesn't answer or may not be fetched, or is no image; images of more than `MOST_PIXELS` together.
     """
-    fetch = Fetch(allowed)
+    fetch, pixels = Fetch(allowed), 0
     for turn in turns:
         for part in turn["content"]:
             if part["type"] == "image":
                 # LLaVA-1.5 doesn't turn photographs.
                 turned = not isinstance(processor, DynamicLlavaProcessor)
-                part["image"] = open_image(part["image"], "image_url", turned, fetch)
+                part["image"] = image = open_image(part["image"], "image_url", turned, fetch)
+                pixels += image.width * image.height
+                if pixels > MOST_PIXELS:
+                    raise UserError(
+                        f"image_url: the request's images have more than {MOST_PIXELS} pixels together; send smaller ones"
+                    )
 
 
 def tensors(turns: list[dict[str, Any]], processor: Any, tools: Any, template: dict[str, Any]) -> Any:
