@@ -218,7 +218,7 @@ def test_lmms_eval_names_bad_samples_and_arguments(lm: DynamicLlava, documents: 
         generate(" ", visual)
     with pytest.raises(UserError, match="first test 1: the question has 2 <image> but 1"):
         generate("<image><image>?", visual)
-    with pytest.raises(UserError, match=r"first test 1: the model reads images only, not dict"):
+    with pytest.raises(UserError, match=r"first test 1: the model reads images and video files, not dict"):
         generate("what?", lambda doc: [{"array": 1}])
     with pytest.raises(UserError, match="colour: no such model argument"):
         DynamicLlava(pretrained="tiny", colour="red")

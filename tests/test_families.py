@@ -88,9 +88,9 @@ drawn_shapes = st.tuples(  # images, and every third a video of so many frames
 
 def batch_for(family: str, sizes: Any, seed: int = 0) -> tuple[dict, list[dict], list[str]]:
     """A batch, its samples alone, and their questions; a video is an image in a family without."""
-    if family not in VIDEOS:
+    if family not in {*VIDEOS, "internvl"}:
         sizes = [[size[:2] for size in of] for of in sizes]
-    elif family == "llava_onevision":  # its processor stacks videos: of one number of frames
+    elif not family.startswith("qwen"):  # its processor stacks videos: of one number of frames
         sizes = [[(*size[:2], 4) if len(size) == 3 else size for size in of] for of in sizes]
     processor = stock_processor(family)
     questions = [QUESTIONS[(seed + i) % 3] + " Look again." * ((seed + i) % 2) for i in range(len(sizes))]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dynllava_plugin"
 # From the ground up. The package itself is its front door: who imports it gets the model, so it stands above that; what
 # it shows, at a name's first use, may be of any floor.
 FLOORS = (
-    ("errors", "files", "images", "interrupts", "markup", "environment", "processes"),
+    ("errors", "files", "images", "videos", "interrupts", "markup", "environment", "processes"),
     ("sparsity", "flops", "easy_vqa"),
     ("policies",),
     ("model",),

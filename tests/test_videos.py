@@ -14,6 +14,7 @@ from tests.test_families import CLOSE, VIDEOS, batch_for, step_by_step
 
 # A video behind an image and before one, two videos, an image alone, nothing.
 SIZES = [[(56, 28), (56, 84, 4), (28, 28)], [(28, 56, 4), (42, 84, 4)], [(84, 42)], []]
+# InternVL's processor makes tiles of frames: images to the model.
 every_family = pytest.mark.parametrize("family", sorted(VIDEOS))
 
 
@@ -34,13 +35,14 @@ def lengths_of(model, sample, sizes):
     return found
 
 
-@every_family
+@pytest.mark.parametrize("family", [*sorted(VIDEOS), "internvl"])
 @torch.no_grad()
 def test_full_context_is_the_stock_class(family):
     model, stock = model_of(family), stock_of(family)
     model.set_sparsity(mode="full")
     batch, alone, _ = batch_for(family, SIZES)
-    assert batch["pixel_values_videos"].shape[0] and (batch["input_ids"] == model.config.video_token_id).any()
+    if family in VIDEOS:
+        assert (batch["input_ids"] == model.config.video_token_id).sum() > 40
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(model(**batch).logits[real], stock(**batch).logits[real], **CLOSE)
     for sample in alone:

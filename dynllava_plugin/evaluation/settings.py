@@ -25,7 +25,7 @@ _MODULES = {
 }
 # How a model is loaded and asked, where not as its checkpoint says.
 _LOADING_KEYS = ("dtype", "attn_implementation", "quantization")
-_ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels")
+_ASKING_KEYS = ("system_prompt", "min_pixels", "max_pixels", "video_frames")
 # Where a checkpoint lies and runs, on which no answer depends.
 PLACES = ("pretrained", "device")
 
@@ -82,6 +82,9 @@ class ModelSettings:
         "pixels an image is resized to at least, where the processor has such limits (Qwen)", int, least=1
     )
     max_pixels: int | None = option("and at most", int, least=1)
+    video_frames: int | None = option(
+        "frames of a video that are looked at, evenly spaced (default: 32)", int, least=1
+    )
 
     def __post_init__(self) -> None:
         from dynllava_plugin.policies.registry import check_policy, policy_changes

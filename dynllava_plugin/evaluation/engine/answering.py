@@ -88,7 +88,7 @@ def answer_batch(calls: Calls, batch: list[Prepared], generation: Generation) ->
     earlier = _earlier_answers(calls, inputs["input_ids"], batch)
     one_history = _setting(calls, generation, "num_beams") in (None, 1)
     prompt_tokens = inputs["attention_mask"].sum(1).tolist()
-    image_tokens = (inputs["input_ids"] == calls.model.config.image_token_id).sum(1).tolist()
+    image_tokens = calls.model.visual_places(inputs["input_ids"]).sum(1).tolist()
     with calls.clock():
         shared = None
         if earlier is None and _can_share(calls, generation):

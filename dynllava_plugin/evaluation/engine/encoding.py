@@ -17,6 +17,7 @@ from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.images import open_image
 from dynllava_plugin.model.processing import DynamicLlavaProcessor
+from dynllava_plugin.videos import FRAMES, is_video, open_video
 
 _REMEMBERED = 64  # images whose tensors are kept for the questions that follow
 _CAPACITY = 256 * 2**20  # bytes of image features kept: 54 images of LLaVA-1.5 7B in bfloat16
@@ -101,6 +102,23 @@ class Encoder(ABC):
     def __init__(self, model: Any, processor: Any) -> None:
         self._model, self._processor = model, processor
         self._image_token: str = processor.image_token
+        self._video_token: str | None = getattr(processor, "video_token", None)
+        self.frames = FRAMES  # of a video
+
+    def look_at(self, frames: int) -> None:
+        """Set how many frames of a video are looked at.
+
+        Raises
+        ------
+        UserError
+            None at all, or a checkpoint that reads no videos.
+        """
+        if not frames > 0 or self._video_token is None:
+            reason = (
+                "a video needs one" if self._video_token else "this checkpoint reads no videos; leave it out"
+            )
+            raise UserError(f"video_frames: {frames}; {reason}")
+        self.frames = frames
 
     def prepare(self, index: int, request: Request, text: str) -> Prepared:
         """Return a request, whose place is `index`, with its images read; `text` is what the model is given of it.
@@ -110,9 +128,10 @@ class Encoder(ABC):
         UserError
             For a bad image, or other than one image for each image token.
         """
-        markers = text.count(self._image_token)
-        if markers != len(request.images):
-            found = f"{markers} {self._image_token} but {len(request.images)} images came with it"
+        markers = [token for token in (self._image_token, self._video_token) if token]
+        count = sum(text.count(token) for token in markers)
+        if count != len(request.images):
+            found = f"{count} {' or '.join(markers)} but {len(request.images)} images came with it"
             raise UserError(f"{request.name}: the prompt has {found}")
         return self._prepare(index, request, text)
 
@@ -135,16 +154,20 @@ class Encoder(ABC):
         UserError
             For a bad image, or whatever the processor refuses.
         """
-        pictures = [open_image(image, request.name) for image in request.images]
-        given = {"images": [pictures]} if pictures else {}
+        pictures = [open_image(image, request.name) for image in request.images if not is_video(image)]
+        videos = [open_video(image, self.frames, request.name) for image in request.images if is_video(image)]
+        given: dict[str, Any] = {"images": [pictures]} if pictures else {}
+        if videos:
+            frames, metadata = zip(*videos, strict=True)
+            given |= {"videos": [*frames], "video_metadata": [*metadata], "do_sample_frames": False}
         adds = self._adds_special_tokens(text)
         try:
             found = self._processor(text=[text], return_tensors="pt", add_special_tokens=adds, **given)
         except Exception as error:  # image processors refuse an image each in their own way
             reason = one_line(error)
             raise UserError(f"{request.name}: the checkpoint's processor refuses it ({reason})") from error
-        if "pixel_values" in found:
-            found["pixel_values"] = found["pixel_values"].to(self._model.dtype)
+        for name in {"pixel_values", "pixel_values_videos"} & {*found}:
+            found[name] = found[name].to(self._model.dtype)
         return found
 
     def token_count(self, text: str) -> int:
@@ -251,13 +274,17 @@ class ProcessorEncoder(Encoder):
 
     window_batches = 4  # its images may be large, and each question has its own copy
 
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self._names = (*model.image_inputs, *model.video_inputs, "second_per_grid_ts")
+
     def _prepare(self, index: int, request: Request, text: str) -> Prepared:
         found = self.processed(request, text)
-        tensors = {name: found[name] for name in self._model.image_inputs if name in found}
+        tensors = {name: found[name] for name in self._names if name in found}
         return Prepared(index, request, (), found["input_ids"][0].tolist(), tensors)
 
     def batch(self, items: Sequence[Prepared]) -> dict[str, Any]:
-        images = joined_images(self._model.image_inputs, [item.tensors for item in items], self._model.device)
+        images = joined_images(self._names, [item.tensors for item in items], self._model.device)
         return {**self._padded([item.ids for item in items]), **images}
 
 

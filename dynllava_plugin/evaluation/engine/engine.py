@@ -96,7 +96,10 @@ class Engine:
                 **settings.sparsity(),
             )
         limit_pixels(processor, settings.min_pixels, settings.max_pixels)
-        return cls(model, processor, batch_size, settings.system_prompt)
+        engine = cls(model, processor, batch_size, settings.system_prompt)
+        if settings.video_frames is not None:
+            engine.encoder.look_at(settings.video_frames)
+        return engine
 
     @torch.no_grad()
     def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from PIL import Image
 from dynllava_plugin.errors import UserError, one_line
 from dynllava_plugin.evaluation.engine.requests import Request
 from dynllava_plugin.model.prompts import ASSISTANT, IMAGE_TOKEN, USER, vicuna_v1, with_images
+from dynllava_plugin.videos import is_video
 
 Turn = tuple[str, str | None]
+_VIDEO = "<video\0>"  # in a question, where a video goes: nobody writes that
 
 
 def style_of(model: Any, processor: Any, system_prompt: str | None = None) -> PromptStyle:
@@ -41,7 +44,9 @@ def style_of(model: Any, processor: Any, system_prompt: str | None = None) -> Pr
 
 
 class PromptStyle(ABC):
-    """Turns of a conversation as the text that a model is given; an image is one image token of its processor."""
+    """Turns of a conversation as the text that a model is given; an image or a video is one token of its processor's."""
+
+    has_videos = False
 
     def prompt(self, turns: Sequence[Turn], images: int, name: str) -> str:
         """Return the prompt; the images go before the first question where no question says where.
@@ -71,6 +76,8 @@ class PromptStyle(ABC):
         ----------
         turns, name
             As in `prompt`.
+        images : sequence of path or PIL image
+            In the order of their markers; a path may be a video's.
         continuation : str
             The last answer, to be scored.
 
@@ -80,6 +87,13 @@ class PromptStyle(ABC):
             As `prompt`.
         """
         marked = _marked(turns, len(images), name)
+        videos = [is_video(image) for image in images]
+        if any(videos):
+            if not self.has_videos:
+                raise UserError(
+                    f"{name}: {images[videos.index(True)]} is a video, and the checkpoint reads images only"
+                )
+            marked = _with_videos(marked, videos)
         text = self._text(marked, name)
         spans = []
         for place, (question, answer) in enumerate(marked):
@@ -144,6 +158,7 @@ class ChatTemplate(PromptStyle):
                 "chat_template: the checkpoint has none (chat_template.jinja), so it can't be asked questions"
             )
         self._processor, self._system = processor, system_prompt
+        self.has_videos = getattr(processor, "video_token", None) is not None
 
     def writes_vicuna(self) -> bool:
         """Whether the template writes Vicuna's turns, with or without its system sentence."""
@@ -191,14 +206,23 @@ class ChatTemplate(PromptStyle):
 
 def _content(question: str) -> list[dict[str, str]]:
     """A question as the parts of a message; LLaVA's line break behind a marker goes with the marker."""
-    first, *rest = question.split(IMAGE_TOKEN)
+    first, *rest = re.split(f"({IMAGE_TOKEN}|{_VIDEO})", question)
     parts = [{"type": "text", "text": first}] if first else []
-    for text in rest:
-        parts.append({"type": "image"})
+    for marker, text in zip(rest[::2], rest[1::2], strict=True):
+        parts.append({"type": "video" if marker == _VIDEO else "image"})
         text = text.removeprefix("\n")
         if text:
             parts.append({"type": "text", "text": text})
     return parts
+
+
+def _with_videos(turns: Sequence[Turn], videos: Sequence[bool]) -> list[Turn]:
+    """The turns, whose image markers are a video's where `videos`, in their order, says so."""
+    of_each = iter(videos)
+    return [
+        (re.sub(IMAGE_TOKEN, lambda _: _VIDEO if next(of_each) else IMAGE_TOKEN, question), answer)
+        for question, answer in turns
+    ]
 
 
 def _marked(turns: Sequence[Turn], images: int, name: str) -> list[Turn]:

@@ -37,7 +37,7 @@ def score_batch(calls: Calls, batch: list[Prepared]) -> list[Score]:
     logprobs, greedy = found.log_probs.double().cpu(), (found.greedy | ~wanted).cpu()
     keep, wanted = found.text_keep.cpu(), wanted.cpu()
     prompt = inputs["attention_mask"].cpu()
-    image = (ids == calls.model.config.image_token_id).cpu()
+    image = calls.model.visual_places(ids).cpu()
     kept_images = found.image_keep.sum(1).tolist() if found.image_keep is not None else None
     scores = []
     for row, columns in enumerate(spans):

@@ -102,7 +102,7 @@ class Question:
         return self._style.request(turns, visuals, self.name, continuation)
 
     def visuals(self) -> tuple[str | Image.Image, ...]:
-        """Return the document's images; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
+        """Return the document's images and videos; `doc_to_visual` may give none, one, or a list, as PIL images or paths."""
         if self._doc_to_visual is None:
             return ()
         try:
@@ -119,7 +119,7 @@ def checked_visuals(visuals: Any, name: str) -> tuple[str | Image.Image, ...]:
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
         if not isinstance(visual, (str, Image.Image)):
-            raise UserError(f"{name}: the model reads images only, not {type(visual).__name__}")
+            raise UserError(f"{name}: the model reads images and video files, not {type(visual).__name__}")
     return tuple(visuals)
 
 

@@ -162,6 +162,7 @@ def _asked_otherwise(given: dict[str, Any]) -> str:
         "system_prompt": "system prompt {!r}",
         "min_pixels": "at least {} pixels",
         "max_pixels": "at most {} pixels",
+        "video_frames": "{} frames of a video",
     }
     said = [text.format(given[name]) for name, text in names.items() if given.get(name) is not None]
     return f" ({', '.join(said)})" if said else ""

@@ -134,7 +134,7 @@ class DynamicLlava(BaseModel):
         self.record.note_time(self.engine)
         texts = [answer.text for answer in answers]
         conversation = TURNS in _text_item(message)
-        return {"prediction": json.dumps(texts) if conversation else texts[0], "extra_records": records}
+        return Prediction(prediction=json.dumps(texts) if conversation else texts[0], extra_records=records)
 
     def _answer(self, messages: list[Message], dataset: str) -> list[tuple[list[Answer], Score | None]]:
         """Of each message the answers of its rounds (one, unless it is a conversation), and its score."""
@@ -165,6 +165,13 @@ class DynamicLlava(BaseModel):
             return self.engine.score([requests[place] for place in places], note)
 
         return self._journal.completed([_entry(request, "score") for request in requests], ask)
+
+
+class Prediction(dict[str, Any]):
+    """An answer with its counts, as text the answer alone: the kit writes the text where it asks a video dataset's questions."""
+
+    def __str__(self) -> str:
+        return str(self["prediction"])
 
 
 @dataclass(frozen=True)
