@@ -215,7 +215,9 @@ def test_ctrl_c_while_a_command_starts_is_one_line(typed: list[str], tmp_path: P
         typed, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     signal.signal(signal.SIGINT, before)
-    time.sleep(0.7)  # torch, or a harness, is being imported
+    maps, late = Path(f"/proc/{command.pid}/maps"), time.monotonic() + 30
+    while "torch" not in maps.read_text() and time.monotonic() < late:  # it, or what needs it, is being imported
+        time.sleep(0.02)
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
     assert command.returncode in (-signal.SIGINT, 130)
