@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import POLICIES
 from dynllava_plugin.policies.base import CLASS_TOKEN, SQUARE, Choice, Gate, ImagePolicy, top_tokens
-from tests.families.checkpoints import FAMILIES, image_places, sample_batch, sample_of, stock_processor
+from tests.families.checkpoints import EVERY, FAMILIES, image_places, sample_batch, sample_of, stock_processor
 from tests.families.oracle import hidden_at, last_row_attention, oracle_logits, with_tokens
 from tests.families.ours import answers_of, model_of, stock_of
 from tests.property_tests import examples
@@ -25,7 +25,7 @@ from tests.property_tests import examples
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 SIZES = [[(56, 84)], [(28, 28), (84, 42)], []]
 QUESTIONS = ["What color is the shape?", "Is there a red circle here, or two of them?", "Yes or no?"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", EVERY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,9 @@ SETTINGS = [
     "schedule,0:divprune:0.6,2:image:0.3",
     "image,threshold=0.5",
 ]
-VIDEOS = {"qwen2_5_vl", "qwen3_vl", "llava_onevision"}  # families that have some
+# Families that have some; InternVL's processor makes tiles of frames, images to the model.
+VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "llava_next_video"}
+TILED_VIDEOS = {"internvl", "internvl_qwen3"}
 _sides = st.sampled_from([28, 42, 56, 84]), st.sampled_from([28, 56, 70])
 drawn_shapes = st.tuples(  # images, and every third a video of so many frames
     st.integers(0, 2**16),
@@ -88,7 +90,7 @@ drawn_shapes = st.tuples(  # images, and every third a video of so many frames
 
 def batch_for(family: str, sizes: Any, seed: int = 0) -> tuple[dict, list[dict], list[str]]:
     """A batch, its samples alone, and their questions; a video is an image in a family without."""
-    if family not in {*VIDEOS, "internvl"}:
+    if family not in VIDEOS | TILED_VIDEOS:
         sizes = [[size[:2] for size in of] for of in sizes]
     elif not family.startswith("qwen"):  # its processor stacks videos: of one number of frames
         sizes = [[(*size[:2], 4) if len(size) == 3 else size for size in of] for of in sizes]
@@ -141,7 +143,7 @@ def test_full_context_is_the_stock_class(family):
     assert torch.equal(model.generate(**batch, **options, num_beams=3), beams)
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)  # their relatives: drawn in `test_matrix`
 @pytest.mark.parametrize("text", SETTINGS)
 @examples(2)
 @given(shapes=drawn_shapes)
@@ -214,7 +216,7 @@ def assert_as_the_oracle_says(family, text):
 def units(model: Any, family: str, sizes: Any, sample: dict) -> list[torch.Tensor]:
     """Places of what counts as an image: InternVL's tiles each by itself."""
     places = image_places(family, stock_processor(family), sizes, sample)
-    if family == "internvl":
+    if family in TILED_VIDEOS:
         return [tile for image in places for tile in image.split(model.config.image_seq_length)]
     return places
 
@@ -366,7 +368,7 @@ def test_what_a_family_cannot_do_is_one_line(family):
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "policies.md"
 CLIP = {"llava_llama", "llava_mistral"}  # llava_qwen2's tower is a SigLIP
-WHERE = {"all": {*FAMILIES}, "LLaVA-1.5": CLIP, "LLaVA-1.5, InternVL": {*CLIP, "llava_qwen2", "internvl"}}
+WHERE = {"all": {*EVERY}, "LLaVA-1.5": CLIP, "LLaVA-1.5, InternVL": {*CLIP, "llava_qwen2", *TILED_VIDEOS}}
 
 
 def documented() -> dict[str, tuple[str, str]]:

@@ -14,10 +14,10 @@ from dynllava_plugin import DynamicLlavaForConditionalGeneration, load_model
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.checkpoints import check_settings
 from dynllava_plugin.model.families import FAMILIES as CLASSES
-from tests.families.checkpoints import FAMILIES, conversation, picture, sample_batch, write_checkpoint
+from tests.families.checkpoints import EVERY, conversation, picture, sample_batch, write_checkpoint
 
 SIZES, QUESTIONS = [[(56, 84)], [(28, 28)], []], ["What color is the shape?", "How many?", "Yes or no?"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", EVERY)
 
 
 @every_family

@@ -216,7 +216,8 @@ def test_ctrl_c_while_a_command_starts_is_one_line(typed: list[str], tmp_path: P
     )
     signal.signal(signal.SIGINT, before)
     maps, late = Path(f"/proc/{command.pid}/maps"), time.monotonic() + 30
-    while "torch" not in maps.read_text() and time.monotonic() < late:  # it, or what needs it, is being imported
+    # Until torch, or what needs it, is being imported.
+    while "torch" not in maps.read_text() and time.monotonic() < late:
         time.sleep(0.02)
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)

@@ -22,7 +22,14 @@ from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.videos import open_video
 from tests.families.checkpoints import picture, write_checkpoint
 
-FAMILIES = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")  # those whose processors read videos
+FAMILIES = (
+    "internvl",
+    "llava_next_video",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+)  # those whose processors read videos
 ASKED = {"max_new_tokens": 6, "min_new_tokens": 6}
 
 

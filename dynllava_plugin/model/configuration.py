@@ -107,6 +107,10 @@ def fresh_sparsity(hidden_size: int) -> SparsityConfig:
 
 
 def dynamic(stock: Any, mixin: type, module: str, what: str, **facts: Any) -> Any:
-    """Return `DynamicX`, in `module`, of a stock class X with a `mixin` before it and `facts` inside; its docstring is "X `what`."."""
+    """Return `DynamicX`, in `module`, of a stock class X with a `mixin` (object: none) before it and `facts` inside.
+
+    Its docstring is "X `what`.".
+    """
     facts |= {"__doc__": f"{stock.__name__} {what}.", "__module__": module}
-    return type(f"Dynamic{stock.__name__}", (mixin, stock), facts)
+    bases = (stock,) if mixin is object else (mixin, stock)
+    return type(f"Dynamic{stock.__name__}", bases, facts)

@@ -251,8 +251,8 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         """Raise `UserError` for what the stock classes obey, as an argument or in a config, and this one doesn't."""
         if images["pixel_values_videos"] is not None and not self.video_inputs:
             raise UserError("pixel_values_videos: this family has no videos, images it has")
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name, getattr(self.config, name)):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.get(name, getattr(self.config, name, False)):
                 raise UserError(
                     f"{name}: layers hold different tokens here, so there is no such tensor; leave it out"
                 )

@@ -22,6 +22,7 @@ from transformers.models.clip import CLIPImageProcessor
 from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl import InternVLVideoProcessor
 from transformers.models.llava_next import LlavaNextImageProcessor
+from transformers.models.llava_next_video import LlavaNextVideoVideoProcessor
 from transformers.models.llava_onevision import LlavaOnevisionImageProcessor, LlavaOnevisionVideoProcessor
 from transformers.models.pixtral import PixtralImageProcessor
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
@@ -209,6 +210,54 @@ def _qwen3_vl_processor(tokenizer: Any, template: str) -> ProcessorMixin:
     )
 
 
+# Their relatives: an older one, one with experts, one for videos, and InternVL 3.5's LLM
+
+
+def _qwen2_vl_config(tokenizer: Any) -> dict[str, Any]:
+    rope = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e6)
+    text = _text("qwen2_vl_text", tokenizer, rope_parameters=rope)
+    vision = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=7, mlp_ratio=2)
+    return dict(text_config=text, vision_config=vision, **_qwen_vl_ids(tokenizer))
+
+
+def _qwen2_vl_processor(tokenizer: Any, template: str) -> ProcessorMixin:
+    made = _qwen2_5_vl_processor(tokenizer, template)
+    return transformers.Qwen2VLProcessor(
+        image_processor=made.image_processor, tokenizer=tokenizer, video_processor=made.video_processor,
+        chat_template=template,
+    )  # fmt: skip
+
+
+def _qwen3_vl_moe_config(tokenizer: Any) -> dict[str, Any]:
+    made = _qwen3_vl_config(tokenizer)
+    experts = dict(
+        model_type="qwen3_vl_moe_text", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    )
+    return made | dict(text_config=made["text_config"] | experts)
+
+
+def _next_video_config(tokenizer: Any) -> dict[str, Any]:
+    text = _text("llama", tokenizer)
+    video = dict(video_token_index=_id(tokenizer, "<video>"), image_grid_pinpoints=_NEXT_GRIDS)
+    return _llava_config(tokenizer, text) | video
+
+
+def _next_video_processor(tokenizer: Any, template: str) -> ProcessorMixin:
+    size = {"height": _TILE, "width": _TILE}
+    return transformers.LlavaNextVideoProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": _TILE}, crop_size=size, image_grid_pinpoints=_NEXT_GRIDS
+        ),
+        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": _TILE}, crop_size=size),
+        tokenizer=tokenizer, patch_size=7, chat_template=template, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+
+
+def _internvl_qwen3_config(tokenizer: Any) -> dict[str, Any]:
+    return _internvl_config(tokenizer) | dict(text_config=_text("qwen3", tokenizer, rope_theta=1e6))
+
+
 # InternVL: tiles of 16 tokens, and the whole image behind them where there are several
 
 
@@ -311,18 +360,39 @@ FAMILIES: dict[str, Family] = {
         templates.MISTRAL3, words.tekken, _mistral3_processor, _mistral3_config,
     ),
 }  # fmt: skip
+# Those that go ways of the others': in the tests of the model, not in those of the harnesses and of training.
+RELATIVES: dict[str, Family] = {
+    "qwen2_vl": Family(
+        "Qwen/Qwen2-VL-7B-Instruct", "Qwen2VLForConditionalGeneration", "<|image_pad|>", templates.QWEN2_5_VL,
+        lambda: words.qwen2("<|endoftext|>", "<|im_end|>", _QWEN_VL), _qwen2_vl_processor, _qwen2_vl_config,
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen3VLMoeForConditionalGeneration", "<|image_pad|>", templates.QWEN3_VL,
+        lambda: words.qwen2("<|endoftext|>", "<|im_end|>", _QWEN_VL), _qwen3_vl_processor, _qwen3_vl_moe_config,
+    ),
+    "llava_next_video": Family(
+        "llava-hf/LLaVA-NeXT-Video-7B-hf", "LlavaNextVideoForConditionalGeneration", "<image>",
+        templates.LLAVA_NEXT_VIDEO, lambda: words.llama("<image>", "<video>", "<pad>"), _next_video_processor,
+        _next_video_config,
+    ),
+    "internvl_qwen3": Family(
+        "OpenGVLab/InternVL3_5-8B-HF", "InternVLForConditionalGeneration", "<IMG_CONTEXT>", templates.INTERNVL,
+        _internvl_tokenizer, _internvl_processor, _internvl_qwen3_config,
+    ),
+}  # fmt: skip
+EVERY = FAMILIES | RELATIVES
 
 
 @functools.cache
 def stock_processor(family: str) -> ProcessorMixin:
     """The family's processor class with a small tokenizer and the hub's chat template, padding on the left."""
-    made = FAMILIES[family]
+    made = EVERY[family]
     return made.processor(made.tokenizer(), made.template)
 
 
 def stock_config(family: str) -> Any:
     """The config of `stock_model(family)`."""
-    made = FAMILIES[family]
+    made = EVERY[family]
     return getattr(transformers, made.model_class).config_class(
         **made.config(stock_processor(family).tokenizer)
     )
@@ -337,7 +407,7 @@ def stock_model(family: str, seed: int = 0, attention: str = "sdpa", **text: Any
     for name, value in text.items():
         setattr(config.text_config, name, value)
     config._attn_implementation = attention
-    model = getattr(transformers, FAMILIES[family].model_class)(config).float().eval()
+    model = getattr(transformers, EVERY[family].model_class)(config).float().eval()
     _randomize(model, seed)
     tokenizer = stock_processor(family).tokenizer
     _never_name_placeholders(model, tokenizer)
@@ -376,7 +446,7 @@ def write_checkpoint(family: str, folder: Path | str, seed: int = 0) -> Path:
     """A folder as from the hub: weights, config, generation settings, the processor's files and chat template."""
     folder = Path(folder)
     model = stock_model(family, seed)
-    model.generation_config.update(**FAMILIES[family].generation)
+    model.generation_config.update(**EVERY[family].generation)
     model.save_pretrained(folder)
     stock_processor(family).save_pretrained(folder)
     return folder
@@ -439,7 +509,7 @@ def sample_of(
 def _process(
     family: str, processor: Any, samples: list[tuple[int, Sequence[tuple[int, ...]], str]], seed: int
 ) -> dict[str, Any]:
-    assert processor.image_token == FAMILIES[family].image_token, f"not a processor of {family}"
+    assert processor.image_token == EVERY[family].image_token, f"not a processor of {family}"
     texts = [
         prompt_of(processor, question, ["image" if len(size) == 2 else "video" for size in of])
         for _, of, question in samples
@@ -481,7 +551,7 @@ def image_places(
     """
     if not sizes:
         return []
-    image, end = FAMILIES[family].image_token, processor.tokenizer.eos_token
+    image, end = EVERY[family].image_token, processor.tokenizer.eos_token
     pictures = _pictures(sizes, 0, 0)
     ids = processor(images=[pictures], text=[end.join([image] * len(sizes))], return_tensors="pt")[
         "input_ids"

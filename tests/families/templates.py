@@ -11,6 +11,12 @@ LLAVA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+# As llava-hf/LLaVA-NeXT-Video-7B-hf: LLaVA-1.5's, with videos behind the images.
+LLAVA_NEXT_VIDEO = LLAVA.replace(
+    "{# Render all text next #}",
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\\n' }}{% endfor %}",
+)
+
 # llava-hf/llava-interleave-qwen-0.5b-hf.
 LLAVA_QWEN2 = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{# Render all images first #}"

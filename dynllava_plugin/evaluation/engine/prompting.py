@@ -36,7 +36,8 @@ def style_of(model: Any, processor: Any, system_prompt: str | None = None) -> Pr
         A checkpoint without a chat template; a system prompt for vicuna, which has its own.
     """
     template = ChatTemplate(processor, system_prompt)
-    if model.config.text_config.model_type != "dynamic_llama" or not template.writes_vicuna():
+    kind = model.config.text_config.model_type
+    if kind != "dynamic_llama" or template.has_videos or not template.writes_vicuna():
         return template
     if system_prompt is not None:
         raise UserError("system_prompt: LLaVA-1.5's prompt has its own; leave it out")

@@ -33,9 +33,7 @@ REFUSED = {
     "gemma3": "image tokens attend both ways and half of the layers see a window",
     "idefics3": "its generation has a cache of its own",
     "smolvlm": "its generation has a cache of its own",
-    "qwen2_vl": "the next model of its line, Qwen2.5-VL, is supported",
-    "llava_next_video": "videos are not supported",
-    "video_llava": "videos are not supported",
+    "video_llava": "its images and videos have a vision tower each",
 }
 # The original code's `mm_vision_select_feature` -> `vision_feature_select_strategy`.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}

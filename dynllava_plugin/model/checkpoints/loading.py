@@ -64,10 +64,10 @@ def load_model(
     Parameters
     ----------
     path_or_hub_id : str or Path
-        A folder, a hub id, or ``"tiny"`` (the bundled model). Stock checkpoints of LLaVA-NeXT, LLaVA-OneVision,
-        Qwen2.5-VL, Qwen3-VL, InternVL (transformers' layout) and Mistral3; LLaVA-1.5 as published Dynamic-LLaVA, original,
-        llava-hf; and what `save_pretrained` wrote. They are told apart by their config.json. A folder with a LoRA adapter
-        (and predictors) is merged into the checkpoint that it names.
+        A folder, a hub id, or ``"tiny"`` (the bundled model). Stock checkpoints of LLaVA-NeXT (-Video), LLaVA-OneVision,
+        Qwen2-VL, Qwen2.5-VL, Qwen3-VL (with experts too), InternVL (transformers' layout) and Mistral3; LLaVA-1.5 as
+        published Dynamic-LLaVA, original, llava-hf; and what `save_pretrained` wrote. They are told apart by their
+        config.json. A folder with a LoRA adapter (and predictors) is merged into the checkpoint that it names.
     device : str or torch.device, optional
         Default: the GPU where there is one, else the CPU.
     dtype : str or torch.dtype, optional

@@ -8,10 +8,13 @@ from dynllava_plugin.model.families import (  # noqa: F401
     internvl,
     llava,
     llava_next,
+    llava_next_video,
     llava_onevision,
     mistral3,
     qwen2_5_vl,
+    qwen2_vl,
     qwen3_vl,
+    qwen3_vl_moe,
 )
 from dynllava_plugin.model.families.registration import FAMILIES
 

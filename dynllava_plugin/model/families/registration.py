@@ -39,6 +39,17 @@ def plain_family(
     return config, model
 
 
+def with_llm(stock_model: Any, llm: Any, module: str) -> Any:
+    """Return `DynamicX`, in `module`, of a stock model X that names its text model's class itself, around our class `llm`."""
+
+    def __init__(self: Any, config: Any) -> None:
+        stock_model.__init__(self, config)
+        self.language_model = llm._from_config(config.text_config)
+        self.post_init()
+
+    return dynamic(stock_model, object, module, f"around {llm.__name__}", __init__=__init__)
+
+
 def register_family(model: Any, stock_config: Any) -> None:
     """Register a family's class, and that its checkpoints' keys are renamed as the stock ones'."""
     config = model.config_class

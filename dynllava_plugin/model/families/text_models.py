@@ -10,9 +10,13 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
 
 from dynllava_plugin.model.configuration import PREFIX, TEXT_CONFIGS, SparseTextConfig, dynamic
 from dynllava_plugin.model.decoder import SparseDecoder
@@ -41,4 +45,8 @@ DynamicMistralConfig, DynamicMistralModel = _with_gates(MistralConfig, MistralMo
 DynamicQwen2_5_VLTextConfig, DynamicQwen2_5_VLTextModel = _with_gates(
     Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 )
+DynamicQwen2VLTextConfig, DynamicQwen2VLTextModel = _with_gates(Qwen2VLTextConfig, Qwen2VLTextModel)
 DynamicQwen3VLTextConfig, DynamicQwen3VLTextModel = _with_gates(Qwen3VLTextConfig, Qwen3VLTextModel)
+DynamicQwen3VLMoeTextConfig, DynamicQwen3VLMoeTextModel = _with_gates(
+    Qwen3VLMoeTextConfig, Qwen3VLMoeTextModel
+)
