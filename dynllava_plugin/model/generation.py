@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.model.outputs import DynamicLlavaOutput
 from dynllava_plugin.model.static_decoding import StaticCache, captures, static_step
 from dynllava_plugin.model.static_prefill import StaticPrefill
-from dynllava_plugin.model.token_layout import token_positions
+from dynllava_plugin.model.token_layout import VISUALS, token_positions
 from dynllava_plugin.policies import Policy
 from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 
@@ -32,6 +32,8 @@ class SparseGeneration(nn.Module):
 
     model: Any
     static_prefill: StaticPrefill
+    image_inputs: ClassVar[tuple[str, ...]]
+    video_inputs: ClassVar[tuple[str, ...]]
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
@@ -87,6 +89,20 @@ class SparseGeneration(nn.Module):
         if given is not None:
             kwargs[CACHE_NAME] = given
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
+        """As `generate` does before its first step, through `encode`."""
+        given = model_kwargs.get("mm_encoder_outputs") or {}
+        names = {*self.image_inputs, *self.video_inputs}
+        visuals = {name: model_kwargs.pop(name) for name in names & {*model_kwargs}}
+        for kind, pixels in VISUALS.items():
+            if visuals.get(pixels) is not None and given.get(kind) is not None:
+                raise UserError(
+                    f"{pixels}: mm_encoder_outputs has these {kind}s' features already; pass one of both"
+                )
+        if found := self.encoded(visuals, given):
+            model_kwargs["mm_encoder_outputs"] = found
+        return model_kwargs
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: `forward` counts real tokens by the attention mask, at whichever end the padding is."""

@@ -22,6 +22,7 @@ from dynllava_plugin.model.settings import SparseSettings
 from dynllava_plugin.model.static_decoding import StaticCache
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
+    VISUALS,
     in_order_of_places,
     output_columns,
     place_images,
@@ -40,8 +41,6 @@ from dynllava_plugin.sparsity.objective import lm_loss
 from dynllava_plugin.sparsity.selection import last_answer
 
 FEW_TOKENS = 64
-# What stands in a prompt beside text, and the argument of `forward` that has its pixels.
-VISUALS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring):
@@ -293,13 +292,13 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         if seen and length == 1:  # `generate` may hand the prompt's images to every step
             layout = TokenLayout(output_mask=output[0])
             return Tokens.of(inputs_embeds, attention_mask, position_ids, valid, cache, layout), None
-        found, places = self._encoded(images, encoded), input_ids
+        found, places = self.encoded(images, encoded), input_ids
         if places is None and found:
             places = self._placeholders_among(inputs_embeds)
         features, marks, image_mask = None, None, None
         levels: list[list[torch.Tensor]] = []
         if found:
-            features, levels = in_order_of_places(found, lambda: self._kinds(places))
+            features, levels = in_order_of_places(found, lambda: self._of_videos(places))
             features, marks = split_features(features, inputs_embeds.shape[-1], policy)
         if places is not None:
             image_mask = self.visual_places(places)
@@ -361,21 +360,7 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         """Return each image's or each video's part of `pixels`; `visuals` are the other arguments that came with them."""
         return pixels  # type: ignore[return-value]
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
-        """As `generate` does before its first step, through `encode`."""
-        given = model_kwargs.get("mm_encoder_outputs") or {}
-        names = {*self.image_inputs, *self.video_inputs}
-        visuals = {name: model_kwargs.pop(name) for name in names & {*model_kwargs}}
-        for kind, pixels in VISUALS.items():
-            if visuals.get(pixels) is not None and given.get(kind) is not None:
-                raise UserError(
-                    f"{pixels}: mm_encoder_outputs has these {kind}s' features already; pass one of both"
-                )
-        if found := self._encoded(visuals, given):
-            model_kwargs["mm_encoder_outputs"] = found
-        return model_kwargs
-
-    def _encoded(self, visuals: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    def encoded(self, visuals: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
         """Return what the vision tower made of images and of videos, by kind, as far as it isn't `given`; empty without any."""
         found = {kind: output for kind, output in (given or {}).items() if output is not None}
         for kind, pixels in VISUALS.items():
@@ -406,6 +391,12 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
                 "returns them"
             ) from error
 
+    def _of_videos(self, input_ids: torch.Tensor) -> list[bool]:
+        """Return for each image or video token of a call, in order, whether it is a video's."""
+        return [
+            token == self.config.video_token_id for token in input_ids[self.visual_places(input_ids)].tolist()
+        ]
+
     def _placeholders_among(self, embeds: torch.Tensor) -> torch.Tensor:
         """Return int64 [B, L]: the id of the placeholder at embeddings that are one's, as the stock classes find them; else -1."""
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
@@ -413,9 +404,4 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         for token in tokens:
             placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # type: ignore[operator]
             found[(embeds == placeholder).all(-1)] = token
-        return found
-
-    def _kinds(self, input_ids: torch.Tensor) -> list[bool]:
-        """Return for each image or video token of a call, in order, whether it is a video's."""
-        found: list[bool] = (input_ids[self.visual_places(input_ids)] == self.config.video_token_id).tolist()
         return found

@@ -13,6 +13,8 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.policies import Policy, TokenLayout
 from dynllava_plugin.sparsity.cache import SparseContextCache
 
+# What stands in a prompt beside text, and the argument of `forward` that has its pixels.
+VISUALS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # `generate` encodes images before the first forward call and repeats the result for each beam, and evaluation keeps it. So what
 # is known of an image's pixels travels in channels behind its features: what the vision tower decided of each token (1 where it
 # stays, and its score), or, for a policy that uses chance, the bytes of a checksum, which every data type holds exactly.
