@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,14 +79,17 @@ def test_videos_and_images_share_a_batch_and_are_what_the_processor_makes_of_the
     messages = [
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What color is the shape?"}]}
     ]
-    frames, metadata = open_video(paths[0], 4)
-    assert frames.shape == (4, 84, 56, 3) and metadata.frames_indices.tolist() == [0, 4, 7, 11]
-    text = engine.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = engine.processor(
-        text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-    )
+    prompt = engine.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"```python\n(frames, metadata = .*?)```", readme, re.DOTALL)
+    assert code
+    typed = code[1].replace("clip.mp4", paths[0]).replace("frames=16", "frames=4")
+    names: dict[str, Any] = {"open_video": open_video, "processor": engine.processor, "prompt": prompt}
+    exec(typed, names)
+    assert names["frames"].shape == (4, 84, 56, 3)
+    assert names["metadata"].frames_indices.tolist() == [0, 4, 7, 11]
     with torch.no_grad():
-        out = engine.model.generate(**inputs, **ASKED, do_sample=False)
+        out = engine.model.generate(**names["inputs"], **ASKED, do_sample=False)
     assert engine.processor.decode(out[0, -6:], skip_special_tokens=True).strip() == together[0]
 
 
