@@ -97,6 +97,20 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     four_turns(model, processor, new=3, turns=turns)
 
 
+def test_text_moves_up_by_what_every_image_lost_before_the_llm() -> None:
+    model, processor = load_model("tiny", device="cpu", policy="full")
+    talk = four_turns(model, processor, "divprune,keep=0.3,positions=packed")
+    assert talk.cache is not None and int(talk.cache.moved_up) == 2 * (64 - 19)
+
+
+def test_a_cache_that_lets_tokens_go_counts_those_of_every_image() -> None:
+    model, processor = load_model("tiny", device="cpu", policy="image+h2o,image.keep=0.25")
+    talk = Conversation(model, processor, max_new_tokens=3)
+    for turn, (question, _) in enumerate(TURNS):
+        talk.ask(question, *([boxes("red")] if turn in (0, 2) else []))
+        assert talk.cache is not None and int(talk.cache.images_kept) == (16 if turn < 2 else 32)
+
+
 def test_what_goes_wrong_is_one_line() -> None:
     model, processor = load_model("tiny", device="cpu", policy="image")
     talk = Conversation(model, processor, max_new_tokens=3)

@@ -283,6 +283,28 @@ def test_two_gates(family):
     assert torch.equal(model(**sample).image_keep[0], second[places])
 
 
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("llava_llama", "divprune,keep=0.4"), ("qwen2_5_vl", "image_text,keep=0.4"), ("qwen3_vl", "h2o,r=0.5")],
+)
+@torch.no_grad()
+def test_rows_picked_from_a_cache_go_on_as_alone(family, text):
+    """Each with its own positions: text moved up by what its image lost, or behind an image that turned."""
+    model = model_of(family)
+    model.set_sparsity(policy=text)
+    batch, alone, _ = batch_for(family, SIZES)
+    answers, rows = answers_of(family, len(SIZES), 3, 5), [1, 0]
+    out = model(**batch, use_cache=True)
+    out.past_key_values.batch_select_indices(torch.tensor(rows))
+    mask = batch["attention_mask"][rows]
+    for step in range(2):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        out = model(answers[rows, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values)
+    for place, row in enumerate(rows):
+        own, _ = step_by_step(model, alone[row], answers[row : row + 1])
+        torch.testing.assert_close(out.logits[place, -1], own[0, 2], **CLOSE)
+
+
 @every_family
 @torch.no_grad()
 def test_generate_in_all_its_forms(family):
