@@ -130,11 +130,22 @@ def test_what_goes_wrong_is_one_line() -> None:
         model.generate(ids, pixel_values=inputs["pixel_values"], past_key_values=out.past_key_values)
 
 
-def test_what_the_readme_types(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_readme_types(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = re.search(r"```python\n(talk = .*?)```", readme, re.DOTALL)
-    assert code
-    model, processor = load_model("tiny", device="cpu", policy="full")
-    names = {"model": model, "processor": processor, "image": boxes("red")}
-    exec("from dynllava_plugin import Conversation\n" + code[1], names)
+    first, talk, *_ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    first = (
+        first.replace("Osilly/Dynamic-LLaVA-7B", "tiny").replace("cuda", "cpu").replace("bfloat16", "float32")
+    )
+    monkeypatch.chdir(tmp_path)
+    boxes("red").save("photo.jpg")
+    names: dict[str, Any] = {"image": boxes("red")}
+    exec(first, names)
+    answer, *lengths, score = capsys.readouterr().out.splitlines()
+    assert (
+        answer and len(lengths) == names["model"].config.text_config.num_hidden_layers and "tensor(-" in score
+    )
+    assert names["model"].config.sparsity.mode == "image"
+    exec("from dynllava_plugin import Conversation\n" + talk, names)
     assert capsys.readouterr().out.count("\n") == 2

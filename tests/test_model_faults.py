@@ -258,9 +258,10 @@ def test_automodel_knows_every_family(family):
     assert type(AutoModel.from_config(model.config)) is model.model_class
 
 
-def test_prompt_tuning_trains_and_answers():
-    """peft hands embeddings down in place of ids: images find their places among them."""
-    model = random_model(mode="image")
+@pytest.mark.parametrize("mode", ["full", "image"])
+def test_prompt_tuning_trains_and_answers(mode):
+    """peft hands embeddings down in place of ids: images find their places among them, and the prompt comes once."""
+    model = random_model(mode=mode)
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     batch = batch_of([random_sample(random.Random(0), 1, 3)], labels=[[5, 6, 7]])
     tuned.train()
@@ -270,8 +271,11 @@ def test_prompt_tuning_trains_and_answers():
     tuned.eval()
     batch.pop("labels")
     with torch.no_grad():
-        assert tuned(**batch).image_keep.sum() == 4
-        assert (
-            tuned.generate(**batch, max_new_tokens=3, min_new_tokens=3).shape[1]
-            == batch["input_ids"].shape[1] + 3
+        if mode == "image":
+            assert tuned(**batch).image_keep.sum() == 4
+        cached, uncached = (
+            tuned.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=use)
+            for use in (True, False)
         )
+    assert cached.shape[1] == batch["input_ids"].shape[1] + 8
+    assert cached.tolist() == uncached.tolist()

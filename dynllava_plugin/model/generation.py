@@ -104,6 +104,13 @@ class SparseGeneration(nn.Module):
             model_kwargs["mm_encoder_outputs"] = found
         return model_kwargs
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return a call's arguments. The cache's name is always `past_key_values`: peft's prompt tuning looks for no other."""
+        call = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        return {"past_key_values" if name == CACHE_NAME else name: value for name, value in call.items()}
+
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: `forward` counts real tokens by the attention mask, at whichever end the padding is."""
 
