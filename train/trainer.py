@@ -74,7 +74,8 @@ class DynamicLlavaTrainer(Trainer):
         self._batch_samples = self._micro_batches = torch.zeros(())
         self._rates: list[float] = []
         self._saving = False
-        self.dynamic.config.use_cache = True  # Trainer switches it off, and it would be saved so
+        # Trainer sets it beside the LLM's own: it would be saved, and handed to the vision tower's layers.
+        vars(self.dynamic.config).pop("use_cache", None)
         self.add_callback(StepRules(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -226,14 +227,14 @@ class DynamicLlavaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's, under the names that the model has in memory: going on reads no others."""
-        if is_adapted(self.model):
-            return super()._save(output_dir, state_dict)
-        save = self.dynamic.save_pretrained
-        self.dynamic.save_pretrained = partial(save, save_original_format=False)
+        model, how = self.dynamic, {"save_original_format": False}
+        if is_adapted(self.model):  # else peft asks a hub whether the base's embeddings were resized
+            model, how = self.model, {"save_embedding_layers": False}
+        model.save_pretrained = partial(model.save_pretrained, **how)
         try:
             super()._save(output_dir, state_dict)
         finally:
-            del self.dynamic.save_pretrained
+            del model.save_pretrained
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
