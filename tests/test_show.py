@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dynllava_plugin import explain, load_model
 from dynllava_plugin.cli import main
-from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.visualize.explain import Explanation, _pieces
 from dynllava_plugin.visualize.page import page
 from dynllava_plugin.visualize.picture import draw, greyed
@@ -56,10 +56,10 @@ def test_other_families_are_drawn_by_their_grid(family: str, picture: Path, tmp_
         write_checkpoint(family, tmp_path / family), device="cpu", policy="random,r=0.5"
     )
     found = explain(model, processor, picture, QUESTION, max_new_tokens=5)
-    rows, columns = found.grid
+    rows, columns = found.views[0].tokens.shape
     assert rows * columns == len(found.image_keep) and (rows < columns) == (family != "llava_qwen2")
     assert found.image_keep.sum() == rows * columns - int(0.5 * rows * columns)
-    assert greyed(found, 256).size == (256, round(256 * found.image.shape[0] / found.image.shape[1]))
+    assert greyed(found.views[0], found.image_keep, 256).size == (256, 256 * rows // columns)
     output = tmp_path / "kept.png"
     flags = [
         "--pretrained",
@@ -76,16 +76,54 @@ def test_other_families_are_drawn_by_their_grid(family: str, picture: Path, tmp_
     )
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "internvl", "mistral3"])
-def test_families_whose_image_tokens_are_no_grid_are_refused(
-    family: str, picture: Path, tmp_path: Path
-) -> None:
-    model, processor = load_model(write_checkpoint(family, tmp_path), device="cpu", mode="full")
-    model.forward = None
-    with pytest.raises(
-        UserError, match=f"image: the image tokens of {family} are tiles or have others between"
-    ):
-        explain(model, processor, picture, QUESTION)
+TILES = ["llava_next", "llava_next_video", "llava_onevision", "internvl"]
+
+
+@pytest.mark.parametrize("family", [*TILES, "mistral3", "llava_qwen2"])
+@torch.no_grad()
+def test_a_token_lies_where_its_pixels_are(family: str, picture: Path, tmp_path: Path) -> None:
+    """Of a tower that mixes no tokens: what changes in a picture changes the tokens that are drawn there, and no others."""
+    folder = write_checkpoint(family, tmp_path / "model")
+    model, processor = load_model(folder, device="cpu", policy="random,r=0.5")
+    for name, parameter in model.model.vision_tower.named_parameters():
+        if re.search("out_proj|o_proj|projection_layer", name):
+            parameter.zero_()
+    views, features = [], []
+    for painted in (False, True):
+        image = Image.open(picture)
+        if painted:
+            image.paste((20, 200, 60), (96, 16, 128, 40))
+        image.save(tmp_path / "picture.png")
+        found = explain(model, processor, tmp_path / "picture.png", QUESTION, max_new_tokens=1)
+        prompt = style_of(model, processor).prompt([(QUESTION, None)], 1, "question")
+        inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+        encoded = torch.cat([*model.encode("image", inputs).pooler_output])[:, :64]
+        views.append(found.views)
+        features.append(encoded)
+        assert len(found.image_keep) == len(encoded)
+    moved = (features[0] - features[1]).norm(dim=-1)
+    moved = (moved > 0.05 * moved.max()).numpy()
+    for before, after in zip(*views, strict=True):
+        difference = Image.fromarray(np.abs(before.image.astype(int) - after.image).max(-1).astype(np.uint8))
+        # OneVision's lines are blends of more lines, and of what is around.
+        around = difference.filter(ImageFilter.MaxFilter(15 if family == "llava_onevision" else 1))
+        rows, columns = before.tokens.shape
+        inside, near = (
+            np.asarray(pixels)
+            .repeat(rows, 0)
+            .repeat(columns, 1)
+            .reshape(rows, difference.height, columns, difference.width)
+            .max((1, 3))
+            for pixels in (difference, around)
+        )
+        assert 0 < moved[before.tokens].mean() < 0.5 and not (moved[before.tokens] & (near == 0)).any()
+        assert not (~moved[before.tokens] & (inside > 100)).any()
+    drawn = np.concatenate([view.tokens.flatten() for view in views[0]])
+    assert (
+        len(set(drawn.tolist())) == len(drawn) and not moved[np.setdiff1d(range(len(encoded)), drawn)].any()
+    )
+    assert ("line ends" in page([found])) == (family in TILES[:3])
+    assert len(views[0]) == 1 + (family in TILES)
 
 
 def test_equivalent_tokens_where_the_cache_lets_tokens_go(tiny: tuple[Any, Any], picture: Path) -> None:
@@ -107,8 +145,9 @@ def test_dropped_words_under_two_policies(tiny: tuple[Any, Any], picture: Path) 
 )
 def test_explanation_is_what_the_model_does(tiny: tuple[Any, Any], picture: Path, policy: str) -> None:
     found = explained(tiny, picture, policy)
-    assert found.image.shape == (128, 128, 3) and found.image.dtype == np.uint8
-    assert found.grid == (8, 8) and found.image_keep.shape == (64,)
+    image, tokens = found.views[0].image, found.views[0].tokens
+    assert image.shape == (128, 128, 3) and image.dtype == np.uint8
+    assert np.array_equal(tokens, np.arange(64).reshape(8, 8)) and found.image_keep.shape == (64,)
     assert len(found.tokens) == len(found.text_keep) > 0
     assert "".join(found.tokens).strip() == found.answer
     if policy == "full":
@@ -132,19 +171,19 @@ def test_image_is_shown_as_the_model_saw_it(tiny: tuple[Any, Any], picture: Path
     found = explained(tiny, picture, "full", tokens=1)
     _, processor = tiny
     seen = np.asarray(processor.prepare_image(Image.open(picture)))
-    assert np.abs(found.image.astype(int) - seen.astype(int)).max() <= 1
+    assert np.abs(found.views[0].image.astype(int) - seen.astype(int)).max() <= 1
 
 
 def test_dropped_patches_and_words_are_grey(tiny: tuple[Any, Any], picture: Path) -> None:
     found = explained(tiny, picture, "image+structure")
-    image = np.asarray(greyed(found, 256)).astype(int)
+    image = np.asarray(greyed(found.views[0], found.image_keep, 256)).astype(int)
     for place, kept in enumerate(found.image_keep):
         row, column = divmod(place, 8)
         patch = image[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
         is_grey = np.ptp(patch, axis=2).max() <= 1 and np.abs(patch - 140).max() <= 60
         assert is_grey or kept
         original = np.asarray(
-            Image.fromarray(found.image).resize((256, 256), Image.Resampling.BICUBIC)
+            Image.fromarray(found.views[0].image).resize((256, 256), Image.Resampling.BICUBIC)
         ).astype(int)
         same = np.array_equal(
             patch, original[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
@@ -206,7 +245,9 @@ def test_the_pages_image_is_the_pictures(tiny: tuple[Any, Any], picture: Path) -
     html = page([found])
     encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in encoded]
-    assert len(shown) == 1 and np.array_equal(np.asarray(shown[0]), np.asarray(greyed(found)))
+    assert len(shown) == 1 and np.array_equal(
+        np.asarray(shown[0]), np.asarray(greyed(found.views[0], found.image_keep))
+    )
     assert 'name="viewport"' in html and "background: rgba" not in html
     assert [float(width) for width in re.findall(r"[{; ]width: (\d+)px", html)] == []
 
@@ -236,6 +277,7 @@ def test_command(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "--policy",
         "full",
         "random,r=0.5",
+        "image",
         "--max-new-tokens",
         "3",
         "--output",
@@ -244,8 +286,9 @@ def test_command(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "cpu",
     ]
     assert main(["show", str(picture), "what color is it?", *flags]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "random,r=0.5: " in printed and f"picture: {target}" in printed
+    assert said.count("untrained") == 1 and "image: the predictors are untrained" in said
     assert Image.open(target).width > 800 and "<section>" in target.with_suffix(".html").read_text()
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
 

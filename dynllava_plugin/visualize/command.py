@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 from dynllava_plugin.errors import UserError
@@ -37,19 +38,21 @@ def run(args: argparse.Namespace) -> int:
 
     check_file("--output", output)
 
-    from dynllava_plugin import explain, load_model
+    from dynllava_plugin import explain
     from dynllava_plugin.files import write_bytes, write_text
     from dynllava_plugin.images import open_image
+    from dynllava_plugin.model.checkpoints import load_to_train
     from dynllava_plugin.policies.registry import policy_changes
     from dynllava_plugin.visualize.page import page
-    from dynllava_plugin.visualize.picture import draw
+    from dynllava_plugin.visualize.picture import UNTRAINED, draw
 
     image = open_image(args.image)  # before the checkpoint: a wrong path costs no time
     settings = [
         ModelSettings(args.pretrained, vision_keep_rate=args.vision_keep_rate, policy=policy)
         for policy in args.policy
     ]
-    model, processor = load_model(args.pretrained, device=args.device, dtype=args.dtype)
+    # Whose predictors are untrained is said of each policy, not of the checkpoint's own.
+    model, processor = load_to_train(args.pretrained, device=args.device, dtype=args.dtype)
     base, explanations = model.config.sparsity, []
     for setting in settings:
         model.config.text_config.sparsity = base
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
             explain(model, processor, image, args.question, args.max_new_tokens, setting.policy)
         )
         print(f"{explanations[-1].policy}: {explanations[-1].answer}", flush=True)
+        if explanations[-1].untrained:
+            print(f"{explanations[-1].policy}: {UNTRAINED}", file=sys.stderr)
     picture = io.BytesIO()
     draw(explanations).save(picture, format="PNG")
     write_bytes(output, picture.getvalue())

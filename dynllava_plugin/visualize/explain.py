@@ -9,14 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.prompting import style_of
 from dynllava_plugin.evaluation.results.record import prefill_costs
 from dynllava_plugin.flops import DecoderShape
 from dynllava_plugin.images import open_image
-from dynllava_plugin.model.processing import DynamicLlavaProcessor
 from dynllava_plugin.sparsity.cache import CACHE_NAME
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture of the image, or of all of it in little, and the tokens that lie on it.
+
+    Attributes
+    ----------
+    image : uint8 [H, W, 3]
+        As the model saw it: padded, resized, cropped.
+    tokens : int64 [rows, columns]
+        Their numbers among the image's tokens.
+    """
+
+    image: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -26,13 +44,11 @@ class Explanation:
     Attributes
     ----------
     policy, question, answer : str
-    image : uint8 [H, W, 3]
-        As the model saw it: padded, resized, cropped.
-    grid : (rows, columns)
-        Of image tokens.
-    image_keep : bool [rows * columns]
-        Row by row. Where a policy merges tokens: the places that the merged ones take.
-    image_score : float32 [rows * columns] or None
+    views : tuple of View
+        Of tiles two, the whole image and the tiles joined; else one.
+    image_keep : bool [image tokens]
+        Where a policy merges tokens: the places that the merged ones take.
+    image_score : float32 [image tokens] or None
         How much each token spoke for staying, on the policy's own scale; None where it has none.
     tokens : list of str, T
         The answer, piece by piece; the end token is left out. A character that is several tokens stands with the last
@@ -49,8 +65,7 @@ class Explanation:
     policy: str
     question: str
     answer: str
-    image: np.ndarray
-    grid: tuple[int, int]
+    views: tuple[View, ...]
     image_keep: np.ndarray
     image_score: np.ndarray | None
     tokens: list[str]
@@ -94,13 +109,13 @@ def explain(
     Raises
     ------
     UserError
-        An image that can't be read, an empty question, a family whose image tokens are no grid.
+        An image that can't be read, an empty question, image tokens that are no grid.
     """
     policy = model.model.language_model.policy
     prompt = style_of(model, processor).prompt([(question, None)], 1, "question")
     picture = open_image(image, "")
     inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(model.device)
-    grid, seen = _grid(model, processor, inputs, picture)
+    views = _views(model, processor, inputs, picture)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     out = model.generate(
         **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
@@ -120,8 +135,7 @@ def explain(
         policy=policy_name or policy.name,
         question=question,
         answer=processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
-        image=seen,
-        grid=grid,
+        views=views,
         tokens=_pieces(processor.tokenizer, answer),
         equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
             "equivalent_tokens"
@@ -131,33 +145,68 @@ def explain(
     )
 
 
-def _grid(
-    model: Any, processor: Any, inputs: Any, picture: Image.Image
-) -> tuple[tuple[int, int], np.ndarray]:
-    """Return (rows, columns) of the one image's tokens and the image that they cover, uint8 [H, W, 3].
+def _views(model: Any, processor: Any, inputs: Any, picture: Image.Image) -> tuple[View, ...]:
+    """Return where the one image's tokens lie on it.
 
     Raises
     ------
     UserError
-        Image tokens that are no grid: tiles, newline tokens.
+        Image tokens that are no square grid.
     """
+    vision = model.config.vision_config
+    numbers = np.arange(int((inputs["input_ids"] == model.config.image_token_id).sum()))
     if "image_grid_thw" in inputs:  # Qwen's patches, some of them merged into a token
-        rows, columns = (
-            inputs["image_grid_thw"][0, 1:] // model.config.vision_config.spatial_merge_size
-        ).tolist()
-        side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
-        return (rows, columns), np.asarray(picture.resize((columns * side, rows * side)))
-    if not isinstance(processor, DynamicLlavaProcessor):
-        family = model.config.model_type.removeprefix("dynamic_")
+        rows, columns = (inputs["image_grid_thw"][0, 1:] // vision.spatial_merge_size).tolist()
+        side = vision.patch_size * vision.spatial_merge_size
+        seen = np.asarray(picture.resize((columns * side, rows * side)))
+        return (View(seen, numbers.reshape(rows, columns)),)
+    pixels = _as_seen(inputs["pixel_values"].float().cpu(), processor.image_processor)
+    if pixels.ndim == 5:
+        return _tiles_and_line_ends(model, inputs, pixels[0], numbers)
+    if "image_sizes" in inputs:  # Mistral3's patches, likewise
+        height, width = inputs["image_sizes"][0].tolist()
+        rows = height // (vision.patch_size * model.config.spatial_merge_size)
+        return (View(pixels[0, :height, :width], numbers.reshape(rows, -1)),)
+    side = round((len(numbers) / len(pixels)) ** 0.5)
+    if side * side * len(pixels) != len(numbers):
         raise UserError(
-            f"image: the image tokens of {family} are tiles or have others between them; a picture of what is kept can be "
-            "drawn for LLaVA-1.5, Qwen2.5-VL and Qwen3-VL"
+            f"image: {len(numbers)} image tokens are not a square grid, which is all that can be drawn"
         )
-    places = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    side = round(places**0.5)
-    if side * side != places:
-        raise UserError(f"image: {places} image tokens are not a square grid, which is all that can be drawn")
-    return (side, side), _as_seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor)
+    tokens = numbers.reshape(-1, side, side)
+    if len(pixels) == 1:
+        return (View(pixels[0], tokens[0]),)
+    images = processor.image_processor  # InternVL's tiles, the whole image behind them
+    size, limits = (picture.height, picture.width), (images.min_patches, images.max_patches)
+    _, rows = get_optimal_tiled_canvas(size, pixels.shape[1:3], *limits)
+    return View(pixels[-1], tokens[-1]), View(_joined(pixels[:-1], rows), _joined(tokens[:-1], rows))
+
+
+def _tiles_and_line_ends(model: Any, inputs: Any, tiles: np.ndarray, numbers: np.ndarray) -> tuple[View, ...]:
+    """Return LLaVA-NeXT's and OneVision's views: the whole image, and its tiles without their padding; a line's end is on none."""
+    vision, size = model.config.vision_config, inputs["image_sizes"][0].tolist()
+    patch, side = vision.patch_size, vision.image_size // vision.patch_size
+    tiles = tiles[:, : side * patch, : side * patch]  # SigLIP's 384 pixels are 27 patches and a rest
+    canvas = select_best_resolution(size, model.config.image_grid_pinpoints)
+    high, wide = (length // vision.image_size * side for length in canvas)
+    shown = unpad_image(torch.arange(high * wide).view(1, high, wide), size)[0]
+    (top, left), (rows, columns) = divmod(int(shown[0, 0]), wide), shown.shape
+    seen = _joined(tiles[1:], high // side)
+    seen = seen[top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
+    newline = model.model.image_newline
+    features = model.encode("image", inputs).pooler_output[0][:, : len(newline)]
+    ends = (features == newline).all(-1).cpu().numpy()
+    numbers = numbers[~ends]
+    lines = numbers[side * side :].reshape(
+        ends.sum(), -1
+    )  # fewer than `rows` where OneVision scales them down
+    return View(tiles[0], numbers[: side * side].reshape(side, side)), View(seen, lines)
+
+
+def _joined(tiles: np.ndarray, rows: int) -> np.ndarray:
+    """Return [rows * h, columns * w, ...] of tiles [rows * columns, h, w, ...]."""
+    _, height, width, *rest = tiles.shape
+    grid = tiles.reshape(rows, -1, height, width, *rest)
+    return grid.swapaxes(1, 2).reshape(rows * height, -1, *rest)
 
 
 def _decided(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, Any]:
@@ -234,8 +283,8 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def _as_seen(pixels: torch.Tensor, image_processor: Any) -> np.ndarray:
-    """Return normalised pixels, [3, H, W], as uint8 [H, W, 3]."""
+    """Return normalised pixels, [..., 3, H, W], as uint8 [..., H, W, 3]."""
     mean = torch.tensor(image_processor.image_mean)[:, None, None]
     std = torch.tensor(image_processor.image_std)[:, None, None]
     values = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return values.permute(1, 2, 0).numpy()
+    return values.movedim(-3, -1).numpy()

@@ -10,14 +10,14 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from dynllava_plugin.visualize.explain import Explanation
+from dynllava_plugin.visualize.explain import Explanation, View
 from dynllava_plugin.visualize.picture import greyed, summary
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: min(24px, 3vw); color: #141414; overflow-wrap: anywhere; }
 .policies { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
 section { width: min(384px, 100%); } h2 { font-size: 16px; margin: 0; } .note { color: #5a5a5a; font-size: 13px; margin: 0 0 6px; }
-.image { position: relative; }
+.image { position: relative; margin-bottom: 8px; }
 .image img { position: absolute; width: 100%; height: 100%; image-rendering: auto; }
 .patch { position: absolute; box-sizing: border-box; }
 .patch:hover, .token:hover { outline: 2px solid #d1495b; z-index: 2; }
@@ -51,19 +51,25 @@ def page(explanations: Sequence[Explanation]) -> str:
     )
 
 
-def _section(explanation: Explanation) -> str:
-    rows, columns = explanation.grid
-    height, width = explanation.image.shape[:2]
+def _image(explanation: Explanation, view: View) -> str:
+    """A view, each of its tokens a place to hover over."""
+    (rows, columns), (height, width) = view.tokens.shape, view.image.shape[:2]
     patches = []
-    for index, kept in enumerate(explanation.image_keep):
-        row, column = divmod(index, columns)
+    for (row, column), token in np.ndenumerate(view.tokens):
         place = f"left:{100 * column / columns:.4f}%;top:{100 * row / rows:.4f}%;"
         place += f"width:{100 / columns:.4f}%;height:{100 / rows:.4f}%"
-        name = f"row {row + 1}, column {column + 1}"
-        tip = escape(_tip(name, bool(kept), _score(explanation.image_score, index)), quote=True)
+        kept, name = bool(explanation.image_keep[token]), f"row {row + 1}, column {column + 1}"
+        tip = escape(_tip(name, kept, _score(explanation.image_score, token)), quote=True)
         patches.append(
             f'<div class="patch{"" if kept else " dropped"}" style="{place}" data-tip="{tip}"></div>'
         )
+    return (
+        f'<div class="image" style="aspect-ratio:{width}/{height}"><img alt="the image as the model saw it" '
+        f'src="{_data_url(greyed(view, explanation.image_keep))}">{"".join(patches)}</div>\n'
+    )
+
+
+def _section(explanation: Explanation) -> str:
     words = []
     for index, (token, kept) in enumerate(zip(explanation.tokens, explanation.text_keep, strict=True)):
         tip = escape(
@@ -75,9 +81,8 @@ def _section(explanation: Explanation) -> str:
     note = "<br>".join(escape(line) for line in summary(explanation))
     return (
         f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
-        f'<div class="image" style="aspect-ratio:{width}/{height}">'
-        f'<img alt="the image as the model saw it" src="{_data_url(greyed(explanation))}">'
-        f'{"".join(patches)}</div>\n<p class="answer">{"".join(words)}</p></section>'
+        f"{''.join(_image(explanation, view) for view in explanation.views)}"
+        f'<p class="answer">{"".join(words)}</p></section>'
     )
 
 

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dynllava_plugin.visualize.explain import Explanation
+from dynllava_plugin.visualize.explain import Explanation, View
 
 SIZE, MARGIN, LINE = 384, 16, 22  # pixels
+UNTRAINED = "the predictors are untrained: what they keep says nothing"
 KEPT, DROPPED, NOTE = (20, 20, 20), (178, 178, 178), (90, 90, 90)
 
 
-def greyed(explanation: Explanation, size: int = 448) -> Image.Image:
-    """Return the image at `size` pixels on its longer side, patches that were dropped greyed."""
-    height, width = explanation.image.shape[:2]
+def greyed(view: View, keep: np.ndarray, size: int = 448) -> Image.Image:
+    """Return a view at `size` pixels on its longer side, tokens that are False in `keep` bool [image tokens] greyed."""
+    height, width = view.image.shape[:2]
     longer = max(height, width)
     shape = round(size * width / longer), round(size * height / longer)
-    picture = Image.fromarray(explanation.image).resize(shape, Image.Resampling.BICUBIC)
-    rows, columns = explanation.grid
-    keep = explanation.image_keep.reshape(rows, columns)
-    mask = Image.fromarray((~keep).astype(np.uint8) * 255).resize(shape, Image.Resampling.NEAREST)
+    picture = Image.fromarray(view.image).resize(shape, Image.Resampling.BICUBIC)
+    dropped = (~keep[view.tokens]).astype(np.uint8) * 255
+    mask = Image.fromarray(dropped).resize(shape, Image.Resampling.NEAREST)
     grey = Image.blend(
         picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (128, 128, 128)), 0.8
     )
@@ -49,16 +49,18 @@ def _panel(explanation: Explanation, size: int, notes: int) -> Image.Image:
     width = size + 2 * MARGIN
     words = _wrapped(explanation.tokens, explanation.text_keep, font, size)
     asked = _wrapped([f" {word}" for word in explanation.question.split()], None, small, size)
-    height = 4 * MARGIN + LINE * (1 + notes + len(words) + len(asked)) + size
+    images = [greyed(view, explanation.image_keep, size) for view in explanation.views]
+    height = 3 * MARGIN + LINE * (1 + notes + len(words) + len(asked))
+    height += sum(image.height + MARGIN for image in images)
     panel = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(panel)
     pen.text((MARGIN, MARGIN), explanation.policy, fill=KEPT, font=font)
     for number, note in enumerate(summary(explanation), 1):
         pen.text((MARGIN, MARGIN + number * LINE), note, fill=NOTE, font=small)
     top = MARGIN + (1 + notes) * LINE
-    image = greyed(explanation, size)
-    panel.paste(image, (MARGIN + (size - image.width) // 2, top + (size - image.height) // 2))
-    top += size + MARGIN
+    for image in images:
+        panel.paste(image, (MARGIN + (size - image.width) // 2, top))
+        top += image.height + MARGIN
     for line in asked:
         _write(pen, line, top, small, NOTE)
         top += LINE
@@ -72,9 +74,14 @@ def summary(explanation: Explanation) -> list[str]:
     """Return how much stayed, in lines that fit above an image."""
     kept, total = int(explanation.image_keep.sum()), len(explanation.image_keep)
     dropped = int((~explanation.text_keep).sum())
-    untrained = ["the predictors are untrained: what they keep says nothing"] if explanation.untrained else []
+    beside = np.ones(total, dtype=bool)
+    for view in explanation.views:
+        beside[view.tokens] = False
+    ends = [f"line ends among them, not drawn: {explanation.image_keep[beside].sum()} of {beside.sum()} kept"]
+    untrained = [UNTRAINED] if explanation.untrained else []
     return [
         f"image tokens: {kept} of {total} kept, {explanation.equivalent_tokens:.1f} equivalent",
+        *(ends if beside.any() else []),
         f"output tokens: {dropped} of {len(explanation.tokens)} dropped",
         *untrained,
     ]
