@@ -59,7 +59,7 @@ SETTINGS = [
     "random,keep=0.5",
     "image+structure,keep=0.4,layer=1",
     "divprune,keep=0.4,positions=original",
-    "cdpruner,keep=0.4",
+    "cdpruner+structure,cdpruner.keep=0.4",  # the second gate has fewer columns before the output text
     "two_gates",
     "h2o,r=0.5",
     "pyramiddrop,ratio=0.6",

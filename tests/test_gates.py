@@ -199,3 +199,13 @@ def test_a_static_cache_is_filled_gate_by_gate():
             OTHERS["gates"](**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         held.append(cache.kept_lengths())
     assert torch.equal(*held)
+
+
+def test_the_shortest_text_that_trains_the_text_predictor_is_as_long_as_the_setting_says():
+    """ "Of at least `min_text_length` tokens", as in the published code; a shorter one is kept whole and adds no loss."""
+    model = random_model(mode="image_text").train()
+    sample = random_sample(random.Random(0), 1, 6)
+    losses = [
+        model(**batch_of([sample], left=False, labels=[[5] * count])).text_keep_loss for count in (3, 4)
+    ]
+    assert losses[0] == 0 < losses[1]
