@@ -293,16 +293,19 @@ def test_rows_picked_from_a_cache_go_on_as_alone(family, text):
     model = model_of(family)
     model.set_sparsity(policy=text)
     batch, alone, _ = batch_for(family, SIZES)
-    answers, rows = answers_of(family, len(SIZES), 3, 5), [1, 0]
+    answers, rows = answers_of(family, len(SIZES), 3, 6), [1, 0]
     out = model(**batch, use_cache=True)
-    out.past_key_values.batch_select_indices(torch.tensor(rows))
-    mask = batch["attention_mask"][rows]
-    for step in range(2):
-        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-        out = model(answers[rows, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)
+    width = mask.shape[1] - 1
+    out = model(answers[:, :1], attention_mask=mask[:, :width], past_key_values=out.past_key_values)
+    cache = out.past_key_values
+    cache.batch_select_indices(torch.tensor(rows))
+    out = model(answers[rows, 1:2], attention_mask=mask[rows], past_key_values=cache)
     for place, row in enumerate(rows):
-        own, _ = step_by_step(model, alone[row], answers[row : row + 1])
+        own, own_cache = step_by_step(model, alone[row], answers[row : row + 1])
         torch.testing.assert_close(out.logits[place, -1], own[0, 2], **CLOSE)
+        if (kept := own_cache.output_keep()) is not None:
+            assert torch.equal(cache.output_keep()[place], kept[0])
 
 
 @every_family
