@@ -197,6 +197,13 @@ except ValueError as error:
     assert "does not recognize this architecture" in python(code, folders[0])
 
 
+def test_importing_the_training_says_nothing() -> None:
+    """What imports it, as `train/budgets.py`, begins without lines about kernels that nothing here uses."""
+    code = [sys.executable, "-c", "import train.finetune"]
+    done = subprocess.run(code, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.parametrize(
     "typed",
     [

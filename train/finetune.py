@@ -12,7 +12,8 @@ from typing import Any
 
 if __name__ == "__main__":  # run as a file: find `train` and `dynllava_plugin` from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Where bitsandbytes is installed, peft imports it, and it says that its kernel for 4 bits on a CPU isn't there.
+if "bitsandbytes" not in sys.modules:
+    # transformers' Trainer imports peft, peft imports it, and it says that its kernel for 4 bits on a CPU isn't there.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import dynllava_plugin.interrupts  # noqa: F401  before all that takes time
