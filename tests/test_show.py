@@ -195,6 +195,16 @@ def test_dropped_patches_and_words_are_grey(tiny: tuple[Any, Any], picture: Path
     assert (words == (178, 178, 178)).all(1).any() and (words == (20, 20, 20)).all(1).any()
 
 
+@pytest.mark.parametrize("letter", ["\n", "\r", "\x1c", "\x85", "\u2029"])
+def test_a_line_break_inside_a_word_is_drawn_as_a_blank(
+    tiny: tuple[Any, Any], picture: Path, letter: str
+) -> None:
+    """As in a list: "1.", a line break with the next word behind it. PIL's layout refuses one."""
+    found = explained(tiny, picture, "full")
+    tokens = [" a", " 1", f".{letter}", "red"]
+    draw([replace(found, tokens=tokens, text_keep=np.ones(4, dtype=bool))])
+
+
 @pytest.mark.skipif(
     find_browser() is None, reason="no Chromium here (Debian: apt-get install chromium-headless-shell)"
 )

@@ -93,9 +93,10 @@ def _wrapped(
     """Return lines of (text, kept, left edge); a word that is several tokens stays in one line where it fits."""
     lines: list[list[tuple[str, bool, float]]] = [[]]
     left = 0.0
-    for index, token in enumerate(tokens):
-        starts_word = token[:1].isspace()
-        text = token.replace("\n", " ")
+    # A line break inside a text is one that PIL's layout refuses.
+    tokens = ["".join(" " if letter.isspace() else letter for letter in token) for token in tokens]
+    for index, text in enumerate(tokens):
+        starts_word = text[:1].isspace()
         word = text + "".join(piece for piece in _rest_of_word(tokens, index + 1) if starts_word)
         if (
             left
