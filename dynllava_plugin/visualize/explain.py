@@ -124,22 +124,16 @@ def explain(
     width = inputs["input_ids"].shape[1]
     answer = _without_end(out.sequences[0, width:].tolist(), model, processor)
     decisions = (_held if policy.sequential else _decided)(model, dict(inputs), answer)
-    places = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    kept = int(decisions.pop("entered")) if "entered" in decisions else int(decisions["image_keep"].sum())
-    counts = {
-        "prompt_tokens": width,
-        "image_tokens": places,
-        "kept_image_tokens": kept,
-    }
+    places, entered = len(decisions["image_keep"]), decisions.pop("entered")
+    counts = {"prompt_tokens": width, "image_tokens": places, "kept_image_tokens": entered}
+    costs = prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)
     return Explanation(
         policy=policy_name or policy.name,
         question=question,
         answer=processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
         views=views,
         tokens=_pieces(processor.tokenizer, answer),
-        equivalent_tokens=prefill_costs(DecoderShape.of(model.config.text_config), policy, counts)[
-            "equivalent_tokens"
-        ],
+        equivalent_tokens=costs["equivalent_tokens"],
         untrained=bool(policy.predictors) and model.fresh_predictors,
         **decisions,
     )
@@ -215,16 +209,15 @@ def _decided(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str,
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], device=model.device, dtype=torch.int64)], 1)
     images = {name: inputs[name] for name in model.image_inputs if name in inputs}
     out = model(ids, **images, use_cache=False, prompt_length=width, logits_to_keep=1)
-    places = int((ids == model.config.image_token_id).sum())
-    image_keep = np.ones(places, dtype=bool) if out.image_keep is None else out.image_keep[0].cpu().numpy()
-    text_keep = np.ones(len(answer), dtype=bool)
-    text_score = None
+    keep = torch.ones_like(ids[ids == model.config.image_token_id]) if out.image_keep is None else out.image_keep[0]
+    text_keep, text_score = np.ones(0, dtype=bool), None
     if answer:
         text_keep = out.text_keep[0, -len(answer) :].cpu().numpy().copy()
         text_score = _array(out.text_score, -len(answer))
         text_keep[-1] = True
     return {
-        "image_keep": image_keep, "image_score": _array(out.image_score), "text_keep": text_keep, "text_score": text_score,
+        "image_keep": keep.bool().cpu().numpy(), "image_score": _array(out.image_score), "text_keep": text_keep,
+        "text_score": text_score, "entered": int(keep.sum()),
     }  # fmt: skip
 
 
@@ -236,16 +229,12 @@ def _held(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str, An
     """For a policy that lets tokens go: what the heads hold in the end."""
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     entered = out.token_index[0]  # the prompt's tokens that entered the sparse layers, by column
-    order = entered[entered >= 0].tolist()
+    columns = entered[entered >= 0].tolist()
     is_image = (inputs["input_ids"][0] == model.config.image_token_id).cpu().numpy()
     image_places = int(is_image.sum()) if out.image_keep is None else int(out.image_keep.sum())
-    mask = inputs["attention_mask"]
-    width = mask.shape[1]
-    columns = order
+    width = len(is_image)
     for step, token in enumerate(answer[:-1]):
-        mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-        ids = torch.tensor([[token]], device=model.device)
-        out = model(ids, attention_mask=mask, cache=getattr(out, CACHE_NAME), logits_to_keep=1)
+        out = model(torch.tensor([[token]], device=model.device), cache=getattr(out, CACHE_NAME))
         if out.text_keep is None or bool(out.text_keep[0, -1]):
             columns.append(width + step)
     share = np.zeros(width + len(answer), dtype=np.float32)

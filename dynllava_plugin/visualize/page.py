@@ -59,7 +59,7 @@ def _image(explanation: Explanation, view: View) -> str:
         place = f"left:{100 * column / columns:.4f}%;top:{100 * row / rows:.4f}%;"
         place += f"width:{100 / columns:.4f}%;height:{100 / rows:.4f}%"
         kept, name = bool(explanation.image_keep[token]), f"row {row + 1}, column {column + 1}"
-        tip = escape(_tip(name, kept, _score(explanation.image_score, token)), quote=True)
+        tip = _tip(name, kept, explanation.image_score, token)
         patches.append(
             f'<div class="patch{"" if kept else " dropped"}" style="{place}" data-tip="{tip}"></div>'
         )
@@ -72,9 +72,7 @@ def _image(explanation: Explanation, view: View) -> str:
 def _section(explanation: Explanation) -> str:
     words = []
     for index, (token, kept) in enumerate(zip(explanation.tokens, explanation.text_keep, strict=True)):
-        tip = escape(
-            _tip(f"token {index + 1}", bool(kept), _score(explanation.text_score, index)), quote=True
-        )
+        tip = _tip(f"token {index + 1}", bool(kept), explanation.text_score, index)
         words.append(
             f'<span class="token{"" if kept else " dropped"}" data-tip="{tip}">{escape(token)}</span>'
         )
@@ -86,13 +84,9 @@ def _section(explanation: Explanation) -> str:
     )
 
 
-def _tip(name: str, kept: bool, score: float | None) -> str:
-    said = "no score" if score is None else f"score {score:.4g}"
-    return f"{name}: {'kept' if kept else 'dropped'}, {said}"
-
-
-def _score(scores: np.ndarray | None, index: int) -> float | None:
-    return None if scores is None else float(scores[index])
+def _tip(name: str, kept: bool, scores: np.ndarray | None, index: int) -> str:
+    said = "no score" if scores is None else f"score {float(scores[index]):.4g}"
+    return escape(f"{name}: {'kept' if kept else 'dropped'}, {said}", quote=True)
 
 
 def _data_url(image: Image.Image) -> str:
