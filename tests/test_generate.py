@@ -183,6 +183,19 @@ def test_what_would_drop_other_tokens_is_refused(batch, name, value):
             MODEL.generate(**batch, max_new_tokens=2, generation_config=settings)
 
 
+def test_guidance_without_a_cache_is_refused_where_output_text_may_go(batch):
+    """Its second pass would keep what the first one drops."""
+    options = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6, guidance_scale=1.5)
+    MODEL.set_sparsity(mode="image")
+    answer = MODEL.generate(**batch, **options)
+    assert torch.equal(MODEL.generate(**batch, **options, use_cache=False), answer)
+    MODEL.set_sparsity(mode="image_text")
+    answer = MODEL.generate(**batch, **options)
+    assert torch.equal(MODEL.generate(**batch, **options, cache_implementation="static"), answer)
+    with pytest.raises(UserError, match=r"guidance_scale: .*leave use_cache out"):
+        MODEL.generate(**batch, **options, use_cache=False)
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"policy": "h2o,r=0.5"}])
 def test_a_cache_is_freed_when_generate_returns(batch, options, monkeypatch):
     """By reference counts alone: on a GPU its memory would wait for Python's cyclic collector otherwise."""

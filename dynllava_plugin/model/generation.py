@@ -15,6 +15,7 @@ from dynllava_plugin.model.static_decoding import StaticCache, captures, static_
 from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import VISUALS, token_positions
 from dynllava_plugin.policies import Policy
+from dynllava_plugin.policies.base import OUTPUT
 from dynllava_plugin.sparsity.cache import CACHE_NAME, SparseContextCache
 
 _SAID: set[str] = set()  # policies whose steps can't be captured, of which that was said
@@ -68,6 +69,12 @@ class SparseGeneration(nn.Module):
             if kwargs.get(name) or getattr(generation_config, name, None):
                 raise UserError(f"{name}: {reason}; leave it out")
         use_cache = kwargs.get("use_cache", generation_config.use_cache)
+        llm = self.model.language_model
+        guided = kwargs.get("guidance_scale", generation_config.guidance_scale) not in (None, 1)
+        if guided and use_cache is False and OUTPUT in llm.policy.decides:
+            raise UserError(
+                "guidance_scale: its second pass can't tell output text without a cache; leave use_cache out"
+            )
         implementation = kwargs.pop("cache_implementation", None)
         if implementation is None and generation_config.cache_implementation is not None:
             implementation = generation_config.cache_implementation
@@ -80,7 +87,6 @@ class SparseGeneration(nn.Module):
             raise UserError(
                 "cache_implementation: past_key_values is given, whose kind is settled; leave one out"
             )
-        llm = self.model.language_model
         if given is not None:  # before a family's positions look into it
             llm.check_cache(given, llm.policy)
         elif use_cache is not False:

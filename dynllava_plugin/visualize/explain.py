@@ -209,7 +209,11 @@ def _decided(model: Any, inputs: dict[str, Any], answer: list[int]) -> dict[str,
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], device=model.device, dtype=torch.int64)], 1)
     images = {name: inputs[name] for name in model.image_inputs if name in inputs}
     out = model(ids, **images, use_cache=False, prompt_length=width, logits_to_keep=1)
-    keep = torch.ones_like(ids[ids == model.config.image_token_id]) if out.image_keep is None else out.image_keep[0]
+    keep = (
+        torch.ones_like(ids[ids == model.config.image_token_id])
+        if out.image_keep is None
+        else out.image_keep[0]
+    )
     text_keep, text_score = np.ones(0, dtype=bool), None
     if answer:
         text_keep = out.text_keep[0, -len(answer) :].cpu().numpy().copy()
