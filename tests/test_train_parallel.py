@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.families.checkpoints import write_checkpoint
-from tests.processes import Job, allow_deepspeed_on_cpu, allow_fsdp_on_cpu, run, side_by_side
+from tests.processes import (
+    Job,
+    allow_deepspeed_on_cpu,
+    allow_fsdp_on_cpu,
+    kill_in_step,
+    run,
+    side_by_side,
+)
 from tests.training_kit import save_checkpoint, save_mixture
 
 RECIPE = "--global_batch_size 4 --max_steps 4 --learning_rate 1e-3 --predictor_learning_rate 1e-3"
@@ -91,9 +99,14 @@ def stop_half_way(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
 
 
-def test_ddp_and_one_process_goes_on_from_where_two_stopped(flags, alone, tmp_path):
+def test_ddp_killed_within_an_epoch_goes_on_in_two_processes_or_one(flags, alone, tmp_path):
     folder = tmp_path / "out"
+    typed = [*flags, "--use_cpu", "--save_steps", "2", "--per_device_train_batch_size", "2"]
+    kill = partial(kill_in_step, 3, "backward")
+    killed = run(*side_by_side([*typed, "--output_dir", str(folder)], tmp_path / "killed.log", 2, kill))
+    assert [one.status for one in killed] == [-9, -9], "\n".join(one.output for one in killed)
     two(flags, folder, "--use_cpu", "--save_steps", "2")
+    assert f"going on from {folder / 'checkpoint-2'}" in (tmp_path / "out.log-0").read_text()
     assert_the_same(folder, alone)
     stop_half_way(folder)
     one = [*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
