@@ -26,10 +26,18 @@ class JudgeServer:
         For ``OPENAI_API_URL``.
     asked : list of str
         The questions, in their order; those that only ask whether it is there are left out.
+    answer : str or callable
+        As `judge_server`'s.
     """
 
     url: str
+    answer: str | Callable[[str], str]
     asked: list[str] = field(default_factory=list)
+
+    def answers(self, answer: str | Callable[[str], str]) -> None:
+        """Answer so from now on, and forget what was asked."""
+        self.answer = answer
+        self.asked.clear()
 
 
 @contextmanager
@@ -54,7 +62,7 @@ def judge_server(answer: str | Callable[[str], str], hang: float = 60) -> Iterat
             if question in _PROBE:
                 return self._send(200, _completion(body["model"], "Hi"))
             server.asked.append(question)
-            said = answer if isinstance(answer, str) else answer(question)
+            said = server.answer if isinstance(server.answer, str) else server.answer(question)
             if said == HANGS:
                 left.wait(hang)
                 self.close_connection = True
@@ -77,7 +85,7 @@ def judge_server(answer: str | Callable[[str], str], hang: float = 60) -> Iterat
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    server = JudgeServer(f"http://127.0.0.1:{http.server_address[1]}/v1")
+    server = JudgeServer(f"http://127.0.0.1:{http.server_address[1]}/v1", answer)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     try:
         yield server

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.settings import ModelSettings
 from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.model.prompts import CHAT_TEMPLATE
+from tests.commands import LMMS_EVAL, VLMEVALKIT, Finished, run_command
 from tests.families.checkpoints import FAMILIES, picture, write_checkpoint
 from tests.minis import hub_short
 from tests.minis.hub import write_repo
@@ -245,55 +242,32 @@ def test_a_scored_answer_is_what_the_family_would_write(folder: Callable[[str], 
     assert score.tokens == len(tokens) and score.logprob == pytest.approx(wanted, abs=1e-4)
 
 
-@dataclass
-class Command:
-    """What a command line wrote, and how it ended."""
-
-    code: int
-    text: str
-
-
 @pytest.fixture(scope="module")
-def commands(
+def done(
     folder: Callable[[str], Path], easy_vqa_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Command]]:
-    """Both harnesses as users type them, with a tiny Qwen2.5-VL: the easy-VQA sets, and a miniature of POPE."""
+) -> list[Finished]:
+    """Both harnesses with a tiny Qwen2.5-VL: the easy-VQA sets, and a miniature of POPE."""
     root = tmp_path_factory.mktemp("commands")
     write_repo(root / "datasets", "lmms-lab-encoder/POPE", hub_short.pope())
     write_tsvs(root / "LMUData")
-    env = {
-        **os.environ,
-        "DYNLLAVA_EASY_VQA": str(easy_vqa_folder),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    env["HF_HOME"] = str(root / "cache")
     path = str(folder("qwen2_5_vl"))
-    bin_folder, repository = Path(sys.executable).parent, Path(__file__).resolve().parents[1]
-    lmms = [str(bin_folder / "lmms_eval"), "--model", "dynllava", "--model_args", f"pretrained={path}"]
-    lmms += ["--tasks", "easy_vqa,easy_vqa_describe,pope", "--batch_size", "2", "--log_samples"]
-    kit = [sys.executable, str(repository / "run_vlmevalkit.py"), "--model", "dynllava", "--pretrained", path]
+    lmms = ["--model", "dynllava", "--model_args", f"pretrained={path}", "--batch_size", "2", "--log_samples"]
+    lmms += ["--tasks", "easy_vqa,easy_vqa_describe,pope", "--output_path", str(root / "results" / "lmms")]
+    kit = ["--model", "dynllava", "--pretrained", path, "--work-dir", str(root / "results" / "kit")]
     kit += ["--data", "EasyVQA", "EasyVQA_Describe", "POPE", "--data-root", str(root / "LMUData")]
-    found = []
-    for command, where in ((lmms, "--output_path"), (kit, "--work-dir")):
-        typed = [*command, "--limit", "2", where, str(root / "results" / command[0].rpartition("/")[2])]
-        done = subprocess.run(
-            typed,
-            cwd=root / "datasets",
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        found.append(Command(done.returncode, done.stdout))
-    return root / "results", found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        return [
+            run_command(
+                module, [*typed, "--limit", "2"], root / "datasets", DYNLLAVA_EASY_VQA=str(easy_vqa_folder)
+            )
+            for module, typed in ((LMMS_EVAL, lmms), (VLMEVALKIT, kit))
+        ]
 
 
-def test_both_commands_give_one_table(commands: tuple[Path, list[Command]]) -> None:
-    results, found = commands
-    assert [command.code for command in found] == [0, 0], "\n".join(command.text[-3000:] for command in found)
-    table = read_results(results)
+def test_both_commands_give_one_table(done: list[Finished]) -> None:
+    assert [command.code for command in done] == [0, 0], "\n".join(command.text[-3000:] for command in done)
+    table = read_results(done[0].folder.parent / "results")
     assert {"easy_vqa", "easy_vqa_describe", "POPE"} == set(table["benchmark"])
     assert set(table["mode"]) == {"image_text"} and set(table["status"]) == {"scored"}
     for (benchmark, _), pair in table.groupby(["benchmark", "metric"]):

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -16,28 +15,15 @@ import pytest
 
 from dynllava_plugin.evaluation.own_sets import easy_vqa
 from dynllava_plugin.evaluation.results.results import read_results
+from tests import commands
+from tests.commands import Finished, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 LMMS_EVAL = str(Path(sys.executable).with_name("lmms_eval"))
 LIMIT = 4
 
 
-@dataclass
-class Finished:
-    """A command that has ended."""
-
-    code: int
-    text: str
-    folder: Path
-
-    def error(self) -> str:
-        """Its one error line."""
-        lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.text[-3000:]
-        return lines[0]
-
-
-def run(command: list[str], folder: Path, data: Path) -> Finished:
+def typed(command: list[str], folder: Path, data: Path) -> Finished:
     env = {**os.environ, "DYNLLAVA_EASY_VQA": str(data), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command,
@@ -61,7 +47,7 @@ def lmms(folder: Path, easy_vqa_folder: Path) -> Finished:
     """As issue 2 types it, plus a limit, the other tasks and the answers."""
     command = [LMMS_EVAL, "--model", "dynllava", "--model_args", "pretrained=tiny"]
     command += ["--tasks", "easy_vqa,easy_vqa_scenes,easy_vqa_describe", "--limit", str(LIMIT)]
-    return run(
+    return typed(
         [*command, "--log_samples", "--batch_size", "4", "--output_path", "lmms"], folder, easy_vqa_folder
     )
 
@@ -70,7 +56,7 @@ def lmms(folder: Path, easy_vqa_folder: Path) -> Finished:
 def kit(folder: Path, easy_vqa_folder: Path) -> Finished:
     command = [sys.executable, str(ROOT / "run_vlmevalkit.py"), "--model", "dynllava", "--pretrained", "tiny"]
     command += ["--data", "EasyVQA", "EasyVQA_Scenes", "EasyVQA_Describe", "--limit", str(LIMIT)]
-    return run(
+    return typed(
         [*command, "--batch-size", "3", "--mode", "image_text", "--mode", "all"], folder, easy_vqa_folder
     )
 
@@ -163,17 +149,18 @@ def broken_data(easy_vqa_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_lmms_eval_fails_where_a_task_fails(tmp_path: Path, broken_data: Path) -> None:
-    command = [LMMS_EVAL, "--model", "dynllava", "--model_args", "pretrained=tiny,mode=full"]
-    done = run([*command, "--tasks", "easy_vqa_scenes", "--limit", "3"], tmp_path, broken_data)
+    command = ["--model", "dynllava", "--model_args", "pretrained=tiny,mode=full"]
+    command += ["--tasks", "easy_vqa_scenes", "--limit", "3"]
+    done = run_command(commands.LMMS_EVAL, command, tmp_path, DYNLLAVA_EASY_VQA=str(broken_data))
     assert done.code == 2, done.text[-3000:]
     assert "easy_vqa_scenes_" in done.error() and ".png is truncated or corrupt" in done.error()
     assert not list(tmp_path.rglob("*_results.json"))
 
 
 def test_vlmevalkit_fails_where_a_dataset_fails(tmp_path: Path, broken_data: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_vlmevalkit.py"), "--model", "dynllava", "--pretrained", "tiny"]
-    command += ["--mode", "full", "--data", "EasyVQA_Scenes", "EasyVQA", "--limit", "3", "--work-dir", "out"]
-    done = run(command, tmp_path, broken_data)
+    command = ["--model", "dynllava", "--pretrained", "tiny", "--mode", "full"]
+    command += ["--data", "EasyVQA_Scenes", "EasyVQA", "--limit", "3", "--work-dir", "out"]
+    done = run_command(commands.VLMEVALKIT, command, tmp_path, DYNLLAVA_EASY_VQA=str(broken_data))
     assert done.code == 1, done.text[-3000:]
     assert done.error().startswith("error: EasyVQA_Scenes: ") and "truncated or corrupt" in done.error()
     table = read_results(tmp_path)  # the other dataset's score stands
@@ -202,7 +189,7 @@ def test_vlmevalkit_names_a_bad_flag_at_once(
 
 
 def test_lmms_eval_knows_our_tasks_and_helps(tmp_path: Path, easy_vqa_folder: Path) -> None:
-    done = run([LMMS_EVAL, "--help"], tmp_path, easy_vqa_folder)
+    done = typed([LMMS_EVAL, "--help"], tmp_path, easy_vqa_folder)
     assert done.code == 0 and "tasks" in done.text
 
 
@@ -213,9 +200,7 @@ def test_lmms_eval_knows_our_tasks_and_helps(tmp_path: Path, easy_vqa_folder: Pa
         ("dynlava", "easy_vqa", "--model dynlava: no such model; did you mean dynllava or "),
     ],
 )
-def test_lmms_eval_names_what_is_misspelt(
-    model: str, task: str, problem: str, tmp_path: Path, easy_vqa_folder: Path
-) -> None:
-    done = run([LMMS_EVAL, "--model", model, "--tasks", task], tmp_path, easy_vqa_folder)
+def test_lmms_eval_names_what_is_misspelt(model: str, task: str, problem: str, tmp_path: Path) -> None:
+    done = run_command(commands.LMMS_EVAL, ["--model", model, "--tasks", task], tmp_path)
     assert done.code == 2 and done.error().startswith(f"error: {problem}")
     assert "Traceback" not in done.text and not list(tmp_path.iterdir())

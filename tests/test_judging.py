@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -26,10 +23,10 @@ from dynllava_plugin.evaluation.lmms_eval import judging as lmms_eval_judging
 from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit import judging as vlmevalkit_judging
-from tests.judge_server import FAILS, HANGS, NO_JSON, judge_server
+from tests.commands import LMMS_EVAL, VLMEVALKIT, Finished, run_command
+from tests.judge_server import FAILS, HANGS, NO_JSON, JudgeServer, judge_server
 from tests.minis import make_minis
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = {"MM-Vet": 4, "LLaVA-Wild": 6}
 
 
@@ -85,25 +82,24 @@ def minis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(harness: str, minis: Path, output: Path, url: str, *more: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def judge() -> Iterator[JudgeServer]:
+    """Of all runs: lmms-eval's tasks and the kit keep an address that they have read."""
+    with judge_server(right) as server:
+        yield server
+
+
+def run(harness: str, minis: Path, output: Path, judge: JudgeServer, *more: str) -> Finished:
     if harness == "lmms-eval":
-        command = ["-m", "dynllava_plugin.evaluation.lmms_eval.command", "--model", "dynllava"]
-        command += ["--model_args", "pretrained=tiny", "--tasks", "mmvet,llava_in_the_wild"]
+        command = ["--model", "dynllava", "--model_args", "pretrained=tiny"]
+        command += ["--tasks", "mmvet,llava_in_the_wild"]
         command += ["--gen_kwargs", "max_new_tokens=4", "--output_path", str(output)]
     else:
-        command = [str(ROOT / "run_vlmevalkit.py"), "--pretrained", "tiny", "--max-new-tokens", "4"]
-        command += ["--data", "MMVet", "LLaVABench", "--data-root", str(minis / "LMUData")]
-        command += ["--work-dir", str(output)]
-    judge = {"OPENAI_API_KEY": "any", "OPENAI_API_URL": url, "MODEL_VERSION": "judge-1"}
-    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command, *more],
-        cwd=minis / "datasets",
-        env={**os.environ, **judge, **offline},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+        command = ["--pretrained", "tiny", "--max-new-tokens", "4", "--data", "MMVet", "LLaVABench"]
+        command += ["--data-root", str(minis / "LMUData"), "--work-dir", str(output)]
+    module = LMMS_EVAL if harness == "lmms-eval" else VLMEVALKIT
+    environment = {"OPENAI_API_KEY": "any", "OPENAI_API_URL": judge.url, "MODEL_VERSION": "judge-1"}
+    return run_command(module, [*command, *more], minis / "datasets", **environment)
 
 
 def cells(output: Path) -> dict[str, tuple[float | None, str]]:
@@ -115,40 +111,46 @@ def cells(output: Path) -> dict[str, tuple[float | None, str]]:
 
 
 @pytest.mark.parametrize("harness", ["lmms-eval", "vlmevalkit"])
-def test_every_judged_row_has_the_judge_s_figure(harness: str, minis: Path, tmp_path: Path) -> None:
+def test_every_judged_row_has_the_judge_s_figure(
+    harness: str, minis: Path, tmp_path: Path, judge: JudgeServer
+) -> None:
     # The judge is nobody's to match options, for which the kit would ask it, too.
-    more = (
-        [] if harness == "lmms-eval" else ["--data", "MMVet", "LLaVABench", "CV-Bench-2D", "--prompts", "kit"]
-    )
-    with judge_server(right) as judge:
-        done = run(harness, minis, tmp_path, judge.url, *more)
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = ["--data", "MMVet", "LLaVABench", "CV-Bench-2D", "--prompts", "kit"]
+    if harness == "lmms-eval":
+        more = ["--tasks", "mmvet,llava_in_the_wild,seedbench"]
+    judge.answers(right)
+    before = sorted((minis / "datasets").iterdir())
+    done = run(harness, minis, tmp_path, judge, *more)
+    assert done.code == 0, done.text[-3000:]
+    assert sorted((minis / "datasets").iterdir()) == before  # nothing is left beside the data
     assert len(judge.asked) == sum(QUESTIONS.values())
     found = cells(tmp_path)
-    assert more == [] or found.pop("CVBench-2D")[1] == "scored"
+    assert found.pop("SEED" if harness == "lmms-eval" else "CVBench-2D")[1] == "scored"
     assert found == {"MM-Vet": (50.0, "scored"), "LLaVA-Wild": (75.0, "scored")}
 
 
 @pytest.mark.parametrize("harness", ["lmms-eval", "vlmevalkit"])
 def test_a_judge_without_scores_is_no_figure_and_soon_given_up(
-    harness: str, minis: Path, tmp_path: Path
+    harness: str, minis: Path, tmp_path: Path, judge: JudgeServer
 ) -> None:
     said = itertools.cycle(["I like it", "7", FAILS, NO_JSON])
     started = time.monotonic()
-    with judge_server(lambda question: next(said)) as judge:
-        done = run(harness, minis, tmp_path, judge.url)
-    assert done.returncode == 1, done.stderr[-3000:]
+    judge.answers(lambda question: next(said))
+    done = run(harness, minis, tmp_path, judge)
+    assert done.code == 1, done.text[-3000:]
     # Each harness may ask several samples at once: those begun are asked to their end.
     assert len(judge.asked) <= len(QUESTIONS) * TRIES * (FAILED_IN_A_ROW + 3)
     assert cells(tmp_path) == {
         name: (None, f"judge failed: {count} of {count}") for name, count in QUESTIONS.items()
     }
-    assert done.stderr.count("it isn't asked again") == 2 and "judge failed: 4 of 4" in done.stderr
+    assert done.text.count("it isn't asked again") == 2 and "judge failed: 4 of 4" in done.text
     assert time.monotonic() - started < 150
 
 
 @pytest.mark.parametrize("harness", ["lmms-eval", "vlmevalkit"])
-def test_one_answer_without_a_score_is_told(harness: str, minis: Path, tmp_path: Path) -> None:
+def test_one_answer_without_a_score_is_told(
+    harness: str, minis: Path, tmp_path: Path, judge: JudgeServer
+) -> None:
     """And in the kit the next run asks for that one."""
     refused: list[str] = []
 
@@ -158,26 +160,30 @@ def test_one_answer_without_a_score_is_told(harness: str, minis: Path, tmp_path:
         refused.extend([question] if not refused else [])
         return "no" if question in refused else "0.5"
 
-    with judge_server(mostly) as judge:
-        done = run(harness, minis, tmp_path, judge.url)
-        assert done.returncode == 1 and "MM" not in cells(tmp_path)
-        assert cells(tmp_path) == {"MM-Vet": (None, "judge failed: 1 of 4"), "LLaVA-Wild": (75.0, "scored")}
-        if harness == "vlmevalkit":
-            refused[:] = [""]
-            before = len(judge.asked)
-            again = run(harness, minis, tmp_path, judge.url, "--mode", "eval")
-            assert again.returncode == 0, again.stderr[-3000:]
-            assert len(judge.asked) == before + 1
-            assert cells(tmp_path)["MM-Vet"] == (50.0, "scored")
+    judge.answers(mostly)
+    done = run(harness, minis, tmp_path, judge)
+    assert done.code == 1 and "MM" not in cells(tmp_path)
+    assert cells(tmp_path) == {"MM-Vet": (None, "judge failed: 1 of 4"), "LLaVA-Wild": (75.0, "scored")}
+    if harness == "vlmevalkit":
+        judge.answers(right)
+        again = run(harness, minis, tmp_path, judge, "--mode", "eval")
+        assert again.code == 0, again.text[-3000:]
+        assert len(judge.asked) == 1
+        assert cells(tmp_path)["MM-Vet"] == (50.0, "scored")
+
+
+def patience_of_client(said: str) -> float:
+    """Seconds that a test can wait for, 18 times."""
+    return 0.1 if said == HANGS else 10.0
 
 
 @pytest.mark.parametrize("said", ["I like it", "7", "", FAILS, HANGS, NO_JSON])
 def test_lmms_eval_s_client_takes_no_failure_for_a_score(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MM-Vet's and LLaVA-Bench's ways to ask, with a time that a test can wait for."""
+    """MM-Vet's and LLaVA-Bench's ways to ask."""
     from lmms_eval.llm_judge import get_server
     from lmms_eval.verifiers import VerifyResult
 
-    monkeypatch.setattr(lmms_eval_judging, "TIMEOUT", 0.4)
+    monkeypatch.setattr(lmms_eval_judging, "TIMEOUT", patience_of_client(said))
     with judge_server(said) as judge:
         monkeypatch.setenv("OPENAI_API_KEY", "any")
         monkeypatch.setenv("OPENAI_API_URL", judge.url)
@@ -204,30 +210,27 @@ def test_the_kit_s_client_takes_no_failure_for_a_score(said: str) -> None:
         from vlmeval.dataset.utils import llavabench
 
         client = OpenAIWrapper(
-            "judge-1", key="any", api_base=f"{judge.url}/chat/completions", retry=1, timeout=0.4, wait=0
-        )
+            "judge-1", key="any", api_base=f"{judge.url}/chat/completions", retry=1, wait=0,
+            timeout=patience_of_client(said),
+        )  # fmt: skip
         line = {"question": "?", "answer": "a", "prediction": "b"}
         assert [mmvet.MMVet_auxeval(client, line)["score"] for _ in range(6)] == [-1.0] * 6
         assert [llavabench.LLaVABench_atomeval(client, "?") for _ in range(6)] == [[-1.0, -1.0]] * 6
         assert len(judge.asked) == 2 * TRIES * FAILED_IN_A_ROW
 
 
-def test_mm_vet_s_means_are_the_kit_s() -> None:
+def test_mm_vet_s_means_are_the_kit_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every capability has rows the kit itself can say them."""
+    from vlmeval.dataset.utils import mmvet
+
     data = pd.DataFrame(
         {
             "category": ["rec,ocr", "know,gen", "spat,math", "rec,gen", "rec,ocr"],
             "score": [0.1, 0.2, 1.0, 0.4, 0.0],
         }
     )
-    code = "import pandas as pd, sys; from vlmeval.dataset.utils import mmvet; mmvet.load = lambda path: "
-    code += "pd.read_json(path); print(*[t.to_json() for t in mmvet.MMVet_acc(sys.argv[1])], sep='\\n')"
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        data.to_json(file.name)
-        done = subprocess.run(
-            [sys.executable, "-c", code, file.name], capture_output=True, text=True, timeout=300
-        )
-    theirs = [json.loads(text) for text in done.stdout.splitlines()[-2:]]
+    monkeypatch.setattr(mmvet, "load", lambda path: data)
+    theirs = [json.loads(table.to_json()) for table in mmvet.MMVet_acc("any.xlsx")]
     for ours, other in zip(vlmevalkit_judging.mm_vet_figures(data), theirs, strict=True):
         assert json.loads(ours.to_json())["Category"] == other["Category"]
         assert list(ours["acc"]) == pytest.approx(list(other["acc"].values()))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks import TaskManager
-from tenacity import Future, RetryError
+from tenacity import Future, RetryError, wait_none
 
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.lmms_eval.checks import (
@@ -26,8 +24,7 @@ from dynllava_plugin.evaluation.lmms_eval.checks import (
 )
 from dynllava_plugin.evaluation.lmms_eval.tasks import TASKS_FOLDER
 from dynllava_plugin.files import check_folder
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.commands import LMMS_EVAL, run_command
 
 
 @pytest.mark.parametrize(
@@ -85,23 +82,15 @@ def test_data_that_is_missing_is_named_inside_a_retry() -> None:
     assert user_error(retried(UserError("ours"))) is not None
 
 
-def test_offline_without_data_is_one_line(tmp_path: Path) -> None:
-    """As it is typed; what the hub's client really raises offline."""
-    command = [sys.executable, "-m", "dynllava_plugin.evaluation.lmms_eval.command", "--model", "dynllava"]
-    command += ["--model_args", "pretrained=tiny", "--tasks", "vqav2,textvqa", "--limit", "1"]
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **home, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "dataset lmms-lab-encoder/" in errors[0] and "RetryError" not in errors[0]
-    assert "447,793 questions" in done.stderr
+def test_offline_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's client really raises offline; lmms-eval asks it five times."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
+    command = ["--model", "dynllava", "--model_args", "pretrained=tiny", "--tasks", "vqav2,textvqa"]
+    done = run_command(LMMS_EVAL, [*command, "--limit", "1"], tmp_path)
+    assert done.code == 2 and "447,793 questions" in done.text
+    assert "dataset lmms-lab-encoder/" in done.error() and "RetryError" not in done.error()
 
 
 def test_an_output_place_that_can_t_be_written_is_told(tmp_path: Path) -> None:

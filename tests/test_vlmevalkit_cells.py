@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import xlsxwriter
 from PIL import Image
+from vlmeval.smp import dump, load
 
 from dynllava_plugin.errors import UserError
+from dynllava_plugin.evaluation.patches import Patches
 from dynllava_plugin.evaluation.results.results import read_results
-from dynllava_plugin.evaluation.vlmevalkit.cells import mend_rows
+from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells, mend_rows
+from tests.commands import VLMEVALKIT, Finished, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
 SAID = [
     "None",
     "N/A",
@@ -43,33 +44,24 @@ def picture(prefix: str = "") -> str:
 
 @pytest.mark.parametrize("ending", ["xlsx", "tsv", "csv"])
 def test_predictions_come_back_as_they_were_said(tmp_path: Path, ending: str) -> None:
-    """In a process of its own, twice: what is changed is put back, and may be changed again."""
-    code = f"""
-import types, xlsxwriter
-kit = types.SimpleNamespace(build_dataset=None)
-from dynllava_plugin.evaluation.patches import Patches
-from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
-before = xlsxwriter.Workbook.__init__
-with Patches() as patches:
-    keep_cells(patches, kit)
-assert xlsxwriter.Workbook.__init__ is before
-keep_cells(Patches(), kit)
-import pandas as pd
-from vlmeval.smp import dump, load
-said = {SAID!r}
-path = {str(tmp_path / ("p." + ending))!r}
-frame = pd.DataFrame({{"index": range(len(said)), "answer": said, "hint": ["None"] * len(said), "prediction": said}})
-dump(frame, path)
-found = load(path)
-assert list(found["prediction"]) == said, list(found["prediction"])
-assert list(found["answer"])[:5] == said[:5], list(found["answer"])
-assert found["hint"].isna().all() and list(found["index"]) == list(range(len(said)))
-dump(pd.DataFrame({{"index": [1, 2], "prediction": ["3", ""]}}), path)
-found = load(path)
-assert found["prediction"][0] == "3" and pd.isna(found["prediction"][1])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Twice: what is changed is put back, and may be changed again."""
+    kit = SimpleNamespace(build_dataset=None)
+    before = xlsxwriter.Workbook.__init__
+    with Patches() as patches:
+        keep_cells(patches, kit)
+        assert xlsxwriter.Workbook.__init__ is not before
+    assert xlsxwriter.Workbook.__init__ is before
+    path = str(tmp_path / f"p.{ending}")
+    frame = {"index": range(len(SAID)), "answer": SAID, "hint": ["None"] * len(SAID), "prediction": SAID}
+    with Patches() as patches:
+        keep_cells(patches, kit)
+        dump(pd.DataFrame(frame), path)
+        found = load(path)
+        assert list(found["prediction"]) == SAID and list(found["answer"])[:5] == SAID[:5]
+        assert found["hint"].isna().all() and list(found["index"]) == list(range(len(SAID)))
+        dump(pd.DataFrame({"index": [1, 2], "prediction": ["3", ""]}), path)
+        found = load(path)
+        assert found["prediction"][0] == "3" and pd.isna(found["prediction"][1])
 
 
 def test_rows_are_mended_and_told() -> None:
@@ -92,19 +84,9 @@ def test_rows_are_mended_and_told() -> None:
     assert mend_rows("Mine", data.head(2)) == []
 
 
-def run_kit(folder: Path, name: str, *flags: str) -> tuple[subprocess.CompletedProcess[str], pd.DataFrame]:
-    command = [sys.executable, str(ROOT / "run_vlmevalkit.py"), "--pretrained", "tiny", "--data", name]
-    command += [
-        "--max-new-tokens",
-        "4",
-        "--data-root",
-        str(folder),
-        "--work-dir",
-        str(folder / "work"),
-        *flags,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PRED_FORMAT": "tsv"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+def run_kit(folder: Path, name: str) -> tuple[Finished, pd.DataFrame]:
+    command = ["--pretrained", "tiny", "--data", name, "--max-new-tokens", "4", "--data-root", str(folder)]
+    done = run_command(VLMEVALKIT, [*command, "--work-dir", str(folder / "work")], folder, PRED_FORMAT="tsv")
     found = folder / "work" / "dynllava" / f"dynllava_{name}.tsv"
     return done, pd.read_csv(
         found, sep="\t", dtype=str, keep_default_na=False
@@ -121,9 +103,9 @@ def test_vqav2_of_an_ordinary_file_and_its_oddities(tmp_path: Path) -> None:
     }
     pd.DataFrame(rows).to_csv(tmp_path / "VQAv2_VAL.tsv", sep="\t", index=False)
     done, found = run_kit(tmp_path, "VQAv2_VAL")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(found) == 3 and "VQAv2_VAL: 1 questions have a literal <image>" in done.stderr
-    assert "VQAv2_VAL: 1 rows have the index of an earlier row" in done.stderr
+    assert done.code == 0, done.text[-3000:]
+    assert len(found) == 3 and "VQAv2_VAL: 1 questions have a literal <image>" in done.text
+    assert "VQAv2_VAL: 1 rows have the index of an earlier row" in done.text
     assert list(found["index"]) == ["7", "8", "9"] and len(set(found["prediction"])) > 1
     assert found["prediction"][2] in ("yes", "no") != found["prediction"][0]
     right = [said == truth for said, truth in zip(found["prediction"], ("red", "red", "no"), strict=True)]
@@ -152,5 +134,5 @@ def test_an_option_that_says_none_is_one(tmp_path: Path) -> None:
     }
     pd.DataFrame(table).to_csv(tmp_path / "RealWorldQA.tsv", sep="\t", index=False)
     done, found = run_kit(tmp_path, "RealWorldQA")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.code == 0, done.text[-3000:]
     assert list(found["A"]) == options["A"] and list(found["C"]) == options["C"]

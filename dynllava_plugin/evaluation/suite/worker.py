@@ -77,7 +77,7 @@ def main(plan: Path) -> int:
         _log_to(folder / "log.txt")
         os.environ[VARIABLE] = str(folder / "journal")
         started = time.monotonic()
-        code = _one(item["command"], load)
+        code = carry_out(item["command"], load)
         os.environ.clear()
         os.environ.update(before)
         if shared and code:
@@ -92,7 +92,8 @@ def main(plan: Path) -> int:
     return 0
 
 
-def _one(command: list[str], load: OneModel) -> int:
+def carry_out(command: list[str], load: OneModel) -> int:
+    """Return the exit status of a module's ``run(arguments, load)``, with 1 for what it raised, which is printed."""
     try:
         return int(import_module(command[0]).run(command[1:], load=load) or 0)
     except SystemExit as left:
