@@ -91,14 +91,14 @@ class Question:
         """Return the document, images decoded."""
         return self._documents[self._doc_id]
 
-    def ask(self, turns: Sequence[Turn], continuation: str = "") -> Request:
-        """Return the conversation's open round, about the document's images."""
-        return self.about(turns, self.visuals(), continuation)
-
-    def about(
-        self, turns: Sequence[Turn], visuals: Sequence[str | Image.Image], continuation: str = ""
+    def ask(
+        self,
+        turns: Sequence[Turn],
+        continuation: str = "",
+        visuals: Sequence[str | Image.Image] | None = None,
     ) -> Request:
-        """Return what `ask` does, about other images than the document's."""
+        """Return the conversation's open round, about the document's images or `visuals` in their place."""
+        visuals = self.visuals() if visuals is None else visuals
         return self._style.request(turns, visuals, self.name, continuation)
 
     def visuals(self) -> tuple[str | Image.Image, ...]:
@@ -145,13 +145,8 @@ class Rounds:
     def question(self) -> Item:
         """Return the open round."""
         turns = [*self._turns, (self._context, None)]
-        return Item(
-            partial(self._ask, turns), self._question.name, [*turns], self.arguments, self.task, self._padding
-        )
-
-    def _ask(self, turns: list[Turn]) -> Request:
-        visuals = self._question.visuals() if self._visuals is None else self._visuals
-        return self._question.about(turns, visuals)
+        build = partial(self._question.ask, turns, visuals=self._visuals)
+        return Item(build, self._question.name, turns, self.arguments, self.task, self._padding)
 
     def advance(self, answer: Answer) -> None:
         """Take the round's answer and ask the task for the next round."""

@@ -172,13 +172,7 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame:
             benchmark = find_benchmark(row["benchmark"])
             metric = next(item for item in benchmark.metrics if item.name == row["metric"])
             digits["paper"] = paper_decimals(benchmark, metric)
-        for column in (
-            *HARNESSES,
-            "vlmevalkit - lmms-eval",
-            "paper",
-            "lmms-eval - paper",
-            "vlmevalkit - paper",
-        ):
+        for column in (name for name in COMPARISON if name in (*HARNESSES, "paper", *DIFFERENCES)):
             cells[column] = _text(row[column], column, digits)
         for column in ("n lmms-eval", "n vlmevalkit"):
             cells[column] = "-" if pd.isna(row[column]) else f"{row[column]:.0f}"

@@ -35,11 +35,16 @@ def _text(answer: Any) -> str:
 def vlmevalkit_rows(folder: Path, dataset: str) -> list[dict[str, Any]]:
     """Return the kit's prediction file of a dataset, row by row."""
     for path in sorted(folder.rglob(f"dynllava_{dataset}.*")):
-        if path.suffix == ".tsv":
-            return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
-        if path.suffix == ".xlsx":
-            return pd.read_excel(path, dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
+        if path.suffix in (".tsv", ".xlsx"):
+            return vlmevalkit_table(path).to_dict("records")  # type: ignore[return-value]
     raise UserError(f"{folder}: no saved predictions of {dataset}")
+
+
+def vlmevalkit_table(path: Path) -> pd.DataFrame:
+    """Return the kit's prediction file, ``.tsv`` or ``.xlsx``, each cell as the text that it says."""
+    if path.suffix == ".tsv":
+        return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    return pd.read_excel(path, dtype=str, keep_default_na=False)
 
 
 def vlmevalkit_predictions(folder: Path, dataset: str) -> dict[int, str]:

@@ -23,6 +23,7 @@ from dynllava_plugin.evaluation.results.manifest import (
     read_object,
     run_settings,
 )
+from dynllava_plugin.evaluation.results.predictions import vlmevalkit_table
 
 SAVED = "table.csv"
 COUNTS = (
@@ -327,15 +328,15 @@ def question_count(value: Any, path: Path) -> int | None:
 
 def prediction_rows(folder: Path, stem: str) -> int | None:
     """Return the number of questions in VLMEvalKit's prediction file; None where it has none that can be read."""
-    path = folder / f"{stem}.tsv"
-    try:
+    for path in (folder / f"{stem}.tsv", folder / f"{stem}.xlsx"):
         if path.is_file():
-            return len(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))
-        path = folder / f"{stem}.xlsx"
-        return len(pd.read_excel(path)) if path.is_file() else None
-    except Exception as error:  # its readers raise what the damage made of them: zip, XML and key errors
-        say_skipped(f"{path}: not a readable file of predictions ({type(error).__name__})")
-        return None
+            try:
+                return len(vlmevalkit_table(path))
+            except (
+                Exception
+            ) as error:  # its readers raise what the damage made of them: zip, XML and key errors
+                say_skipped(f"{path}: not a readable file of predictions ({type(error).__name__})")
+    return None
 
 
 def say_skipped(problem: object) -> None:
