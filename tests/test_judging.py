@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from dynllava_plugin.evaluation.judges import (
 )
 from dynllava_plugin.evaluation.lmms_eval import judging as lmms_eval_judging
 from dynllava_plugin.evaluation.patches import Patches
+from dynllava_plugin.evaluation.results.footer import footer
 from dynllava_plugin.evaluation.results.results import read_results
 from dynllava_plugin.evaluation.vlmevalkit import judging as vlmevalkit_judging
 from tests.commands import LMMS_EVAL, VLMEVALKIT, Finished, run_command
@@ -170,6 +172,30 @@ def test_one_answer_without_a_score_is_told(
         assert again.code == 0, again.text[-3000:]
         assert len(judge.asked) == 1
         assert cells(tmp_path)["MM-Vet"] == (50.0, "scored")
+
+
+def test_an_option_that_a_judge_does_not_name_is_not_drawn(
+    minis: Path, tmp_path: Path, judge: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kit's explicit judge of multiple choice; scored again, the same is told."""
+    monkeypatch.setattr("random.choice", None)
+    judge.answers("I like it")
+    command = [
+        "--data",
+        "RealWorldQA",
+        "--judge",
+        "judge-1",
+        "--judge-base-url",
+        judge.url,
+        "--prompts",
+        "kit",
+    ]
+    for more in ([], ["--mode", "eval"]):
+        done = run("vlmevalkit", minis, tmp_path, judge, *command, *more)
+        assert done.code == 0, done.text[-3000:]
+        (told,) = re.findall(r"RealWorldQA: judge judge-1 named no option for (\d+) answers", done.text)
+        assert 0 < int(told) and len(judge.asked) == 3 * int(told)
+        assert f"the judge named no option for them: {told} of RealWorldQA" in footer([tmp_path])
 
 
 def patience_of_client(said: str) -> float:

@@ -35,6 +35,7 @@ def footer(folders: Iterable[Path]) -> str:
         "Commit: " + _all(manifest.get("commit") for manifest in manifests),
         "Checkpoint: " + _all(_checkpoint(manifest) for manifest in manifests),
         "Device: " + _all(_device(manifest) for manifest in manifests),
+        "Counted as wrong, as the judge named no option for them: " + _all(map(_unmatched, manifests)),
         _time([manifest.get("seconds") or 0 for manifest in manifests], states),
     ]
     return (
@@ -66,6 +67,10 @@ def _checkpoint(manifest: dict[str, Any]) -> str | None:
     settings = manifest.get("settings") or {}
     name, digest = settings.get("checkpoint"), manifest.get("checkpoint_hash")
     return f"{name} ({digest})" if name and digest else name
+
+
+def _unmatched(manifest: dict[str, Any]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in (manifest.get("unmatched") or {}).items())
 
 
 def _device(manifest: dict[str, Any]) -> str | None:

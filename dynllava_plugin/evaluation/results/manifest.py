@@ -14,7 +14,7 @@ from dynllava_plugin.policies.registry import arguments_of, describe, parse_poli
 
 NAME = "dynllava_run.json"
 # Parts that are read, and what each of them is where it is there.
-_OBJECTS = ("settings", "sparsity", "model", "tokens", "scored", "versions", "host", "judge", "questions")
+_OBJECTS = "settings sparsity model tokens scored versions host judge questions unmatched".split()
 _OF_TASKS = ("tokens", "scored")
 _TEXTS = ("checkpoint_hash", "prompts", "commit", "harness")
 # Columns of the tidy table beside the names of a row.

@@ -147,13 +147,17 @@ def write_joined(
         judge = {**before, "tasks": others}
     elif others and judge and (judge["model"], judge["url"]) == (before.get("model"), before.get("url")):
         judge = {**judge, "tasks": [*judge["tasks"], *others]}
+
+    def joined(part: str, new: Mapping[str, Any]) -> dict[str, Any]:
+        others = {name: value for name, value in (earlier.get(part) or {}).items() if name not in tasks}
+        return {**others, **(new.get(part) or {})}
+
     if record is None or record.settings is None:
         if earlier:
-            write_json(path, {**earlier, "judge": judge})
+            write_json(path, {**earlier, "judge": judge, "unmatched": joined("unmatched", facts)})
         return
     manifest = record.to_dict("vlmevalkit", **{**facts, "judge": judge})
     if all(earlier.get(key) == manifest.get(key) for key in _SAME_RUN):
-        for part in ("tokens", "scored", "questions"):
-            kept = {name: value for name, value in (earlier.get(part) or {}).items() if name not in tasks}
-            manifest[part] = {**kept, **manifest.get(part, {})}
+        for part in ("tokens", "scored", "questions", "unmatched"):
+            manifest[part] = joined(part, manifest)
     write_json(path, manifest)

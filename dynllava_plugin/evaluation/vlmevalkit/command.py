@@ -26,8 +26,19 @@ from dynllava_plugin.evaluation.results.results import prediction_rows
 from dynllava_plugin.evaluation.settings import ModelSettings, as_folder_name
 from dynllava_plugin.evaluation.vlmevalkit.arguments import KitSettings, kit_parser, own_parser, settings_of
 from dynllava_plugin.evaluation.vlmevalkit.cells import keep_cells
-from dynllava_plugin.evaluation.vlmevalkit.judging import BOUNDS, match_by_rules, repair_judged, without_judge
-from dynllava_plugin.evaluation.vlmevalkit.outcome import check_run, forget_finished, judge_failures
+from dynllava_plugin.evaluation.vlmevalkit.judging import (
+    BOUNDS,
+    draw_nothing,
+    match_by_rules,
+    repair_judged,
+    without_judge,
+)
+from dynllava_plugin.evaluation.vlmevalkit.outcome import (
+    check_run,
+    forget_finished,
+    judge_failures,
+    unmatched,
+)
 from dynllava_plugin.evaluation.vlmevalkit.setup import (
     MODEL_NAME,
     check_datasets,
@@ -122,6 +133,7 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
     without_judge(patches, unjudged)
     unscored = leave_unscored(patches, datasets) if peek.config is None else set()
     unjudged |= unscored
+    draw_nothing(patches)
     if judge is not None:
         repair_judged(patches, judge.url)
         if peek.judge is None:
@@ -150,7 +162,7 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
         if len(models) == 1:
-            facts = {
+            facts: dict[str, Any] = {
                 "tasks": datasets,
                 "limit": asked.limit,
                 "prompts": asked.prompts,
@@ -160,6 +172,12 @@ def _run(arguments: list[str], load: Callable[..., Any] | None, patches: Patches
             facts |= _scored(
                 work_dir / models[0], None if kit_mode == "infer" else judge, datasets, peek.reuse
             )
+            facts["unmatched"] = unmatched(work_dir / models[0], peek.judge or "", datasets)
+            for name, count in facts["unmatched"].items():
+                print(
+                    f"{name}: judge {peek.judge} named no option for {count} answers; they count as wrong",
+                    file=sys.stderr,
+                )
             write_joined(work_dir / models[0] / NAME, record, datasets, facts)
         if journal is not None and not failures:
             shutil.rmtree(journal, ignore_errors=True)  # a finished run's answers are in its files

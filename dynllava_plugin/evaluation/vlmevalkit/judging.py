@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -66,6 +66,12 @@ def match_by_rules(patches: Patches, kit: ModuleType, datasets: Collection[str])
         return chosen
 
     patches.put(kit, "get_judge_kwargs", choosing)
+
+
+def draw_nothing(patches: Patches) -> None:
+    """Count an answer as wrong, as the kit's rules do, where a judge names no option for it; the kit would draw one."""
+    choices: Any = importlib.import_module("vlmeval.dataset.utils.multiple_choice")
+    patches.put(choices, "rd", lambda before: SimpleNamespace(choice=lambda options: "Z"))
 
 
 def _provide_log_module() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dynllava_plugin.evaluation.benchmarks import VLMEVALKIT
+from dynllava_plugin.evaluation.results.predictions import vlmevalkit_table
 from dynllava_plugin.evaluation.results.results import failed_samples, renamed
 from dynllava_plugin.files import read_json, saved_json, write_json
 
+_DRAWN = "thus randomly generate one"  # in the kit's log of an answer (`judging.draw_nothing`)
 # What the kit notes where it left out an evaluation on purpose, as its user asked or its dataset is made.
 _NO_SCORE_WANTED = (
     "mode_infer",
@@ -101,6 +104,15 @@ def check_run(
         elif not reason and (problem := renamed(VLMEVALKIT, dataset, entry["metrics"])):
             failures.append(problem)
     return failures
+
+
+def unmatched(folder: Path, judge: str, datasets: Iterable[str]) -> dict[str, int]:
+    """Return the answers that the judge named no option for, by dataset; datasets without any are left out."""
+    found = {}
+    for dataset in datasets:
+        for path in folder.glob(f"{glob.escape(f'{folder.name}_{dataset}_{judge}')}_result.[tx]*"):
+            found[dataset] = sum(_DRAWN in text for text in vlmevalkit_table(path).get("log", ()))
+    return {name: count for name, count in found.items() if count}
 
 
 def _is_of_this_run(entry: dict[str, Any], started: float) -> bool:
