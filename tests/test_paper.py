@@ -121,7 +121,7 @@ def test_judges_and_servers_are_never_faked(results: Path) -> None:
     text = render(table, "markdown")
     assert "| MM-Vet | score [%] | needs judge | needs judge | 8 | 8 |" in text
     assert "| RealWorldQA | accuracy [%] | - | 50.00 | - | 8 |" in text  # missing, which is something else
-    assert by_benchmark(table).loc[("GQA", "accuracy [%]"), "image_text vlmevalkit"] == 61
+    assert by_benchmark(table).loc[("GQA", "accuracy [%]"), "image_text vlmevalkit"] == "61.00"
 
 
 @pytest.mark.parametrize(("unanswered", "status"), [(0, "scored"), (1, "judge failed: 1 of 8")])

@@ -39,8 +39,8 @@ def test_an_older_checkpoint_of_the_same_name_is_another_row(tmp_path: Path) -> 
     write(tmp_path / "new", 0.5, checkpoint_hash="bbb")
     wide = pivot(read_results(tmp_path))["GQA accuracy [%] lmms-eval"]
     assert dict(wide) == {
-        ("org/Dynamic-LLaVA-7B (aaa)", "image_text"): 90,
-        ("org/Dynamic-LLaVA-7B (bbb)", "image_text"): 50,
+        ("org/Dynamic-LLaVA-7B (aaa)", "image_text"): "90.00",
+        ("org/Dynamic-LLaVA-7B (bbb)", "image_text"): "50.00",
     }
     assert set(compare(read_results(tmp_path))["paper_method"]) == {"Dynamic-LLaVA_I|T 7B"}
 
@@ -233,9 +233,9 @@ def test_what_changes_an_answer_is_part_of_a_run_s_identity(tmp_path: Path) -> N
     rows = rows[rows["benchmark"] == "MM-Vet"]
     assert sorted(rows["value"]) == [10, 11, 13, 14, 15, 16, 90]
     cells = pivot(read_results(tmp_path))["MM-Vet score [%] lmms-eval"]
-    assert sorted(cells) == [10, 11, 13, 14, 15, 16, 90]
-    assert cells["tiny", "image_text, do_sample=True, seed=1234, temperature=0.7"] == 10
-    assert cells["tiny", "image_text, offset=4"] == 90 and cells["tiny", "image_text"] == 16
+    assert sorted(map(float, cells)) == [10, 11, 13, 14, 15, 16, 90]
+    assert cells["tiny", "image_text, do_sample=True, seed=1234, temperature=0.7"] == "10.00"
+    assert cells["tiny", "image_text, offset=4"] == "90.00" and cells["tiny", "image_text"] == "16.00"
 
 
 def test_the_kit_s_limit_of_new_tokens_is_part_of_it_too(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_pivot_and_formats(results: Path) -> None:
     write_lmms_eval(results / "more", "20260102_000000", 0.99, questions=80)
     wide = pivot(read_results(results))
     assert list(wide.index) == [("dynamic", "full"), ("dynamic", "image_text")]
-    assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] lmms-eval"] == 99
-    assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] vlmevalkit"] == 96
+    assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] lmms-eval"] == "99.00"
+    assert wide.loc[("dynamic", "image_text"), "easy_vqa accuracy [%] vlmevalkit"] == "96.00"
     assert wide.loc[("dynamic", "image_text"), "image tokens kept"] == "12 of 64"
     assert wide.loc[("dynamic", "full"), "output tokens kept [%]"] == "50.0"
     assert wide.loc[("dynamic", "image_text"), "n easy_vqa lmms-eval"] == 80

@@ -17,6 +17,7 @@ NAME = "dynllava_run.json"
 _OBJECTS = "settings sparsity model tokens scored versions host judge questions unmatched".split()
 _OF_TASKS = ("tokens", "scored")
 _TEXTS = ("checkpoint_hash", "prompts", "commit", "harness")
+_USUAL_RATE = 0.2  # of image tokens; a name tells another one
 # Columns of the tidy table beside the names of a row.
 SETTINGS = (
     "checkpoint_hash",
@@ -181,18 +182,18 @@ def _number(sparsity: dict[str, Any], key: str, means_something: bool) -> float 
     return float(sparsity[key]) if means_something and key in sparsity else None
 
 
-def mode_name(sparsity: dict[str, Any], default_rate: float = 0.2) -> str:
+def mode_name(sparsity: dict[str, Any]) -> str:
     """Return a run's name in tables: ``image_text``, ``random`` (the control), ``...@10%`` at another keep rate."""
     if sparsity.get("policy"):
-        return _policy_name(sparsity, default_rate)
+        return _policy_name(sparsity)
     mode = str(sparsity.get("mode", "unknown"))
     if mode == "full":
         return mode
     if sparsity.get("image_policy", "learned") != "learned":
         # The control: the same checkpoint and mode, but another chooses the image tokens.
         mode = str(sparsity["image_policy"]) if mode == "image_text" else f"{sparsity['image_policy']}_{mode}"
-    rate = float(sparsity.get("vision_keep_rate", default_rate))
-    return mode if rate == default_rate else f"{mode}@{100 * rate:g}%"
+    rate = float(sparsity.get("vision_keep_rate", _USUAL_RATE))
+    return mode if rate == _USUAL_RATE else f"{mode}@{100 * rate:g}%"
 
 
 def policy_label(sparsity: dict[str, Any]) -> str:
@@ -216,11 +217,11 @@ def draws_from_seed(sparsity: dict[str, Any]) -> bool:
     return "seed" in arguments_of(name) and "seed" not in _bare(arguments)
 
 
-def _policy_name(sparsity: dict[str, Any], default_rate: float) -> str:
+def _policy_name(sparsity: dict[str, Any]) -> str:
     """``fastv,k=3,r=0.75``; ``visionzip@10%`` where the keep rate is the model's setting."""
     label = policy_label(sparsity)
-    rate = float(sparsity.get("vision_keep_rate", default_rate))
-    return label if rate == default_rate or not uses_keep_rate(sparsity) else f"{label}@{100 * rate:g}%"
+    rate = float(sparsity.get("vision_keep_rate", _USUAL_RATE))
+    return label if rate == _USUAL_RATE or not uses_keep_rate(sparsity) else f"{label}@{100 * rate:g}%"
 
 
 def _policy(sparsity: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -31,18 +31,12 @@ _SHOWN_WHERE_DIFFERENT = {
 _BENCHMARKS_ACROSS = 4
 
 
-def figure_or_status(row: Mapping[Any, Any]) -> Any:
-    """Return the value where there is one, else why there is none."""
-    return row["value"] if row["status"] == SCORED else row["status"]
-
-
 def printed(row: Mapping[Any, Any]) -> str:
-    """Return the same with the digits to read."""
-    found = figure_or_status(row)
-    return figure_text(row["metric"], found) if isinstance(found, (int, float)) else _cell(found)
+    """Return the value, with the digits to read, where there is one, else why there is none."""
+    return figure_text(row["metric"], row["value"]) if row["status"] == SCORED else _cell(row["status"])
 
 
-def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status) -> pd.DataFrame:
+def pivot(table: pd.DataFrame) -> pd.DataFrame:
     """Return a frame: rows checkpoint and mode; columns benchmark, metric and harness; then questions and kept tokens.
 
     Where one setting was run on different numbers of questions, the largest stands. A cell without a figure
@@ -52,7 +46,7 @@ def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure
     out: dict[tuple[str, str], dict[str, Any]] = {}
     for row in chosen.to_dict("records"):
         cells = out.setdefault((row["checkpoint"], row["mode"]), {})
-        cells[_title(row)] = cell(row)
+        cells[_title(row)] = printed(row)
         cells[f"n {row['benchmark']} {row['harness']}"] = row["n"]
     for setting, cells in out.items():
         cells |= setting_counts(chosen, *setting)
@@ -66,9 +60,7 @@ def pivot(table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure
     return pd.DataFrame(list(out.values()), index=index, columns=columns)
 
 
-def by_benchmark(
-    table: pd.DataFrame, cell: Callable[[Mapping[Any, Any]], Any] = figure_or_status
-) -> pd.DataFrame:
+def by_benchmark(table: pd.DataFrame) -> pd.DataFrame:
     """Return a frame: rows benchmark and metric; columns harness under checkpoint and mode, and each harness's number of questions."""
     chosen = in_order(largest_runs(table), first=("benchmark", "metric"))
     several = chosen["checkpoint"].nunique() > 1
@@ -82,7 +74,7 @@ def by_benchmark(
         records = group.to_dict("records")
         unit = f" [{records[0]['unit']}]" if records[0]["unit"] else ""
         cells = rows.setdefault((str(benchmark), f"{metric}{unit}"), {})
-        cells |= {heading(row): cell(row) for row in records}
+        cells |= {heading(row): printed(row) for row in records}
         for harness, of_harness in group.groupby("harness"):
             cells[f"n {harness}"] = span(of_harness["n"])
     index = pd.MultiIndex.from_tuples(list(rows), names=["benchmark", "metric"])
@@ -140,8 +132,8 @@ def render(table: pd.DataFrame, style: str) -> str:
         return table.to_csv(index=False)
     notes = left_out(table) if style == "markdown" else ""
     if table["benchmark"].nunique() <= _BENCHMARKS_ACROSS:
-        return frame_text(_finished(pivot(table, printed)), style) + notes
-    parts = [_finished(by_benchmark(table, printed)), _finished(by_setting(table))]
+        return frame_text(_finished(pivot(table)), style) + notes
+    parts = [_finished(by_benchmark(table)), _finished(by_setting(table))]
     return "\n".join(frame_text(part, style) for part in parts if len(part.columns) > 2) + notes
 
 
