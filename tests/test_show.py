@@ -268,6 +268,9 @@ def test_untrained_predictors_are_told(tiny: tuple[Any, Any], picture: Path) -> 
         found = explained(tiny, picture, policy, tokens=1)
         assert ("untrained" in page([found])) == found.untrained == said
         assert draw([found]).height == draw([replace(found, untrained=False)]).height + 22 * said
+        both = page([found, replace(found, untrained=False)])  # images side by side stand level
+        notes = re.findall(r'<p class="note">(.*?)</p>', both)
+        assert len({note.count("<br>") for note in notes}) == 1 and ("&nbsp;" in notes[1]) == said
 
 
 @pytest.mark.parametrize("text", ["a \u2713 \u65e5\u672c\u00e9 x", "\U0001f600\U0001f600 ok"])

@@ -40,7 +40,8 @@ document.addEventListener("mousemove", event => {
 
 def page(explanations: Sequence[Explanation]) -> str:
     """Return HTML: a section an explanation, as wide as the window at most; its image is the picture's, with the same greys."""
-    sections = "\n".join(_section(explanation) for explanation in explanations)
+    notes = max(len(summary(explanation)) for explanation in explanations)
+    sections = "\n".join(_section(explanation, notes) for explanation in explanations)
     question = escape(explanations[0].question)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -69,14 +70,16 @@ def _image(explanation: Explanation, view: View) -> str:
     )
 
 
-def _section(explanation: Explanation) -> str:
+def _section(explanation: Explanation, notes: int) -> str:
+    """A policy's part, with room for so many notes, so that images side by side stand level."""
     words = []
     for index, (token, kept) in enumerate(zip(explanation.tokens, explanation.text_keep, strict=True)):
         tip = _tip(f"token {index + 1}", bool(kept), explanation.text_score, index)
         words.append(
             f'<span class="token{"" if kept else " dropped"}" data-tip="{tip}">{escape(token)}</span>'
         )
-    note = "<br>".join(escape(line) for line in summary(explanation))
+    lines = [escape(line) for line in summary(explanation)]
+    note = "<br>".join(lines + ["&nbsp;"] * (notes - len(lines)))
     return (
         f'<section><h2>{escape(explanation.policy)}</h2><p class="note">{note}</p>'
         f"{''.join(_image(explanation, view) for view in explanation.views)}"
