@@ -100,18 +100,19 @@ def stop_half_way(folder: Path) -> None:
 
 
 def test_ddp_killed_within_an_epoch_goes_on_in_two_processes_or_one(flags, alone, tmp_path):
+    """An epoch has two steps."""
     folder = tmp_path / "out"
-    typed = [*flags, "--use_cpu", "--save_steps", "2", "--per_device_train_batch_size", "2"]
-    kill = partial(kill_in_step, 3, "backward")
+    typed = [*flags, "--use_cpu", "--save_steps", "3", "--per_device_train_batch_size", "2"]
+    kill = partial(kill_in_step, 4, "backward")
     killed = run(*side_by_side([*typed, "--output_dir", str(folder)], tmp_path / "killed.log", 2, kill))
     assert [one.status for one in killed] == [-9, -9], "\n".join(one.output for one in killed)
-    two(flags, folder, "--use_cpu", "--save_steps", "2")
-    assert f"going on from {folder / 'checkpoint-2'}" in (tmp_path / "out.log-0").read_text()
+    two(flags, folder, "--use_cpu", "--save_steps", "3")
+    assert f"going on from {folder / 'checkpoint-3'}" in (tmp_path / "out.log-0").read_text()
     assert_the_same(folder, alone)
     stop_half_way(folder)
     one = [*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
     (done,) = run(Job(one, tmp_path / "one.log"))
-    assert done.status == 0 and f"going on from {folder / 'checkpoint-2'}" in done.output, done.output
+    assert done.status == 0 and f"going on from {folder / 'checkpoint-3'}" in done.output, done.output
     assert_the_same(folder, alone)
 
 
