@@ -106,7 +106,8 @@ def test_a_killed_run_leaves_its_answers_to_the_same_model_and_code_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def journal(*flags: str, mode: str | None = None) -> Path | None:
-        monkeypatch.delenv(command.VARIABLE, raising=False)
+        monkeypatch.setenv(command.VARIABLE, "")  # so that what the command sets is undone
+        monkeypatch.delenv(command.VARIABLE)
         own, _ = own_parser().parse_known_args(list(flags))
         return command._journal(tmp_path, ModelSettings(pretrained="tiny", mode=mode), settings_of(own)[1])
 
