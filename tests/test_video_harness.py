@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from vlmeval.inference_video import infer_data_job_video
 
+from dynllava_plugin.cli import main
 from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
@@ -91,6 +93,25 @@ def test_videos_and_images_share_a_batch_and_are_what_the_processor_makes_of_the
     with torch.no_grad():
         out = engine.model.generate(**names["inputs"], **ASKED, do_sample=False)
     assert engine.processor.decode(out[0, -6:], skip_special_tokens=True).strip() == together[0]
+
+
+def test_ones_own_questions_may_be_about_videos(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    path, name = write_video(tmp_path / "clip.mp4"), checkpoints["qwen3_vl"]
+    row = {"question_id": 1, "image": path.name, "text": "What color is the shape?"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    flags = [
+        "--image-folder",
+        str(tmp_path),
+        "--pretrained",
+        name,
+        "--output",
+        str(tmp_path / "answers.jsonl"),
+    ]
+    flags += ["--device", "cpu", "--mode", "full", "--video-frames", "4", "--max-new-tokens", "6"]
+    assert main(["answer", str(tmp_path / "questions.jsonl"), *flags]) == 0
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())["text"]
+    model = DynamicLlava("1", pretrained=name, device="cpu", mode="full", video_frames=4)
+    assert ask(model, [[str(path)]]) == [answer]
 
 
 def test_what_is_no_video_is_one_line(checkpoints: dict[str, str], tmp_path: Path) -> None:

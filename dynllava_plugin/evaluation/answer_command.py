@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("questions", type=Path, metavar="QUESTIONS.jsonl", help="lines with question_id, image and text")
     add("--image-folder", "--image_folder", type=Path, default=Path(), metavar="DIR",
-        help="what the questions' images are in (default: here)")  # fmt: skip
+        help="what the questions' images, or videos, are in (default: here)")  # fmt: skip
     add("--output", type=Path, required=True, metavar="ANSWERS.jsonl", help="a new file, written at the end")
     add("--max-new-tokens", "--max_new_tokens", type=int, help="of an answer (default: 1024)")
     add_flags(parser, fields(ModelSettings))
