@@ -24,10 +24,10 @@ from dynllava_plugin.model.static_prefill import StaticPrefill
 from dynllava_plugin.model.token_layout import (
     VISUALS,
     in_order_of_places,
+    last_question,
     output_columns,
     place_images,
     place_level,
-    question_mask,
     read_layout,
     split_features,
     valid_columns,
@@ -311,7 +311,8 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
             image_mask = image_mask & ~output[0]  # a model may name the placeholder in its answer
         layout = read_layout(valid, image_mask, features, output, policy, self.training, marks)
         if policy.prompt is not None:
-            layout = replace(layout, question=self._question(input_ids, valid, seen, output))
+            image, words = self.config.image_token_id, self.config.sparsity.question_marks
+            layout = replace(layout, question=last_question(input_ids, valid, seen, output, image, words))
         deepstack: tuple[torch.Tensor, ...] = ()
         if features is not None:
             inputs_embeds = place_images(inputs_embeds, features, layout)
@@ -321,26 +322,6 @@ class SparseVLM(SparseSettings, SparseTraining, SparseGeneration, SparseScoring)
         return Tokens.of(
             inputs_embeds, attention_mask, position_ids, valid, cache, layout, deepstack
         ), features
-
-    def _question(
-        self,
-        input_ids: torch.Tensor | None,
-        valid: torch.Tensor,
-        seen: int,
-        output: tuple[torch.Tensor | None, int],
-    ) -> torch.Tensor | None:
-        """Return bool [B, L], the last question's text; None where a call has output text alone."""
-        if seen and output[1] == 0:
-            return None
-        if seen or input_ids is None:
-            why = "a prompt that goes on behind a cache" if seen else "inputs_embeds"
-            raise UserError(
-                f"prompt_keep_rate: the last question can't be found in {why}; pass the whole prompt's input_ids, or set "
-                "prompt_keep_rate=1"
-            )
-        settings = self.config.sparsity
-        images = input_ids == self.config.image_token_id
-        return question_mask(input_ids, valid, images, output[0], settings.question_marks)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """Return what the family's method does, each image's features with the channels that the policy needs behind them."""

@@ -142,6 +142,29 @@ def question_mask(
     return prompt & (columns >= torch.maximum(asked, shown)) & (columns < end) & ~image_mask
 
 
+def last_question(
+    input_ids: torch.Tensor | None,
+    valid: torch.Tensor,
+    seen: int,
+    output: tuple[torch.Tensor | None, int],
+    image_token: int,
+    marks: tuple[tuple[int, ...], tuple[int, ...]],
+) -> torch.Tensor | None:
+    """Return `question_mask` of a call behind `seen` columns; None where it has output text alone.
+
+    Raises `UserError` where there is no whole prompt to look into.
+    """
+    if seen and output[1] == 0:
+        return None
+    if seen or input_ids is None:
+        why = "a prompt that goes on behind a cache" if seen else "inputs_embeds"
+        raise UserError(
+            f"prompt_keep_rate: the last question can't be found in {why}; pass the whole prompt's input_ids, or set "
+            "prompt_keep_rate=1"
+        )
+    return question_mask(input_ids, valid, input_ids == image_token, output[0], marks)
+
+
 def _starts(input_ids: torch.Tensor, prompt: torch.Tensor, mark: tuple[int, ...]) -> torch.Tensor:
     """bool [B, L]: where the token ids `mark` begin, all of them in the prompt."""
     found = torch.zeros_like(prompt)
