@@ -124,12 +124,16 @@ def uncached(model: Any, sample: dict, answer: torch.Tensor) -> Any:
 
 
 @every_family
-@torch.no_grad()
 def test_full_context_is_the_stock_class(family):
+    assert_full_context_is_the_stock_class(family, SIZES)
+
+
+@torch.no_grad()
+def assert_full_context_is_the_stock_class(family, sizes):
     """Logits of a left-padded batch and alone, greedy tokens with and without cache, static, beams."""
     model, stock = model_of(family), stock_of(family)
     model.set_sparsity(mode="full")
-    batch, alone, _ = batch_for(family, SIZES)
+    batch, alone, _ = batch_for(family, sizes)
     real = batch["attention_mask"].bool()
     found, expected = model(**batch).logits, stock(**batch).logits
     torch.testing.assert_close(found[real], expected[real], **CLOSE)
