@@ -21,6 +21,7 @@ from dynllava_plugin.errors import UserError
 from dynllava_plugin.evaluation.engine.engine import Engine
 from dynllava_plugin.evaluation.lmms_eval.model import DynamicLlava
 from dynllava_plugin.evaluation.settings import ModelSettings
+from dynllava_plugin.evaluation.suite.worker import OneModel
 from dynllava_plugin.evaluation.vlmevalkit.model import DynamicLlava as KitModel
 from dynllava_plugin.videos import open_video
 from tests.families.checkpoints import picture, write_checkpoint
@@ -128,6 +129,9 @@ def test_what_is_no_video_is_one_line(checkpoints: dict[str, str], tmp_path: Pat
         ask(images_only, [[str(broken)]])
     with pytest.raises(UserError, match="video_frames: 0; a video needs one"):
         Engine.load(ModelSettings(checkpoints["qwen2_5_vl"], device="cpu", video_frames=0))
+    load, settings = OneModel(), ModelSettings(checkpoints["qwen2_5_vl"], device="cpu", video_frames=4)
+    # A suite's next command, over the same checkpoint in memory, looks at as many.
+    assert [load(settings, 2).encoder.frames for _ in range(2)] == [4, 4]
     with pytest.raises(UserError, match="video_frames: 4; this checkpoint reads no videos"):
         Engine.load(ModelSettings("tiny", device="cpu", video_frames=4))
 

@@ -46,6 +46,8 @@ class Engine:
         as many as memory has room for, and fewer once a batch found none.
     system_prompt : str, optional
         As in `style_of`.
+    video_frames : int, optional
+        Of a video, that are looked at.
 
     Attributes
     ----------
@@ -67,6 +69,7 @@ class Engine:
         processor: Any,
         batch_size: int | str = DEFAULT_BATCH_SIZE,
         system_prompt: str | None = None,
+        video_frames: int | None = None,
     ) -> None:
         self._may_shrink = batch_size == AUTO
         size = largest_batch(model) if batch_size == AUTO else batch_size
@@ -74,6 +77,8 @@ class Engine:
             raise UserError(f"batch_size: {batch_size} is neither a positive integer nor {AUTO}")
         self.model, self.processor, self.batch_size = model, processor, size
         self.style, self.encoder = style_of(model, processor, system_prompt), encoder_of(model, processor)
+        if video_frames is not None:
+            self.encoder.look_at(video_frames)
         self.calls = Calls(model, processor, self.encoder)
         self.seconds = 0.0
         self.started: float | None = None
@@ -96,10 +101,7 @@ class Engine:
                 **settings.sparsity(),
             )
         limit_pixels(processor, settings.min_pixels, settings.max_pixels)
-        engine = cls(model, processor, batch_size, settings.system_prompt)
-        if settings.video_frames is not None:
-            engine.encoder.look_at(settings.video_frames)
-        return engine
+        return cls(model, processor, batch_size, settings.system_prompt, settings.video_frames)
 
     @torch.no_grad()
     def generate(

@@ -46,7 +46,7 @@ class OneModel:
         if self._problem is not None:
             raise self._problem
         if self._loaded is not None:
-            return Engine(*self._loaded, batch_size, settings.system_prompt)
+            return Engine(*self._loaded, batch_size, settings.system_prompt, settings.video_frames)
         try:
             engine = Engine.load(settings, batch_size)
         except UserError as problem:
